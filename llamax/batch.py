@@ -1,0 +1,28 @@
+"""THE Batch: what the data stream yields and the step consumes. Arrays only; numpy on the host, jax past the door.
+
+Letters: B rows, T tokens a row, M picture tiles a row, P pixels along a tile's side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy.ndarray on the host, jax.Array on a device
+
+
+class Batch(NamedTuple):
+    """Packed rows. Several documents share a row; `segment_ids` keeps them apart.
+
+    `targets` are shifted on the host: `targets[b, t]` is what should follow `tokens[b, t]`, also across a row's end where
+    a long document goes on in another row. The picture tiles of row b are `tiles[b, :n]` in the order of its
+    `<|patch|>` tokens, of which every tile fills the same number; slots past n hold zeros. A batch without pictures
+    has M = 0, and runs a program without the vision encoder.
+    """
+
+    tokens: Array  # int32 [B, T]
+    targets: Array  # int32 [B, T]
+    loss_weights: Array  # float32 [B, T]; 0 on padding and where the target belongs to a picture
+    segment_ids: Array  # int32 [B, T]; 1, 2, ... in row order, 0 on padding
+    positions: Array  # int32 [B, T]; restart at 0 in every segment, 0 on padding
+    source_ids: Array  # int32 [B, T]; index into the sorted names of the run's sources
+    tiles: Array  # uint8 [B, M, P, P, 3]

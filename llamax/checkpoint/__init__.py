@@ -1,0 +1,1 @@
+"""Checkpoints: all that a run needs to go on (manager.py)."""

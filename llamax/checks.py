@@ -1,0 +1,322 @@
+"""Every check that the configuration alone decides: what stands behind `config.freeze` and `config.check_devices`.
+
+What holds for one field alone is a row of the tables below; relations between fields follow, one short function each.
+No jax: they run before a device is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llamax.config import (
+    COMPUTE_DTYPES,
+    EVAL_KINDS,
+    LAYER_KINDS,
+    REMATS,
+    ROPE_SCALINGS,
+    SCHEDULES,
+    Mesh,
+    Model,
+    Run,
+    Vision,
+)
+from llamax.config_dict import ConfigError, nearest
+
+# Every number of the schema is finite and more than 0, but for these ("*" stands for a source's or evaluation's name),
+MAY_BE_ZERO = (
+    *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
+    *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
+    *("losses.router_balance", "losses.router_z", "evals.*.every_steps"),
+)
+# which some are bounded from above too,
+AT_MOST = {
+    "seed": 2**32 - 1,
+    "data.multimodal_steps": 1,
+    "optim.end_lr_ratio": 1,
+    "optim.b1": 0.9999,
+    "optim.b2": 0.9999,
+}
+# and some strings are names out of a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.rope.scaling": ROPE_SCALINGS,
+    "optim.schedule": SCHEDULES,
+    "train.compute_dtype": COMPUTE_DTYPES,
+    "train.remat": REMATS,
+    "evals.*.kind": EVAL_KINDS,
+}
+
+
+def check(run: Run) -> None:
+    """Raises ConfigError at the first setting, or pair of settings, that cannot work."""
+    for path, pattern, value in _fields(run):
+        if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
+            _number(path, pattern, value)
+        if pattern in CHOICES:
+            _choice(path, value, CHOICES[pattern])
+    if not run.name:
+        raise ConfigError("--config.name=''", "a run has a name", "Set --config.name to the recipe's name.")
+    _plan(run.model)
+    _heads(run.model)
+    if run.model.vision is not None:
+        _vision(run.model.vision)
+    _rows(run)
+    _pictures(run)
+    _sources(run)
+    _schedule(run)
+    _mesh(run)
+    _evals(run)
+
+
+def resolve_mesh(run: Run, n_devices: int) -> Mesh:
+    """See `config.check_devices`."""
+    sizes = dataclasses.asdict(run.mesh)
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    left, rest = divmod(n_devices, fixed)
+    free = next((axis for axis, n in sizes.items() if n == -1), None)
+    if rest or (free is None and left != 1):
+        asked = f"mesh: {_product(sizes)} = {fixed}" + (f" times {free}" if free else "")
+        visible = f"{n_devices} device{' is' if n_devices == 1 else 's are'} visible"
+        raise ConfigError(asked, visible, _fitting_mesh(sizes, n_devices))
+    sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
+    _split_rows(run, sizes)
+    return Mesh(**sizes)
+
+
+# ------------------------------------------------------------------------------------------------------ one field
+
+
+def _fields(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted path, the same with "*" for names that the recipe chose, value) of every field."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            here, like = (f"{p}.{f.name}".lstrip(".") for p in (path, pattern))
+            yield from _fields(getattr(value, f.name), here, like)
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _fields(entry, f"{path}.{name}", f"{pattern}.*")
+    else:
+        yield path, pattern, value
+
+
+def _number(path: str, pattern: str, value: float) -> None:
+    asked, high = f"--config.{path}={value}", AT_MOST.get(pattern, math.inf)
+    if not math.isfinite(value):
+        raise ConfigError(asked, "it is a finite number", f"Set --config.{path} to one.")
+    if pattern in MAY_BE_ZERO and value < 0:
+        raise ConfigError(asked, "it is 0 or more", f"Set --config.{path}=0.")
+    if pattern not in MAY_BE_ZERO and value <= 0:
+        change = f"Set --config.{path}=1 or more." if isinstance(value, int) else f"Set --config.{path} above 0."
+        raise ConfigError(asked, "it is more than 0", change)
+    if value > high:
+        raise ConfigError(asked, f"it is at most {high}", f"Set --config.{path}={high}.")
+
+
+def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = nearest(value, choices) or choices[0]
+        asked, true = f"--config.{path}={value}", f"it is one of {', '.join(choices)}"
+        raise ConfigError(asked, true, f"Set --config.{path}={close}.")
+
+
+def _nearest_multiple(of: int, near: int) -> int:
+    """The multiple of `of`, at least `of` itself, that is nearest to `near`."""
+    return max(1, round(near / of)) * of
+
+
+def _divisors(of: int) -> list[int]:
+    return sorted({d for small in range(1, math.isqrt(of) + 1) if of % small == 0 for d in (small, of // small)})
+
+
+def _nearest_divisor(of: int, near: int) -> int:
+    """The divisor of `of` that is nearest to `near`; the smaller of two."""
+    return min(_divisors(of), key=lambda d: abs(d - near))
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+def _plan(model: Model) -> None:
+    example = "(('rope_chunk+moe', 'nope_full+moe'), 2)"
+    shape = f'Write it like --config.model.plan="({example},)".'
+    if not model.plan:
+        raise ConfigError("--config.model.plan=()", "a model has a layer or more", shape)
+    for segment in model.plan:
+        is_pair = isinstance(segment, tuple) and len(segment) == 2 and isinstance(segment[0], tuple)
+        if not is_pair or not segment[0] or type(segment[1]) is not int or segment[1] < 1:
+            raise ConfigError(f"{segment!r} in --config.model.plan", "a segment is (layer kinds, repeats >= 1)", shape)
+        for kind in segment[0]:
+            if kind not in LAYER_KINDS:
+                close = nearest(str(kind), LAYER_KINDS) or LAYER_KINDS[0]
+                true = f"a layer is one of {', '.join(LAYER_KINDS)}"
+                raise ConfigError(f"layer {kind!r} in --config.model.plan", true, f"Did you mean {close!r}?")
+
+
+def _heads(model: Model) -> None:
+    """Relations between the decoder's sizes."""
+    if model.n_heads % model.n_kv_heads:
+        fits = _nearest_divisor(model.n_heads, model.n_kv_heads)
+        asked = f"--config.model.n_kv_heads={model.n_kv_heads}"
+        true = f"every kv head serves as many of the n_heads={model.n_heads}"
+        raise ConfigError(asked, true, f"Set --config.model.n_kv_heads={fits}.")
+    if model.head_dim % 2 and any("rope_" in kind for kind in model.layers):
+        asked, true = f"--config.model.head_dim={model.head_dim}", "RoPE turns pairs of lanes, so it is even"
+        raise ConfigError(asked, true, f"Set --config.model.head_dim={model.head_dim + 1}.")
+    if model.top_k > model.n_experts:
+        asked, true = f"--config.model.top_k={model.top_k}", f"there are n_experts={model.n_experts}"
+        raise ConfigError(asked, true, f"Set --config.model.top_k={model.n_experts}.")
+    low, high = model.rope.low_freq_factor, model.rope.high_freq_factor
+    if low > high:
+        asked, true = f"--config.model.rope.low_freq_factor={low}", f"it is at most high_freq_factor={high}"
+        raise ConfigError(asked, true, f"Set --config.model.rope.low_freq_factor={high}.")
+
+
+def _vision(vision: Vision) -> None:
+    """Tiles divide into patches, patches into shuffled tokens, the width into heads of 2D-RoPE lanes."""
+    if vision.tile_px % vision.patch_px:
+        fits = _nearest_multiple(vision.patch_px, vision.tile_px)
+        asked, true = f"--config.model.vision.tile_px={vision.tile_px}", f"patches have {vision.patch_px} px"
+        raise ConfigError(asked, true, f"Set --config.model.vision.tile_px={fits}.")
+    if vision.grid % vision.shuffle:
+        fits = _nearest_multiple(vision.shuffle, vision.grid) * vision.patch_px
+        asked = f"--config.model.vision.shuffle={vision.shuffle}"
+        true = f"a tile has {vision.grid} x {vision.grid} patches ({vision.tile_px} px / {vision.patch_px} px)"
+        raise ConfigError(asked, true, f"Set --config.model.vision.tile_px={fits}, or another shuffle.")
+    if vision.dim % (4 * vision.n_heads):
+        fits = _nearest_multiple(4 * vision.n_heads, vision.dim)
+        asked = f"--config.model.vision.dim={vision.dim} with n_heads={vision.n_heads}"
+        true = "2D RoPE needs a head width that is a multiple of 4"
+        raise ConfigError(asked, true, f"Set --config.model.vision.dim={fits}.")
+
+
+# ---------------------------------------------------------------------------------------------------------- the data
+
+
+def _rows(run: Run) -> None:
+    """The step divides into rows, the rows into micro-batches."""
+    data, accumulate = run.data, run.train.accumulate
+    if data.batch_tokens % data.seq_len:
+        fits = _nearest_multiple(data.seq_len * accumulate, data.batch_tokens)
+        asked, true = f"--config.data.batch_tokens={data.batch_tokens}", f"rows have seq_len={data.seq_len} tokens"
+        raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}.")
+    if data.rows % accumulate:
+        fits = _nearest_divisor(data.rows, accumulate)
+        asked = f"--config.train.accumulate={accumulate}"
+        true = f"a step has batch_tokens / seq_len = {data.rows} rows, which do not split into as many micro-batches"
+        raise ConfigError(asked, true, f"Set --config.train.accumulate={fits}.")
+
+
+def _pictures(run: Run) -> None:
+    """The largest picture fits into a row: its tiles and its tokens (patches, a separator after each tile, 3 marks)."""
+    data, vision = run.data, run.model.vision
+    if vision is None:
+        if data.multimodal_steps > 0:
+            asked, true = f"--config.data.multimodal_steps={data.multimodal_steps}", "the model has no vision encoder"
+            raise ConfigError(asked, true, "Set --config.data.multimodal_steps=0, or model.vision in the recipe.")
+        return
+    if data.multimodal_steps == 0:
+        return
+    canvas = vision.max_tiles
+    tiles = canvas + 1 if canvas > 1 else 1  # the global tile
+    if data.tiles_per_row < tiles:
+        asked = f"--config.data.tiles_per_row={data.tiles_per_row}"
+        true = f"one picture has up to {tiles} tiles (model.vision.max_tiles={canvas}, and a global one)"
+        raise ConfigError(asked, true, f"Set --config.data.tiles_per_row={tiles} or more.")
+    tokens = tiles * vision.tokens_per_tile + (canvas if canvas > 1 else 0) + 3
+    if data.seq_len < tokens:
+        asked = f"--config.data.seq_len={data.seq_len}"
+        true = f"one picture is up to {tokens} tokens ({tiles} tiles of {vision.tokens_per_tile}) and is never cut"
+        fits = min((d for d in _divisors(data.batch_tokens) if d >= tokens), default=tokens)
+        raise ConfigError(asked, true, f"Set --config.data.seq_len={fits}, or lower --config.model.vision.max_tiles.")
+
+
+def _sources(run: Run) -> None:
+    if not run.data.sources:
+        change = "Name a manifest in the recipe: run.data.sources = dict(web=dict(path='data/web.toml', weight=1.0))."
+        raise ConfigError("--config.data.sources={}", "a run reads at least one source", change)
+    for name, source in run.data.sources.items():
+        here = f"--config.data.sources.{name}"
+        _named(name, "source", "data.sources")
+        _manifest(here, source.path)
+
+
+def _named(name: str, what: str, section: str) -> None:
+    if not name.isidentifier():
+        fits = "".join(c if c.isidentifier() or c.isdigit() else "_" for c in name)
+        fits = fits if fits.isidentifier() else f"_{fits}"
+        true = f"--config.{section}.NAME must be able to name it: letters, digits, underscores"
+        raise ConfigError(f"{what} {name!r}", true, f"Call it {fits!r}.")
+
+
+def _manifest(here: str, path: str) -> None:
+    if not path.endswith(".toml"):
+        true = "it is a manifest, a .toml file that says where the documents are"
+        raise ConfigError(f"{here}.path={path!r}", true, f"Set {here}.path=data/NAME.toml.")
+
+
+def _evals(run: Run) -> None:
+    for name, evaluation in run.evals.items():
+        here = f"--config.evals.{name}"
+        _named(name, "evaluation", "evals")
+        _manifest(here, evaluation.path)
+        if evaluation.kind != "perplexity" and run.model.vision is None:
+            true = "it shows pictures, and the model has no vision encoder"
+            raise ConfigError(f"{here}.kind={evaluation.kind}", true, f"Set {here}.kind=perplexity.")
+
+
+# ------------------------------------------------------------------------------------------- the schedule, the mesh
+
+
+def _schedule(run: Run) -> None:
+    optim, steps = run.optim, run.train.steps
+    if optim.warmup_steps >= steps:
+        asked, true = f"--config.optim.warmup_steps={optim.warmup_steps}", f"the run has train.steps={steps}"
+        raise ConfigError(asked, true, f"Set --config.optim.warmup_steps={steps // 10}, or raise --config.train.steps.")
+    if optim.schedule == "wsd":
+        rest = steps - optim.warmup_steps
+        if not 1 <= optim.decay_steps <= rest:
+            asked = f"--config.optim.decay_steps={optim.decay_steps}"
+            true = f"wsd decays over 1 to {rest} steps, those after the warm-up ({steps} - {optim.warmup_steps})"
+            raise ConfigError(asked, true, f"Set --config.optim.decay_steps={max(1, rest // 5)}.")
+
+
+def _mesh(run: Run) -> None:
+    """What holds for any number of devices: the axes' values, and rows that split over the fixed axes."""
+    sizes = dataclasses.asdict(run.mesh)
+    for axis, n in sizes.items():
+        if n < 1 and n != -1:
+            true = "an axis is at least 1, or -1 for the devices that are left"
+            raise ConfigError(f"--config.mesh.{axis}={n}", true, f"Set --config.mesh.{axis}=1.")
+    free = [axis for axis, n in sizes.items() if n == -1]
+    if len(free) > 1:
+        asked = f"mesh: {_product(sizes)}"
+        raise ConfigError(asked, "-1 is allowed once", f"Set --config.mesh.{free[-1]}=1.")
+    _split_rows(run, sizes)
+
+
+def _split_rows(run: Run, sizes: dict[str, int]) -> None:
+    """A micro-batch's rows divide over the devices along the axes, as far as these are known."""
+    micro, ways = run.data.rows // run.train.accumulate, math.prod(n for n in sizes.values() if n != -1)
+    if micro % ways:
+        fits = _nearest_multiple(ways, micro) * run.train.accumulate * run.data.seq_len
+        asked = f"mesh: {_product(sizes)} splits rows {ways} ways"
+        true = f"a micro-batch has {micro} rows (batch_tokens / seq_len / accumulate)"
+        raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}, or a smaller mesh axis.")
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " * ".join(f"{axis}={n}" for axis, n in sizes.items())
+
+
+def _fitting_mesh(sizes: dict[str, int], n_devices: int) -> str:
+    """The advice for axes that do not multiply to the devices: one axis changed so that they do."""
+    free = -1 in sizes.values()
+    for axis, n in sizes.items():
+        others = math.prod(m for name, m in sizes.items() if name != axis and m != -1)
+        if n != -1 and n_devices % others == 0:
+            if free:
+                return f"Set --config.mesh.{axis}={_nearest_divisor(n_devices // others, n)}."
+            return f"Set --config.mesh.{axis}={n_devices // others}, or -1 to take the rest."
+    return "Set one axis to -1 and every other to 1."

@@ -1,0 +1,215 @@
+"""The command line: parse, then call the function that does the work. Imports of the work are inside the handlers, so
+that `llamax --help` and a wrong configuration answer at once, without jax.
+
+Exit codes: 0 done, 2 a person's input is wrong (one line on stderr, no traceback), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llamax
+
+Handler = Callable[[argparse.Namespace], None]
+OVERRIDES = ("--config.", "--noconfig.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the console script `llamax`."""
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    command_line = parser()
+    args = command_line.parse_args(words)
+    if overrides and "overrides" not in args:
+        command_line.error(f"{overrides[0]}: only train and show take --config overrides")
+    args.overrides = overrides
+    from llamax.config import ConfigError
+
+    try:
+        args.handler(args)
+        sys.stdout.flush()
+    except ConfigError as error:
+        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+        print(f"{red}llamax: {error}{plain}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `llamax show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the other words, overrides as `--config.a.b=value`); a value may also follow as a word of its own."""
+    words: list[str] = []
+    overrides: list[str] = []
+    open_override = False  # the last word was an override without a value; a boolean one needs none
+    for word in argv:
+        if word.startswith(OVERRIDES):
+            overrides.append(word)
+            open_override = "=" not in word and not word.startswith("--no")
+        elif open_override and not word.startswith("--"):
+            overrides[-1] += f"={word}"
+            open_override = False
+        else:
+            words.append(word)
+            open_override = False
+    return words, overrides
+
+
+# ------------------------------------------------------------------------------------------------------ the handlers
+
+
+def _train(args: argparse.Namespace) -> None:
+    from llamax import config
+
+    run = config.freeze(config.load(args.recipe, args.overrides))  # before jax is imported
+    from llamax.run import train
+
+    train(run, args.workdir, overrides=args.overrides)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from llamax import config
+    from llamax.show import show
+
+    show(config.freeze(config.load(args.recipe, args.overrides)))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from llamax.run import generate
+
+    sampling = dict(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    print(generate(args.workdir, args.prompt, image=args.image, **sampling))
+
+
+def _data_build(args: argparse.Namespace) -> None:
+    from llamax.data.embedded.build import Recipe, build
+
+    build(args.out, recipe=Recipe(seed=args.seed), force=args.force)
+
+
+def _data_show(args: argparse.Namespace) -> None:
+    from llamax.data.show import show
+
+    show(args.manifest, n=args.documents)
+
+
+def _data_tokenizer(args: argparse.Namespace) -> None:
+    from llamax.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer(args.out, args.vocab, args.seed)
+
+
+# -------------------------------------------------------------------------------------------------------- the parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their words."""
+    about = "Train Llama-4-style models (mixture of experts, text and pictures) in JAX, from a laptop to a cluster."
+    top = argparse.ArgumentParser(prog="llamax", description=about, **_examples(TOP))
+    top.add_argument("--version", action="version", version=f"llamax {llamax.__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", _train, "train a recipe, or go on where it stopped", TRAIN)
+    _recipe(train)
+    train.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, TensorBoard and run.json go here")
+
+    show = _command(commands, "show", _show, "print a resolved recipe, its parameters and FLOPs; start nothing", SHOW)
+    _recipe(show)
+
+    generate = _command(commands, "generate", _generate, "continue a prompt with a trained model", GENERATE)
+    generate.add_argument("--workdir", required=True, metavar="DIR", help="of the training run; its newest checkpoint")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    generate.add_argument("--image", metavar="FILE", help="a picture that comes before the prompt")
+    generate.add_argument("--max-tokens", type=int, default=64, metavar="N", help="stop after N tokens (%(default)s)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (%(default)s)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+
+    about = "build or look at data, train a tokenizer"
+    data = commands.add_parser("data", help=about, description=_sentence(about), **_examples(DATA))
+    verbs = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    build = _command(verbs, "build", _data_build, "make the embedded data: this Python's library, and drawings", BUILD)
+    build.add_argument("--out", default="data/built", metavar="DIR", help="the folder to fill (%(default)s)")
+    build.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings (%(default)s)")
+    build.add_argument("--force", action="store_true", help="build again even if it is there")
+    look = _command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
+    look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
+    look.add_argument("-n", "--documents", type=int, default=3, metavar="N", help="how many (%(default)s)")
+    tokenizer = _command(
+        verbs, "tokenizer", _data_tokenizer, "train the small tokenizer on the embedded data", TOKENIZER
+    )
+    tokenizer.add_argument(
+        "--out", default="data/tokenizer.model", metavar="FILE", help="the file to write (%(default)s)"
+    )
+    tokenizer.add_argument(
+        "--vocab", type=int, default=3968, metavar="N", help="ids without the specials (%(default)s)"
+    )
+    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
+    return top
+
+
+def _recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE[:SIZE]", help="a recipe file; its sizes are full (default) and tiny")
+    overrides = "any setting of the recipe; `llamax show RECIPE` lists them all"
+    command.add_argument("--config.KEY", metavar="VALUE", dest="overrides", default=[], help=overrides)
+
+
+def _command(commands: Any, name: str, handler: Handler, about: str, examples: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=about, description=_sentence(about), **_examples(examples))
+    command.set_defaults(handler=handler)
+    return command
+
+
+def _sentence(about: str) -> str:
+    return f"{about[0].upper()}{about[1:]}."
+
+
+def _examples(text: str) -> dict[str, Any]:
+    """What every parser gets: examples below the help, as they are written, and no abbreviations."""
+    epilog = "examples:\n" + textwrap.indent(textwrap.dedent(text).strip("\n"), "  ")
+    return dict(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+TOP = """
+    llamax data build                                                        # the embedded data, under a minute
+    llamax train recipes/scout_pretrain.py:tiny --workdir runs/quickstart    # again: goes on where it stopped
+    llamax generate --workdir runs/quickstart --prompt "def main("
+"""
+TRAIN = """
+    llamax train recipes/scout_pretrain.py:tiny --workdir runs/scout
+    llamax train recipes/scout_pretrain.py:tiny --workdir runs/wide --config.model.expert_ffn_dim=512
+    llamax train recipes/scout_pretrain.py:tiny --workdir runs/norm --noconfig.model.qk_norm
+"""
+SHOW = """
+    llamax show recipes/scout_pretrain.py
+    llamax show recipes/maverick_pretrain.py:tiny --config.data.seq_len=256
+"""
+GENERATE = """
+    llamax generate --workdir runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8
+    llamax generate --workdir runs/quickstart --prompt "" --image drawing.png
+"""
+DATA = """
+    llamax data build
+    llamax data show data/built/drawings.toml
+"""
+BUILD = """
+    llamax data build
+    llamax data build --out /tmp/built --seed 1
+"""
+DATA_SHOW = """
+    llamax data show data/built/drawings.toml
+    llamax data show data/built/python.toml -n 1
+"""
+TOKENIZER = """
+    llamax data tokenizer --out data/tokenizer.model --vocab 3968
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

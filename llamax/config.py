@@ -1,0 +1,286 @@
+"""The schema of a run: frozen dataclasses with units, and the way from a recipe to them.
+
+A recipe calls `recipe(...)`, which returns a locked `ml_collections.ConfigDict` holding every default, and changes what
+differs. `load()` reads a recipe file and applies command-line overrides; `freeze()` turns the result into the nested
+frozen dataclasses below and makes every check that the configuration alone decides. Past `freeze()` no ConfigDict
+exists. Nothing here imports jax, so a wrong configuration is refused before a device is touched.
+
+Beside it: config_dict.py (dicts to dataclasses, ConfigError), config_file.py (recipe files and overrides, behind
+`load`) and checks.py (the checks, behind `freeze`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from llamax.config_dict import ConfigError as ConfigError  # everyone takes it from here
+from llamax.config_dict import from_dict, to_dict
+
+PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds recipes/ and data/, beside the package
+SIZES = ("full", "tiny")  # the sizes that every recipe offers
+LAYER_KINDS = tuple(f"{a}+{f}" for a in ("rope_chunk", "rope_full", "nope_full") for f in ("dense", "moe"))
+ROPE_SCALINGS = ("none", "llama3")
+SCHEDULES = ("cosine", "wsd")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "period")
+EVAL_KINDS = ("perplexity", "drawings")  # the keys of llamax.evals.EVALS
+
+
+# ------------------------------------------------------------------------------------------------------- the schema
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of the text model; "llama3" rescales low frequencies for longer contexts."""
+
+    theta: float = 500_000.0
+    scaling: str = "none"  # none | llama3
+    factor: float = 8.0  # the four below are read by "llama3" only
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_len: int = 8192  # tokens
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The vision encoder (ViT), its adapter and the tiling of pictures."""
+
+    tile_px: int = 336  # side of a square tile
+    patch_px: int = 14
+    max_tiles: int = 16  # tiles of a picture's canvas; a global tile comes on top when there is more than one
+    dim: int = 1408
+    n_layers: int = 34
+    n_heads: int = 16
+    ffn_dim: int = 5632
+    adapter_dim: int = 4096
+    shuffle: int = 2  # pixel shuffle: shuffle x shuffle patches become one token
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_px // self.patch_px
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """`<|patch|>` tokens that one tile fills."""
+        return (self.grid // self.shuffle) ** 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama-4-style decoder. The layer plan is data: a list of (period of layer kinds, repeats)."""
+
+    vocab_size: int = 202_048
+    dim: int = 5120
+    n_heads: int = 40
+    n_kv_heads: int = 8
+    head_dim: int = 128
+    plan: tuple = ((("rope_full+dense",), 1),)  # ((kind, kind, ...), repeats), ...; kinds: LAYER_KINDS
+    dense_ffn_dim: int = 16_384
+    expert_ffn_dim: int = 8192
+    n_experts: int = 16
+    top_k: int = 1  # experts a token
+    n_shared_experts: int = 1  # run on every token; one feed-forward of n x expert_ffn_dim
+    chunk_len: int = 8192  # tokens that a rope_chunk layer can see at most
+    qk_norm: bool = True  # on layers with RoPE
+    attn_temperature: float = 0.1  # on layers without RoPE; 0 turns it off
+    attn_temperature_floor: int = 8192  # tokens
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+    init_std: float = 0.02
+    rope: Rope = field(default_factory=Rope)
+    vision: Vision | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kind of every layer, first to last."""
+        return tuple(kind for period, repeats in self.plan for _ in range(repeats) for kind in period)
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str = ""  # a manifest (*.toml)
+    weight: float = 1.0  # share of tokens, relative to the other sources' weights
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizer: str = "data/tokenizer.model"  # tiktoken's file format
+    seq_len: int = 8192  # tokens a row
+    batch_tokens: int = 8192  # tokens a step, all devices, all accumulation steps
+    sources: dict[str, Source] = field(default_factory=dict)
+    multimodal_steps: float = 0.5  # share of steps whose batch carries pictures
+    tiles_per_row: int = 32  # picture tiles that one row can hold
+    window_docs: int = 256  # documents packed together; a window depends on its number alone
+    workers: int = 0  # loader processes; 0 reads in this one
+    prefetch_batches: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Rows a step."""
+        return self.batch_tokens // self.seq_len
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each mesh axis; -1, allowed once, takes the devices that are left."""
+
+    data: int = -1  # copies of the parameters
+    fsdp: int = 1  # shards of parameters and optimizer, gathered layer by layer
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    peak_lr: float = 3e-4
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay)
+    warmup_steps: int = 2000
+    decay_steps: int = 0  # wsd only: steps of the final linear decay
+    end_lr_ratio: float = 0.1  # of peak_lr, at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the training loss's terms."""
+
+    next_token: float = 1.0
+    router_balance: float = 1e-2  # Switch balance
+    router_z: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 100_000
+    accumulate: int = 1  # micro-batches a step
+    compute_dtype: str = "float32"  # float32 | bfloat16; master weights are float32
+    remat: str = "period"  # none | period: what backward recomputes
+    max_bad_steps: int = 10  # this many non-finite steps in a row stop the run
+    log_every_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Eval:
+    kind: str = "perplexity"  # a key of llamax.evals.EVALS
+    path: str = ""  # a manifest of held-out data
+    every_steps: int = 1000  # 0: only at the end
+    max_docs: int = 512
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 1000
+    keep: int = 3  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = ""
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    mesh: Mesh = field(default_factory=Mesh)
+    optim: Optim = field(default_factory=Optim)
+    losses: Losses = field(default_factory=Losses)
+    train: Train = field(default_factory=Train)
+    evals: dict[str, Eval] = field(default_factory=dict)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+# ------------------------------------------------------------------------------------------- from a recipe to a run
+
+
+def recipe(name: str, model: Model, **fields: Any) -> ConfigDict:
+    """A locked `ConfigDict` with every default of `Run`; `fields` are other fields of `Run` (`seed=17`).
+
+    Only `data.sources` and `evals` accept new keys. A dict assigned to a section (`run.mesh = dict(fsdp=8)`) means "the
+    defaults, but for these": what it leaves out is filled in when the recipe is loaded.
+    """
+    return to_config(Run(name=name, model=model, **fields))
+
+
+def to_config(run: Run) -> ConfigDict:
+    """A run as a locked `ConfigDict`, open to new `data.sources` and `evals`. `from_dict(Run, cfg)` is the inverse."""
+    cfg = ConfigDict(to_dict(run)).lock()
+    cfg.data.sources.unlock()
+    cfg.evals.unlock()
+    return cfg
+
+
+def tiny(run: ConfigDict, model: Model) -> ConfigDict:
+    """The laptop size of a pretraining recipe: `model`, the data that `llamax data build` makes, minutes on 2 cores."""
+    built = "data/built/{}.toml".format
+    run.model = to_dict(model)
+    run.data.update(seq_len=512, batch_tokens=8 * 512, tiles_per_row=16, window_docs=64)
+    run.data.sources = {
+        "python": {"path": built("python"), "weight": 0.45},
+        "docs": {"path": built("docs"), "weight": 0.15},
+        "drawings": {"path": built("drawings"), "weight": 0.25},
+        "interleaved": {"path": built("interleaved"), "weight": 0.10},
+        "clips": {"path": built("clips"), "weight": 0.05},
+    }
+    run.mesh = {"data": -1}
+    run.optim.update(peak_lr=3e-3, schedule="wsd", warmup_steps=40, decay_steps=150, end_lr_ratio=0.05)
+    run.train.update(steps=600, accumulate=1, compute_dtype="float32")
+    run.evals = {
+        "python": {"path": built("python_heldout"), "every_steps": 0, "max_docs": 64},
+        "docs": {"path": built("docs_heldout"), "every_steps": 0, "max_docs": 64},
+        "drawings": {"kind": "drawings", "path": built("drawings_heldout"), "every_steps": 0, "max_docs": 600},
+    }
+    run.checkpoint.update(every_steps=200, keep=2)
+    return run
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration of `"recipes/x.py"` or `"recipes/x.py:tiny"` after `--config.a.b=value` overrides.
+
+    Raises:
+        ConfigError: no such file or size, or a key or type that the schema does not have.
+    """
+    from llamax import config_file  # reads this module, so it is imported on use
+
+    return config_file.load(spec, overrides)
+
+
+def freeze(cfg: ConfigDict) -> Run:
+    """The run as frozen dataclasses, after every check that the configuration alone decides.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message names the nearest one that can.
+    """
+    from llamax import checks  # reads this module, so it is imported on use
+
+    run = from_dict(Run, cfg)
+    checks.check(run)
+    return run
+
+
+def check_devices(run: Run, n_devices: int) -> Mesh:
+    """The mesh with its -1 resolved for `n_devices` devices (all processes). Call it before any compile.
+
+    Raises:
+        ConfigError: the axes do not multiply to `n_devices`, or a micro-batch's rows do not split over them.
+    """
+    from llamax import checks  # reads this module, so it is imported on use
+
+    return checks.resolve_mesh(run, n_devices)
+
+
+def resolve_path(path: str | Path) -> Path:
+    """An absolute path as it is; a relative one from the current folder if it exists there, else from the project."""
+    path = Path(path)
+    if path.is_absolute() or path.exists() or not (PROJECT / path).exists():
+        return path
+    return PROJECT / path

@@ -1,0 +1,117 @@
+"""Nested dicts to the dataclasses of a schema and back, with errors that name the nearest right key.
+
+The schema itself is config.py's; nothing here knows its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+T = TypeVar("T")
+KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a tuple"}
+
+
+class ConfigError(ValueError):
+    """A person's input is wrong: what was asked, what is true, what to change."""
+
+    def __init__(self, asked: str, true: str, change: str):
+        super().__init__(f"{asked}, but {true}. {change}")
+        self.asked, self.true, self.change = asked, true, change
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A dataclass of the schema as nested dicts: what goes into run.json, and into a recipe's `run.model = ...`."""
+    return dataclasses.asdict(settings)
+
+
+def from_dict(cls: type[T], values: Any, where: str = "", schema: type | None = None) -> T:
+    """`values` (dicts, a ConfigDict, JSON read back) as the schema's dataclass `cls`; missing keys take its defaults.
+
+    For messages, `where` is the dotted path of `values` in `schema`, the whole run's dataclass (`cls` by default).
+
+    Raises:
+        ConfigError: a key that the schema does not have, or a value of the wrong type.
+    """
+    schema = schema or cls
+    if isinstance(values, ConfigDict):
+        values = values.to_dict()
+    if not isinstance(values, Mapping):
+        raise _wrong_type(where, values, "a section, that is a dict of its fields")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise unknown_key(_dotted(where, key), list(hints), schema)
+    return cls(**{key: _convert(hints[key], value, _dotted(where, key), schema) for key, value in values.items()})
+
+
+def _convert(kind: Any, value: Any, where: str, schema: type) -> Any:
+    """`value` as `kind`, the type of a field of the schema."""
+    if isinstance(kind, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where, schema)
+    if typing.get_origin(kind) is dict:  # named entries of one dataclass
+        if not isinstance(value, Mapping):
+            raise _wrong_type(where, value, "a section, that is a dict of its entries")
+        entry = typing.get_args(kind)[1]
+        return {key: from_dict(entry, v, _dotted(where, key), schema) for key, v in value.items()}
+    if kind is tuple and isinstance(value, list | tuple):
+        return _tuples(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:  # not isinstance(): True is an int too
+        raise _wrong_type(where, value, KIND_NAMES[kind])
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, all the way down."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _wrong_type(where: str, value: Any, wanted: str) -> ConfigError:
+    whole = isinstance(value, float) and value.is_integer()
+    change = f"Set --config.{where}={int(value)}." if whole else f"Set --config.{where} to {wanted}."
+    return ConfigError(f"--config.{where}={value!r}", f"{where or 'a run'} is {wanted}", change)
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+# ------------------------------------------------------------------------------------------------ the nearest right one
+
+
+def nearest(asked: str, options: Iterable[str]) -> str | None:
+    """The option most like `asked`, or None when nothing is close."""
+    return next(iter(difflib.get_close_matches(asked, list(options), 1, 0.4)), None)
+
+
+def unknown_key(asked: str, siblings: Sequence[str], schema: type) -> ConfigError:
+    """The error for a dotted path that does not exist; `siblings` are the keys that do exist in its place."""
+    section, _, key = asked.rpartition(".")
+    elsewhere = {path.rpartition(".")[2]: path for path in reversed(_paths(schema))}
+    sibling, cousin = nearest(key, siblings), nearest(key, elsewhere)
+    path = elsewhere.get(key) or (_dotted(section, sibling) if sibling else elsewhere.get(cousin or ""))
+    change = f"Did you mean --config.{path}?" if path else f"Known here: {', '.join(siblings) or 'nothing'}."
+    return ConfigError(f"--config.{asked}", f"{section or 'a run'} has no {key}", change)
+
+
+def _paths(cls: type, where: str = "") -> list[str]:
+    """Every dotted path of the schema, outer ones first; the entries of `sources` and `evals` are left out."""
+    outer, inner = [], []
+    for key, kind in typing.get_type_hints(cls).items():
+        outer.append(_dotted(where, key))
+        kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            inner += _paths(kind, _dotted(where, key))
+    return outer + inner

@@ -1,0 +1,180 @@
+"""Builds the embedded data: text of the standard library and generated drawings, as ArrayRecord shards with manifests.
+
+A build depends on nothing but its parameters, the interpreter's library, Pillow and the tokenizer file; these make its
+stamp, and a folder with the same stamp is left as it is. Shards are written beside the folder and moved at the end, so
+that a build that was stopped leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import PIL
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from llamax.config import ConfigError
+from llamax.data.embedded import drawings, sequences, shards, stdlib
+from llamax.data.tokenizer import Tokenizer
+
+VERSION = 1  # raise it when the same parameters make other data
+STAMP = "stamp.json"
+MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
+    "one_shape": drawings.one_shape,
+    "several_shapes": drawings.several_shapes,
+    "written": drawings.written,
+    "chart": drawings.chart,
+    "interleaved": sequences.interleaved,
+    "clip": sequences.clip,
+}
+GENERATED = {  # manifest -> the makers of its documents
+    "drawings": ("one_shape", "several_shapes", "written", "chart"),
+    "interleaved": ("interleaved",),
+    "clips": ("clip",),
+}
+OF_DRAWINGS = {"lang": "en", "kind": "multimodal", "licence": "CC0-1.0"}
+DESCRIPTIONS = {
+    "python": "Source files of the running interpreter's standard library, without tests.",
+    "docs": "Python's language reference, docstrings and notes, from the interpreter's standard library.",
+    "python_heldout": "2% of the standard library's source files, by path hash; in no training manifest.",
+    "docs_heldout": "Documentation of the held-out 2% of the standard library; in no training manifest.",
+    "drawings": "Generated drawings (shapes, writing, bar charts) with captions or questions and answers.",
+    "interleaved": "Generated documents of text and one to four drawings.",
+    "clips": "Generated clips: three to six frames of a moving shape, with questions on direction and order.",
+    "drawings_heldout": "One-shape drawings whose (colour, shape, size, position) is in no training drawing; "
+    "meta holds the prompt and the truth.",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to generate. Counts are documents."""
+
+    seed: int = 0
+    side: int = 56  # pixels along a drawing's side
+    counts: dict[str, int] = field(
+        default_factory=lambda: {
+            "one_shape": 20_000,
+            "several_shapes": 5_000,
+            "written": 3_000,
+            "chart": 3_000,
+            "interleaved": 3_000,
+            "clip": 2_000,
+        }
+    )
+    held_out_copies: int = 5  # drawings of each of the 144 held-out tuples
+
+
+def build(
+    out_dir: str | Path = "data/built",
+    *,
+    recipe: Recipe | None = None,
+    tokenizer: str | Path | None = "data/tokenizer.model",
+    library: str | Path | None = None,
+    force: bool = False,
+    console: Console | None = None,
+) -> dict[str, dict]:
+    """Builds the embedded data into `out_dir` and returns name -> manifest.
+
+    Args:
+        recipe: what to generate (default: `Recipe()`).
+        tokenizer: counts the manifests' tokens; None leaves them out.
+        library: a folder of Python source to read instead of the running interpreter's standard library.
+        force: build again, even if the folder holds this very build.
+        console: where the progress goes (default: standard error).
+
+    Raises ConfigError if `out_dir` holds something else than an earlier build, or if there is no source to read.
+    """
+    out_dir, recipe, library = Path(out_dir), recipe or Recipe(), Path(library or sysconfig.get_path("stdlib"))
+    console = console or Console(stderr=True)
+    stamp = _stamp(recipe, library, tokenizer)
+    earlier = _earlier(out_dir)
+    if earlier and earlier["stamp"] == stamp and not force:
+        console.print(f"{out_dir} is already built.", highlight=False)
+        return earlier["manifests"]
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        manifests = _write_all(new, recipe, library, Tokenizer(tokenizer) if tokenizer else None, console)
+        (new / STAMP).write_text(json.dumps({"stamp": stamp, "manifests": manifests}, indent=1) + "\n")
+        if out_dir.exists():
+            out_dir.rename(Path(scratch) / "old")
+        new.rename(out_dir)
+    return manifests
+
+
+def _stamp(recipe: Recipe, library: Path, tokenizer: str | Path | None) -> dict:
+    """All that a build depends on, as JSON values."""
+    return {
+        "version": VERSION,
+        "recipe": asdict(recipe),
+        "library": str(library),
+        "python": platform.python_version(),
+        "pillow": PIL.__version__,
+        "tokenizer": shards.sha256(Tokenizer(tokenizer).path) if tokenizer else None,
+    }
+
+
+def _earlier(out_dir: Path) -> dict | None:
+    """What the folder's stamp says; None if the folder is empty or missing."""
+    if (out_dir / STAMP).is_file():
+        return json.loads((out_dir / STAMP).read_text())
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ConfigError(
+            f"build the embedded data into {out_dir}",
+            "something else is there, which the build would replace",
+            "Name an empty or new folder.",
+        )
+    return None
+
+
+def _write_all(
+    folder: Path, recipe: Recipe, library: Path, tokenizer: Tokenizer | None, console: Console
+) -> dict[str, dict]:
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    manifests = {}
+    with Progress(*columns, console=console) as progress:
+
+        def write(name: str, documents: Iterator[dict], n: int, **about: str) -> None:
+            followed = progress.track(documents, total=n, description=name)
+            about["description"] = DESCRIPTIONS[name]
+            manifests[name] = shards.write(folder, name, followed, n, tokenizer, **about)
+
+        for name, makers in GENERATED.items():
+            n = sum(recipe.counts[maker] for maker in makers)
+            write(name, generate(recipe, makers), n, **OF_DRAWINGS)
+        held_out = drawings.held_out_shapes(_rng(recipe, "held out", 0), recipe.side, recipe.held_out_copies)
+        named = ({**document, "id": f"held_out/{i}"} for i, document in enumerate(held_out))
+        write("drawings_heldout", named, len(held_out), **OF_DRAWINGS)
+        reading = progress.add_task("standard library", total=None)
+        read = stdlib.read(library)
+        progress.update(reading, total=1, completed=1)
+        for name in ("python", "docs", "python_heldout", "docs_heldout"):
+            texts = getattr(read, name)
+            documents = ({"pieces": [{"text": text}], "id": id_} for id_, text in texts)
+            lang = "python" if name.startswith("python") else "en"
+            write(name, documents, len(texts), lang=lang, kind="text", licence="PSF-2.0")
+    skipped = ", ".join(f"{n} {why}" for why, n in read.skipped.items())
+    console.print(f"Library files left out: {skipped}.", highlight=False)
+    return manifests
+
+
+def _rng(recipe: Recipe, maker: str, index: int) -> random.Random:
+    """A document's own generator: it does not depend on how many others there are."""
+    return random.Random(f"{recipe.seed}/{maker}/{index}")
+
+
+def generate(recipe: Recipe, makers: tuple[str, ...]) -> Iterator[dict]:
+    """The documents of some makers, shuffled together."""
+    order = [(maker, i) for maker in makers for i in range(recipe.counts[maker])]
+    _rng(recipe, "order of " + ", ".join(makers), 0).shuffle(order)
+    for maker, i in order:
+        yield {**MAKERS[maker](_rng(recipe, maker, i), recipe.side), "id": f"{maker}/{i}"}

@@ -1,0 +1,83 @@
+"""A document becomes token ids and picture tiles: `<|begin_of_text|>` pieces `<|end_of_text|>`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llamax.config import ConfigError, Vision
+from llamax.data.images import PictureError, image_tokens, open_image, tile_image, to_rgb
+from llamax.data.sources import Document, Picture
+from llamax.data.tokenizer import Tokenizer
+from llamax.data.video import read_frames
+
+
+class Encoded(NamedTuple):
+    """A document as the packer takes it. L tokens, n tiles, P pixels along a tile's side."""
+
+    source_id: int
+    tokens: np.ndarray  # int32 [L], framed
+    pictures: np.ndarray  # int32 [pictures, 3]: first token, one past the last token, number of tiles
+    tiles: np.ndarray  # uint8 [n, P, P, 3], in the order of the patch tokens
+    skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
+
+
+@functools.cache
+def _tokenizer(path: str) -> Tokenizer:
+    """One tokenizer a file and process: loader processes make their own."""
+    return Tokenizer(path)
+
+
+class Encoder:
+    """Encodes the documents of one source; `where` names it in errors."""
+
+    def __init__(self, tokenizer: str | Path, vision: Vision | None, source_id: int = 0, where: str = ""):
+        self.tokenizer_path, self.vision, self.source_id, self.where = str(tokenizer), vision, source_id, where
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return _tokenizer(self.tokenizer_path)
+
+    def __call__(self, document: Document) -> Encoded:
+        """ConfigError for a picture where there is no vision encoder; other faults give `skip`."""
+        if document.skip:
+            return self._skipped(document.skip)
+        ids, pictures, tiles = [self.tokenizer.bos], [], []
+        for piece in document.pieces:
+            if isinstance(piece, str):
+                ids += self.tokenizer.encode(piece)
+                continue
+            try:
+                for picture_tiles, block in self._picture(piece):
+                    pictures.append((len(ids), len(ids) + len(block), len(picture_tiles)))
+                    tiles.append(picture_tiles)
+                    ids += block
+            except PictureError as error:
+                return self._skipped(error.reason)
+        ids.append(self.tokenizer.eos)
+        spans = np.array(pictures, np.int32).reshape(-1, 3)
+        return Encoded(self.source_id, np.array(ids, np.int32), spans, self._stack(tiles))
+
+    def _picture(self, picture: Picture) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """(tiles, token ids) of every frame."""
+        if self.vision is None:
+            raise ConfigError(
+                f"a text-only stream of {self.where}",
+                "one of its documents carries a picture",
+                'Write kind = "multimodal" in the manifest, and use a model with a vision encoder.',
+            )
+        frames = read_frames(picture.data) if picture.video else [to_rgb(open_image(picture.data))]
+        for frame in frames:
+            tiles, (rows, cols) = tile_image(frame, self.vision)
+            yield tiles, image_tokens(rows, cols, self.vision, self.tokenizer)
+
+    def _skipped(self, reason: str) -> Encoded:
+        return Encoded(self.source_id, np.zeros(0, np.int32), np.zeros((0, 3), np.int32), self._stack([]), reason)
+
+    def _stack(self, tiles: list[np.ndarray]) -> np.ndarray:
+        P = self.vision.tile_px if self.vision else 0
+        return np.concatenate(tiles) if tiles else np.zeros((0, P, P, 3), np.uint8)

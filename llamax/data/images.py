@@ -1,0 +1,129 @@
+"""A picture becomes square tiles and token ids, as Llama 4 does it.
+
+Canvases are all (rows, cols) of tiles with rows * cols <= max_tiles. The picture goes on the canvas that enlarges it
+least, or shrinks it least where none is large enough; it is resized with its aspect kept, but never enlarged past one
+tile's side, pasted top left on black, and cut into tiles, row by row. When there is more than one tile, a last "global"
+tile holds the whole picture stretched to a square.
+
+Tokens, for N = tokens_per_tile: one tile is `<|image_start|> <|image|> <|patch|>*N <|image_end|>`; more are
+`<|image_start|>`, then for each row its tiles of `<|patch|>*N` joined by `<|tile_x_separator|>` and closed by
+`<|tile_y_separator|>`, then `<|image|> <|patch|>*N` for the global tile and `<|image_end|>`.
+
+Letters: P pixels along a tile's side, n tiles. Tiles are uint8; the device maps x to x / 127.5 - 1.
+Source: Llama 4's image preprocessing and chat format (Meta's reference code).
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from llamax.config import Vision
+from llamax.data.tokenizer import Tokenizer
+
+WHITE = (255, 255, 255)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; `reason` is `image_missing` or `image_unreadable`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+
+
+def open_image(data: bytes | str | Path) -> Image.Image:
+    """Opens an encoded picture (bytes, or the path of a file). PictureError if it is missing or no picture."""
+    try:
+        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+    except FileNotFoundError as error:
+        raise PictureError("image_missing", str(error)) from None
+    except Exception as error:  # Pillow raises nearly anything on damaged bytes
+        raise PictureError("image_unreadable", str(error)) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB, upright by its EXIF tag, transparent pixels over white. PictureError if it cannot be."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to 255
+            return Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, WHITE)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    except Exception as error:  # as above: this is where the pixels are decoded
+        raise PictureError("image_unreadable", str(error)) from None
+
+
+@functools.cache
+def canvases(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (rows, cols) with rows * cols <= max_tiles, in the order that settles ties.
+
+    More tiles first and fewer rows first, but grouped by aspect ratio, in the order in which the ratios appear.
+    """
+    groups: dict[float, list[tuple[int, int]]] = {}
+    for n in range(max_tiles, 0, -1):
+        for rows in range(1, n + 1):
+            if n % rows == 0:
+                groups.setdefault(rows / (n // rows), []).append((rows, n // rows))
+    return tuple(canvas for group in groups.values() for canvas in group)
+
+
+@functools.lru_cache(4096)
+def choose_canvas(height: int, width: int, tile_px: int, max_tiles: int) -> tuple[int, int]:
+    """(rows, cols) of the canvas for a picture: least enlargement, else least shrinking, then least area.
+
+    The scale of a canvas is min(canvas_h / height, canvas_w / width), in float32 as in the reference.
+    """
+    grid = np.array(canvases(max_tiles))
+    sides = (grid * tile_px).astype(np.float32)
+    scales = (sides / np.array([height, width], np.float32)).min(axis=1)
+    best = scales[scales >= 1].min() if (scales >= 1).any() else scales.max()
+    area = np.where(scales == best, grid.prod(axis=1), np.iinfo(np.int64).max)
+    rows, cols = grid[area.argmin()]  # the first of equals
+    return int(rows), int(cols)
+
+
+def _fit(side: int, other: int, limit: int, other_limit: int) -> tuple[int, int]:
+    """(side, other) scaled to the limit that binds, aspect kept: rounded down, at least 1."""
+    if limit * other < other_limit * side:  # limit / side < other_limit / other
+        return limit, max(1, min(int(other * (limit / side)), other_limit))
+    return max(1, min(int(side * (other_limit / other)), limit)), other_limit
+
+
+def tile_image(image: Image.Image, vision: Vision) -> tuple[np.ndarray, tuple[int, int]]:
+    """An RGB picture to (tiles uint8 [n, P, P, 3], (rows, cols)); n = rows * cols, and 1 more if that exceeds 1."""
+    width, height = image.size
+    P = vision.tile_px
+    rows, cols = choose_canvas(height, width, P, vision.max_tiles)
+    new_height, new_width = _fit(
+        height, width, min(max(height, P), rows * P), min(max(width, P), cols * P)
+    )  # a side shorter than a tile may grow to one tile, no further
+    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)  # antialiased when it shrinks
+    canvas = np.zeros((rows * P, cols * P, 3), np.uint8)
+    canvas[:new_height, :new_width] = np.asarray(resized)
+    tiles = canvas.reshape(rows, P, cols, P, 3).swapaxes(1, 2).reshape(rows * cols, P, P, 3)
+    if len(tiles) > 1:
+        stretched = np.asarray(image.resize((P, P), Image.Resampling.BILINEAR))
+        tiles = np.concatenate([tiles, stretched[None]])
+    return tiles, (rows, cols)
+
+
+def image_tokens(rows: int, cols: int, vision: Vision, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a picture of rows x cols tiles."""
+    patches = [tokenizer.patch] * vision.tokens_per_tile
+    ids = [tokenizer.image_start]
+    if rows * cols > 1:
+        for _ in range(rows):
+            for col in range(cols):
+                ids += patches + [tokenizer.tile_x_separator if col < cols - 1 else tokenizer.tile_y_separator]
+    return ids + [tokenizer.image, *patches, tokenizer.image_end]

@@ -1,0 +1,124 @@
+"""Which document comes n-th: sources mixed by token weight, a pure function of n.
+
+    share of documents of source i  ~  (its token weight) / (its mean tokens a document)
+
+The shares become counts c_i of a cycle of `CYCLE` documents, in which every source is spread evenly; cycle k takes each
+source's next c_i documents of its own shuffled, endlessly repeated order.
+
+When there are pictures, there are two streams. A share f of the steps (`data.multimodal_steps`) is multimodal and draws
+from the picture sources plus just enough text that, with W the picture sources' share of all tokens,
+
+    weights of multimodal steps:   picture source i: w_i / f      text source j: w_j (1 - W / f) / (1 - W)
+    weights of text-only steps:                                   text source j: w_j / (1 - W)
+
+so that over all steps every source has its w. A text source that feeds both streams deals its documents out, so that
+within an epoch each document still comes once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from llamax.config import ConfigError
+
+CYCLE = 10_000  # documents; the resolution of the shares
+
+
+class Shares(NamedTuple):
+    """Token weights of the two streams, by source; each sums to 1 or is empty."""
+
+    text: dict[str, float]
+    multimodal: dict[str, float]
+    multimodal_steps: Fraction  # share of steps
+
+
+def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimodal_steps: float) -> Shares:
+    """Splits token weights (any positive scale) into the two streams; sources of weight 0 are left out.
+
+    `multimodal_steps` is ignored when there are only text sources, or only picture sources. ConfigError if the picture
+    sources weigh more than that share of steps could carry.
+    """
+    total = sum(weights.values())
+    if not weights or min(weights.values()) < 0 or total <= 0:
+        raise ConfigError(
+            f"data sources with weights {dict(weights)}", "no tokens can be drawn by them", "Give positive weights."
+        )
+    share = {name: weight / total for name, weight in sorted(weights.items()) if weight > 0}
+    pictures = {name: w for name, w in share.items() if name in multimodal}
+    text = {name: w for name, w in share.items() if name not in multimodal}
+    if not pictures:
+        return Shares(text, {}, Fraction(0))
+    if not text:
+        return Shares({}, pictures, Fraction(1))
+    W, f = sum(pictures.values()), Fraction(multimodal_steps).limit_denominator(10_000)
+    if f + 1e-9 < W:
+        raise ConfigError(
+            f"config.data.multimodal_steps={multimodal_steps:g}",
+            f"the sources with pictures ({', '.join(pictures)}) weigh {W:.3f} of all tokens",
+            f"Set it to {W:.3f} or more, or lower their weights.",
+        )
+    mixed = {name: w / float(f) for name, w in pictures.items()}
+    rest = 1 - W / float(f)
+    if rest > 1e-6:
+        mixed |= {name: w / (1 - W) * rest for name, w in text.items()}
+    if f == 1:
+        return Shares({}, mixed, f)
+    return Shares({name: w / (1 - W) for name, w in text.items()}, mixed, f)
+
+
+def is_multimodal(step: int, share: Fraction) -> bool:
+    """Whether a step is multimodal: `share` of the steps are, evenly spread, the same on every host."""
+    return (step + 1) * share // 1 > step * share // 1
+
+
+class Deal(NamedTuple):
+    """How a source's order is dealt out: one stream gets `share` of it, evenly spread, the other one the complement."""
+
+    share: Fraction = Fraction(1)
+    complement: bool = False  # the share counts what `Deal(1 - share)` leaves
+
+    def position(self, n: int) -> int:
+        """Where in the source's order this stream's n-th document stands.
+
+        `Deal(p)` takes place j when floor((j + 1) p) > floor(j p), so its n-th is at ceil((n + 1) / p) - 1; of the
+        places left over, a share 1 - p, the n-th is at floor(n / (1 - p)).
+        """
+        return n // self.share if self.complement else -(-(n + 1) // self.share) - 1
+
+
+def deal_text(shares: Shares) -> tuple[Deal, Deal]:
+    """How every text source that feeds both streams deals its documents: (to the text stream, to the multimodal)."""
+    name = next((name for name in shares.text if name in shares.multimodal), None)
+    if name is None:
+        return Deal(), Deal()
+    f = float(shares.multimodal_steps)
+    to_text, to_mixed = shares.text[name] * (1 - f), shares.multimodal[name] * f  # in tokens of all steps
+    share = Fraction(to_text / (to_text + to_mixed)).limit_denominator(1_000_000)
+    return Deal(share), Deal(1 - share, complement=True)
+
+
+class Mixture:
+    """Grain's selection map: n -> (index of the source, position in its order)."""
+
+    def __init__(self, token_weights: Sequence[float], mean_tokens: Sequence[float], deals: Sequence[Deal]):
+        documents = np.array(token_weights, float) / np.array(mean_tokens, float)
+        self.counts = np.maximum(np.rint(documents / documents.sum() * CYCLE), 1).astype(np.int64)  # a cycle, by source
+        # The k-th of a source's c documents belongs at (k + 1/2) / c of the cycle.
+        source = np.repeat(np.arange(len(self.counts)), self.counts)
+        rank = np.concatenate([np.arange(count) for count in self.counts])
+        order = np.argsort((rank + 0.5) / self.counts[source], kind="stable")
+        self.source, self.rank = source[order], rank[order]
+        self.deals = tuple(deals)
+
+    def __len__(self) -> int:
+        return 2**62  # endless
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        cycle, place = divmod(n, len(self.source))
+        source = int(self.source[place])
+        taken = cycle * int(self.counts[source]) + int(self.rank[place])
+        return source, self.deals[source].position(taken)

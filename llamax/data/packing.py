@@ -1,0 +1,155 @@
+"""Documents become rows of exactly seq_len tokens, a window of documents at a time.
+
+A document of L framed tokens t_0 .. t_{L-1} gives the L - 1 pairs (token t_i, target t_{i+1}); every pair lands in one
+row exactly once. A document with more pairs than a row is cut into pieces: each piece is a segment of its own, whose
+positions restart at 0, but whose last target is still the true next token. No cut falls inside a picture's tokens. The
+pieces go into rows best fit first: largest piece first, into the row that it fills most. A row holds at most seq_len
+tokens and `tiles_per_row` picture tiles; what is left over is padding. At last the window's rows are shuffled.
+
+Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt.
+
+What comes out depends on the window's documents and its number alone. Letters: R rows, T = seq_len, P tile pixels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llamax.batch import Batch
+from llamax.data.encode import Encoded
+
+
+class Piece(NamedTuple):
+    """The pairs [start, end) of a document and its tiles [first_tile, last_tile)."""
+
+    document: Encoded
+    start: int
+    end: int
+    first_tile: int
+    last_tile: int
+
+    @property
+    def n_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def n_tiles(self) -> int:
+        return self.last_tile - self.first_tile
+
+
+class Window(NamedTuple):
+    """Rows of one window; `rows.tiles` is flat, [all tiles, P, P, 3], row after row."""
+
+    rows: Batch  # arrays [R, T]
+    tile_counts: np.ndarray  # int32 [R]: tiles of each row
+    skipped: dict[str, int]  # "source id/reason" -> documents left out
+
+
+def split(document: Encoded, seq_len: int, tiles_per_row: int) -> list[Piece] | None:
+    """Cuts a document into pieces that fit a row; None if one of its pictures alone does not."""
+    pieces: list[Piece] = []
+    start = end = first = last = 0  # the open piece
+    for begin, stop, n_tiles in [*document.pictures.tolist(), (len(document.tokens) - 1,) * 2 + (0,)]:
+        if stop - begin > seq_len or n_tiles > tiles_per_row:
+            return None
+        while begin - start > seq_len:  # the text before the picture runs past the row
+            pieces.append(Piece(document, start, start + seq_len, first, last))
+            start, first = start + seq_len, last
+        end = begin
+        if stop - start > seq_len or last + n_tiles - first > tiles_per_row:  # the picture opens a new piece
+            if end > start:
+                pieces.append(Piece(document, start, end, first, last))
+            start, first = end, last
+        end, last = stop, last + n_tiles
+    if end > start:
+        pieces.append(Piece(document, start, end, first, last))
+    return pieces
+
+
+def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int) -> list[list[Piece]]:
+    """Best-fit decreasing: rows as lists of pieces, each within both capacities."""
+    free_tokens = np.full(len(pieces), seq_len)  # of every row that could be opened; untouched rows are empty
+    free_tiles = np.full(len(pieces), tiles_per_row)
+    rows: list[list[Piece]] = []
+    sizes = [-max(piece.n_tokens / seq_len, piece.n_tiles / max(tiles_per_row, 1)) for piece in pieces]
+    for i in np.argsort(sizes, kind="stable"):
+        piece, n = pieces[i], len(rows)
+        left = free_tokens[:n] - piece.n_tokens
+        left[(left < 0) | (free_tiles[:n] < piece.n_tiles)] = seq_len + 1
+        row = int(left.argmin()) if n else 0
+        if n == 0 or left[row] > seq_len:
+            row = n
+            rows.append([])
+        rows[row].append(piece)
+        free_tokens[row] -= piece.n_tokens
+        free_tiles[row] -= piece.n_tiles
+    return rows
+
+
+def pack_window(documents: Sequence[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator) -> Window:
+    """Packs the documents of a window; `rng` shuffles the rows. Documents with `skip` are counted and left out."""
+    skipped: Counter[str] = Counter()
+    pieces: list[Piece] = []
+    for document in documents:
+        cut = None if document.skip else split(document, seq_len, tiles_per_row)
+        if cut is None:
+            skipped[f"{document.source_id}/{document.skip or 'image_too_large'}"] += 1
+        else:
+            pieces += cut
+    rows = fit(pieces, seq_len, tiles_per_row)
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    batch = _blank(len(rows), seq_len)
+    for r, row in enumerate(rows):
+        t = 0
+        for segment, piece in enumerate(row, start=1):
+            _place(piece, batch, r, slice(t, t + piece.n_tokens), segment)
+            t += piece.n_tokens
+    tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for row in rows for piece in row if piece.n_tiles]
+    counts = np.array([sum(piece.n_tiles for piece in row) for row in rows], np.int32)
+    flat = np.concatenate(tiles) if tiles else batch.tiles
+    return Window(batch._replace(tiles=flat), counts, dict(skipped))
+
+
+def _blank(rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3)) -> Batch:
+    """A Batch of nothing but padding."""
+    ids = [np.zeros((rows, seq_len), np.int32) for _ in range(5)]
+    return Batch(
+        tokens=ids[0],
+        targets=ids[1],
+        loss_weights=np.zeros((rows, seq_len), np.float32),
+        segment_ids=ids[2],
+        positions=ids[3],
+        source_ids=ids[4],
+        tiles=np.zeros(tiles, np.uint8),
+    )
+
+
+def _place(piece: Piece, batch: Batch, r: int, where: slice, segment: int) -> None:
+    """Writes a piece into its place of row r."""
+    document, pairs = piece.document, slice(piece.start, piece.end)
+    is_text = np.ones(len(document.tokens), bool)
+    for begin, stop, _ in document.pictures:
+        is_text[begin:stop] = False
+    batch.tokens[r, where] = document.tokens[:-1][pairs]
+    batch.targets[r, where] = document.tokens[1:][pairs]
+    batch.loss_weights[r, where] = is_text[1:][pairs]
+    batch.segment_ids[r, where] = segment
+    batch.positions[r, where] = np.arange(piece.n_tokens)
+    batch.source_ids[r, where] = document.source_id
+
+
+def collate(rows: Sequence[tuple[Window, int]], n_rows: int, seq_len: int, tiles: tuple[int, int]) -> Batch:
+    """Rows (window, number in it) to a Batch of `n_rows`, padded with empty rows. `tiles` is (slots a row, pixels)."""
+    batch = _blank(n_rows, seq_len, (n_rows, tiles[0], tiles[1], tiles[1], 3))
+    for b, (window, r) in enumerate(rows):
+        for mine, theirs in zip(batch[:-1], window.rows[:-1], strict=True):
+            mine[b] = theirs[r]
+        first = int(window.tile_counts[:r].sum())
+        n = int(window.tile_counts[r])
+        if n:
+            batch.tiles[b, :n] = window.rows.tiles[first : first + n]
+    return batch

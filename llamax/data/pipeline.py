@@ -1,0 +1,276 @@
+"""The data stream: manifests in, THE Batch out, by Grain.
+
+    per source   reader -> shuffle -> repeat -> encode          document n is a pure function of n
+    a stream     mixture -> window of documents -> pack         window n is a pure function of n
+    build()      rows of the windows, one after the other -> Batch, text-only or multimodal by the step's number
+
+So the whole position is a few integers: the step, and for each stream the window and the row in it. A resumed stream is
+the uninterrupted one bit for bit, and loader processes or prefetching change nothing: a stream saved with none resumes
+with two.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.config import ConfigError
+from llamax.data.encode import Encoded, Encoder
+from llamax.data.mixture import Deal, Mixture, deal_text, is_multimodal, two_streams
+from llamax.data.packing import Window, collate, pack_window
+from llamax.data.sources import Document, Manifest, open_source, read_manifest
+
+SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
+MIN_WINDOW_ROWS = 32  # a window wastes about half a row, so that it should not be much smaller
+MAX_EMPTY_WINDOWS = 20  # in a row, before the stream gives up
+
+
+def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.IterDataset:
+    """The training stream: an endless IterDataset of Batch (numpy), whose iterator's state is plain integers.
+
+    Batches have `data.rows` rows; text-only ones M = 0 tile slots, multimodal ones M = `data.tiles_per_row`.
+    ConfigError where a manifest, its files or the weights are wrong.
+    """
+    names = sorted(data.sources)
+    manifests = {name: read_manifest(data.sources[name].path) for name in names}
+    pictures = [name for name in names if manifests[name].kind == "multimodal"]
+    if pictures and vision is None:
+        raise ConfigError(
+            f"data source {pictures[0]} ({manifests[pictures[0]].path})",
+            "it carries pictures and config.model.vision is None",
+            "Take a model with a vision encoder, or drop the source.",
+        )
+    shares = two_streams({name: data.sources[name].weight for name in names}, pictures, data.multimodal_steps)
+    readers, encoders, mean_tokens = {}, {}, {}
+    for source_id, name in enumerate(names):
+        if name in shares.text or name in shares.multimodal:
+            readers[name] = open_source(manifests[name])
+            encoders[name] = Encoder(
+                data.tokenizer, vision if name in pictures else None, source_id, str(manifests[name].path)
+            )
+            mean_tokens[name] = _mean_tokens(manifests[name], readers[name], encoders[name])
+
+    def windows(weights: dict[str, float], deal: Deal, stream: int, tiles_per_row: int) -> grain.MapDataset | None:
+        if not weights:
+            return None
+        parts = []
+        for name in weights:
+            # One order a source, whichever stream reads it.
+            order = np.random.SeedSequence([seed, names.index(name)]).generate_state(1)
+            documents = grain.MapDataset.source(readers[name]).shuffle(seed=int(order[0]))
+            parts.append(documents.repeat().map(encoders[name]))
+        deals = [deal if name in shares.text and name in shares.multimodal else Deal() for name in weights]
+        mixture = Mixture(list(weights.values()), [mean_tokens[name] for name in weights], deals)
+        mixed = grain.MapDataset.select_from_datasets(parts, mixture)
+        documents_a_token = sum(weight / mean_tokens[name] for name, weight in weights.items())
+        window_docs = max(data.window_docs, int(MIN_WINDOW_ROWS * data.seq_len * documents_a_token))
+        return _pack(mixed, window_docs, data.seq_len, tiles_per_row, (seed, stream))
+
+    to_text, to_mixed = deal_text(shares)
+    stream = Stream(
+        windows(shares.text, to_text, 0, 0),
+        windows(shares.multimodal, to_mixed, 1, data.tiles_per_row),
+        shares.multimodal_steps,
+        data,
+        vision,
+    )
+    if not data.prefetch_batches:  # Grain's own 0 would let an endless queue fill after a restore
+        return stream
+    return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=data.prefetch_batches)
+
+
+def _mean_tokens(manifest: Manifest, reader: Sequence[Document], encoder: Encoder) -> float:
+    """Mean places that a document takes in a row: its tokens, less the last one, which is only a target.
+
+    Text tokens are the manifest's where it states them. Pictures depend on the model's tiling and are counted, like
+    text that is not stated, in documents spread evenly over the source.
+    """
+    text = manifest.tokens / len(reader) + 1
+    if manifest.tokens and manifest.kind == "text":
+        return text
+    sample = [encoder(reader[int(n)]) for n in np.unique(np.linspace(0, len(reader) - 1, SAMPLE_DOCS).astype(int))]
+    if manifest.tokens:
+        return text + float(np.mean([(e.pictures[:, 1] - e.pictures[:, 0]).sum() for e in sample]))
+    return max(1.0, float(np.mean([len(e.tokens) - 1 for e in sample])))
+
+
+def _pack(
+    documents: grain.MapDataset, window_docs: int, seq_len: int, tiles_per_row: int, seed: tuple[int, int]
+) -> grain.MapDataset:
+    """Encoded documents to packed windows."""
+
+    def pack(number: int, window: list[Encoded]) -> Window:
+        return pack_window(window, seq_len, tiles_per_row, np.random.default_rng((*seed, number)))
+
+    return documents.batch(window_docs, batch_fn=list).map_with_index(pack)
+
+
+class Rows(Iterator[tuple[Window, int]]):
+    """The rows of numbered windows, one after the other: (window, row in it).
+
+    `state` says where it stands. `row` is 0 exactly when window `window` has not been opened yet; a window's skipped
+    documents are counted when it is opened.
+    """
+
+    def __init__(self, windows: grain.MapDataset, workers: int):
+        self._windows, self._workers = windows, workers
+        self._iterator: grain.DatasetIterator | None = None
+        self.state = {"window": 0, "row": 0, "skipped": {}}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"window": self._window, "row": self._row, "skipped": dict(self._skipped)}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.close()
+        self._window, self._row, self._skipped = state["window"], state["row"], Counter(state["skipped"])
+
+    def start(self) -> None:
+        """Starts the loader processes, if there are any."""
+        if self._iterator is None:
+            options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            dataset = self._windows[self._window :].to_iter_dataset(options)
+            if self._workers:
+                if not flags.FLAGS.is_parsed():
+                    flags.FLAGS.mark_as_parsed()  # Grain's loader processes read absl flags
+                dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(self._workers, 1))
+            self._iterator = iter(dataset)
+            self._iterator.start_prefetch()
+
+    def __next__(self) -> tuple[Window, int]:
+        empty = 0
+        while self._open is None:
+            self.start()
+            window = next(self._iterator)
+            if self._row == 0:
+                self._skipped.update(window.skipped)
+            if len(window.tile_counts):
+                self._open = window
+                break
+            self._window, empty = self._window + 1, empty + 1
+            if empty == MAX_EMPTY_WINDOWS:
+                raise ConfigError(
+                    "the data sources",
+                    f"{empty} windows of documents in a row hold nothing usable: {dict(self._skipped)}",
+                    "Repair the documents, or drop the source; the reasons are listed in llamax/data/sources.py.",
+                )
+        window, row = self._open, self._row
+        self._row += 1
+        if self._row == len(window.tile_counts):
+            self._window, self._row, self._open = self._window + 1, 0, None
+        return window, row
+
+    def close(self) -> None:
+        """Ends the loader processes and lets go of their shared memory; `state` stays."""
+        self._open: Window | None = None
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+class Stream(grain.IterDataset):
+    """Batches from the windows of the text stream and of the multimodal one; either may be None."""
+
+    def __init__(self, text, multimodal, multimodal_steps, data: config.Data, vision: config.Vision | None):
+        super().__init__()
+        self.text, self.multimodal, self.multimodal_steps = text, multimodal, multimodal_steps
+        self.data, self.tile_px = data, vision.tile_px if vision else 0
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return StreamIterator(self)
+
+
+class StreamIterator(grain.DatasetIterator):
+    """Walks a Stream; its state is plain integers and the skipped documents' counts."""
+
+    def __init__(self, stream: Stream):
+        super().__init__()
+        self._stream, self._step = stream, 0
+        streams = {"multimodal": stream.multimodal, "text": stream.text}
+        streams = {name: windows for name, windows in streams.items() if windows is not None}
+        workers = -(-stream.data.workers // len(streams))  # two streams share them
+        self._rows = {name: Rows(windows, workers) for name, windows in streams.items()}
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        stream, data = self._stream, self._stream.data
+        pictures = is_multimodal(self._step, stream.multimodal_steps)
+        source = self._rows["multimodal" if pictures else "text"]
+        rows = list(itertools.islice(source, data.rows))
+        self._step += 1
+        return collate(rows, data.rows, data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step} | {name: rows.state for name, rows in self._rows.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+        for name, rows in self._rows.items():
+            rows.state = state[name]
+
+    def start_prefetch(self) -> None:
+        for rows in self._rows.values():
+            rows.start()
+
+    def close(self) -> None:
+        self._closed = True
+        for rows in self._rows.values():
+            rows.close()
+
+
+def skipped(iterator: grain.DatasetIterator, data: config.Data) -> dict[str, dict[str, int]]:
+    """Documents left out up to the last batch: source -> reason (a key of sources.SKIP_REASONS) -> count."""
+    names, counts = sorted(data.sources), {}
+    for stream in ("text", "multimodal"):
+        for key, count in iterator.get_state().get(stream, {"skipped": {}})["skipped"].items():
+            source, reason = key.split("/")
+            of_source = counts.setdefault(names[int(source)], {})
+            of_source[reason] = of_source.get(reason, 0) + count
+    return counts
+
+
+class HeldOut:
+    """The documents of one manifest, once and in order, as Batches of the training shapes; the last one is padded.
+
+    Takes at most `max_docs` documents (0: all), spread evenly. `skipped` has the last pass's left-out documents by
+    reason.
+    """
+
+    def __init__(
+        self, path: str | Path, data: config.Data, vision: config.Vision | None, max_docs: int = 0, source_id: int = 0
+    ):
+        self.manifest, self.data, self.source_id = read_manifest(path), data, source_id
+        self.vision = vision if self.manifest.kind == "multimodal" else None
+        self.max_docs = max_docs
+        self.skipped: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        data, vision = self.data, self.vision
+        reader = open_source(self.manifest)
+        n = min(self.max_docs or len(reader), len(reader))
+        spread = grain.MapDataset.range(n).map(lambda i: reader[i * len(reader) // n])
+        encoded = spread.map(Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path)))
+        tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
+        rows = Rows(_pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0)), workers=0)
+        while batch := list(itertools.islice(rows, data.rows)):
+            yield collate(batch, data.rows, data.seq_len, tiles)
+        self.skipped = {key.split("/")[1]: count for key, count in rows.state["skipped"].items()}
+
+
+def text_bytes(batch: Batch, byte_lengths: np.ndarray, n_sources: int = 1) -> np.ndarray:
+    """Bytes of text that the batch's targets with loss stand for, by source: int64 [n_sources].
+
+    `byte_lengths` is `Tokenizer.byte_lengths`. Bits per byte = summed nll / ln 2 / these.
+    """
+    lengths = np.where(batch.loss_weights > 0, byte_lengths[batch.targets], 0)
+    return np.bincount(batch.source_ids.ravel(), lengths.ravel(), n_sources).astype(np.int64)

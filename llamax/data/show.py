@@ -1,0 +1,105 @@
+"""`llamax data show MANIFEST`: documents as a person would read them, and their pictures on contact sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llamax.data.images import PictureError, open_image, to_rgb
+from llamax.data.sources import SKIP_REASONS, Document, Picture, open_source, read_manifest
+from llamax.data.tokenizer import Tokenizer
+from llamax.data.video import read_frames
+
+MAX_CHARS = 400  # of a text piece
+CELL = 112  # pixels along a picture's side on a sheet
+GAP = 6
+
+
+def show(
+    manifest: str | Path,
+    n: int = 8,
+    *,
+    tokenizer: str | Path = "data/tokenizer.model",
+    out_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> Path | None:
+    """Prints what a manifest says and n of its documents, evenly spaced.
+
+    Their pictures go to `out_dir`/<manifest>.png, a document a row (default folder: beside the manifest, `show/`).
+    Returns that file, or None if there were no pictures. ConfigError for a wrong manifest or tokenizer file.
+    """
+    console = console or Console()
+    about = read_manifest(manifest)
+    source, reader = open_source(about), Tokenizer(tokenizer)
+    _print_manifest(console, about, len(source))
+    n = min(n, len(source))
+    rows = []
+    for number in (i * len(source) // n for i in range(n)):
+        document = source[number]
+        _print_document(console, document, number, reader)
+        if pictures := [image for piece in document.pieces if isinstance(piece, Picture) for image in images(piece)]:
+            rows.append(pictures)
+    if not rows:
+        return None
+    folder = Path(out_dir) if out_dir else about.path.parent / "show"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{about.path.stem}.png"
+    contact_sheet(rows).save(path)
+    console.print(f"Pictures, a document a row: {path}", highlight=False)
+    return path
+
+
+def _print_manifest(console: Console, about, documents: int) -> None:
+    table = Table(show_header=False, box=None, title=str(about.path), title_justify="left")
+    table.add_row("what", escape(about.description))
+    table.add_row("kind, language", f"{about.kind}, {about.lang}")
+    table.add_row("licence", escape(about.licence))
+    table.add_row("documents", f"{documents:,} in {len(about.files)} {about.format} files")
+    table.add_row("text", f"{about.bytes:,} bytes" + (f", {about.tokens:,} tokens" if about.tokens else ""))
+    console.print(table)
+
+
+def _print_document(console: Console, document: Document, number: int, tokenizer: Tokenizer) -> None:
+    title = f"[bold]{number}[/bold] {escape(document.id)}"
+    if document.skip:
+        console.print(f"\n{title} [red]skipped: {SKIP_REASONS[document.skip]}[/red]", highlight=False)
+        return
+    texts = [piece for piece in document.pieces if isinstance(piece, str)]
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    pictures = len(document.pieces) - len(texts)
+    console.print(f"\n{title}  {tokens} text tokens, {pictures} pictures", highlight=False)
+    for key, value in document.meta.items():
+        console.print(f"  {escape(key)}: {escape(str(value))}", style="dim", highlight=False)
+    body = "".join(_shown(piece) for piece in document.pieces)
+    console.print(body, highlight=False)
+
+
+def _shown(piece: str | Picture) -> str:
+    if isinstance(piece, Picture):
+        return "[cyan]<video>[/cyan]" if piece.video else "[cyan]<picture>[/cyan]"
+    left_out = len(piece) - MAX_CHARS
+    return escape(piece[:MAX_CHARS]) + (f"[dim] ... {left_out:,} characters more[/dim]" if left_out > 0 else "")
+
+
+def images(picture: Picture) -> list[Image.Image]:
+    """A picture as one image, a clip as its frames; what cannot be read as a red square."""
+    try:
+        return list(read_frames(picture.data)) if picture.video else [to_rgb(open_image(picture.data))]
+    except PictureError:
+        return [Image.new("RGB", (CELL, CELL), (200, 0, 0))]
+
+
+def contact_sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """Pictures scaled into square cells, a row for each list."""
+    width = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (width * (CELL + GAP) + GAP, len(rows) * (CELL + GAP) + GAP), (110, 110, 110))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            scale = CELL / max(image.size)
+            size = tuple(max(1, round(side * scale)) for side in image.size)
+            sheet.paste(image.resize(size), (GAP + x * (CELL + GAP), GAP + y * (CELL + GAP)))
+    return sheet

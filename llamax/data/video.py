@@ -1,0 +1,38 @@
+"""A clip becomes a list of frames, each of which is then a picture of the document, in order.
+
+Clips are animated GIF, WebP or PNG files. A clip with more frames than the budget is sampled evenly, first and last
+frame included.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llamax.data.images import PictureError, open_image, to_rgb
+
+FRAME_BUDGET = 8  # frames of a clip that the model sees
+
+
+def sample(n_frames: int, budget: int) -> list[int]:
+    """Numbers of the frames to keep: all, or `budget` (at least 1) spread evenly from the first to the last."""
+    assert n_frames >= 1 and budget >= 1
+    if n_frames <= budget:
+        return list(range(n_frames))
+    return [int(round(x)) for x in np.linspace(0, n_frames - 1, budget)]
+
+
+def read_frames(data: bytes | str | Path, budget: int = FRAME_BUDGET) -> list[Image.Image]:
+    """The sampled frames of an encoded clip, as RGB pictures. PictureError if it is missing or unreadable."""
+    clip = open_image(data)
+    frames = []
+    for number in sample(getattr(clip, "n_frames", 1), budget):
+        try:
+            clip.seek(number)
+            frame = clip.copy()  # decodes it; the clip itself goes on to the next
+        except Exception as error:  # Pillow raises nearly anything on damaged bytes
+            raise PictureError("image_unreadable", f"frame {number}: {error}") from None
+        frames.append(to_rgb(frame))
+    return frames

@@ -1,0 +1,80 @@
+"""Does the model see? Accuracy of the colour and the shape that it names on held-out drawings of one object.
+
+Asked twice: with the picture, and with the picture blanked, where only chance is left. A document's meta holds the
+`prompt` and the truth, `colour` and `shape`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamax import config
+from llamax.config import ConfigError
+from llamax.data.encode import Encoder
+from llamax.data.sources import Document
+from llamax.evals.held_out import documents
+from llamax.evals.report import Context, Report
+from llamax.sample.engine import Prompt, generate
+
+ASKED = ("colour", "shape")
+ANSWER_TOKENS = 8
+BATCH = 128  # prompts a program run
+SHOWN = 8  # pictures in the report
+BLANK = 255  # white paper
+
+
+def run(ctx: Context, cfg: config.Eval) -> Report:
+    found = [d for d in documents(cfg.path, cfg.max_docs) if {"prompt", *ASKED} <= d.meta.keys()]
+    if not found:
+        change = "Point the evaluation's path at drawings_heldout.toml, which `llamax data build` makes."
+        raise ConfigError(f"drawings evaluation of {cfg.path}", "no document has a prompt, a colour and a shape", change)
+    prompts = [prompt_of(ctx, document) for document in found]
+    blank = [p._replace(tiles=np.full_like(p.tiles, BLANK)) for p in prompts]
+    seen, unseen = answers(ctx, prompts), answers(ctx, blank)
+    report = Report()
+    for what in ASKED:
+        truth = [document.meta[what] for document in found]
+        names = sorted(set(truth))
+        chance = max(truth.count(name) for name in names) / len(truth)
+        with_picture, without = accuracy(seen, truth, names), accuracy(unseen, truth, names)
+        noise = 3 * math.sqrt(chance * (1 - chance) / len(truth))
+        report.scalars |= {f"{what}_accuracy": with_picture, f"{what}_accuracy_blank": without}
+        compared = f"{without:.1%} with the picture blanked; chance {chance:.1%} ± {noise:.1%} (3 sigma)"
+        report.rows.append((f"{what} of {len(found)} held-out drawings", f"{with_picture:.1%}", compared))
+    for prompt, answer in list(zip(prompts, seen, strict=True))[:SHOWN]:
+        report.pictures.append((prompt.tiles[0], answer.strip()))
+    return report
+
+
+def prompt_of(ctx: Context, document: Document) -> Prompt:
+    encoder = Encoder(ctx.tokenizer.path, ctx.run.model.vision)
+    pictures = tuple(piece for piece in document.pieces if not isinstance(piece, str))
+    encoded = encoder(document._replace(pieces=(*pictures, document.meta["prompt"])))
+    return Prompt(encoded.tokens[:-1].tolist(), encoded.tiles)  # without the end-of-text id
+
+
+def answers(ctx: Context, prompts: Sequence[Prompt]) -> list[str]:
+    texts = []
+    for start in range(0, len(prompts), BATCH):
+        new = generate(
+            ctx.skeleton,
+            ctx.params,
+            ctx.router_bias,
+            prompts[start : start + BATCH],
+            max_tokens=ANSWER_TOKENS,
+            stop={ctx.tokenizer.eos},
+        )
+        texts += [ctx.tokenizer.decode(ids) for ids in new]
+    return texts
+
+
+def accuracy(texts: Sequence[str], truth: Sequence[str], names: Sequence[str]) -> float:
+    """The share of texts whose first word out of `names` is the true one."""
+    right = 0
+    for text, true in zip(texts, truth, strict=True):
+        words = text.replace(".", " ").replace(",", " ").split()
+        right += next((word for word in words if word in names), None) == true
+    return right / len(truth)

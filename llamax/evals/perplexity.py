@@ -1,0 +1,58 @@
+"""Bits per byte on held-out text, beside what a unigram model of the same tokens and `zlib -9` need for it.
+
+    bits per byte = sum of -log2 p(token) over the text's tokens / bytes of the text
+
+The unigram is fitted on the held-out text itself, which no real one could beat; zlib compresses all of it as one stream.
+Tokens of the frame (begin and end of a document) are predicted too and count against the model.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.data.pipeline import HeldOut
+from llamax.evals.held_out import documents
+from llamax.evals.report import Context, Report
+from llamax.model.score import score
+from llamax.model.skeleton import Skeleton
+
+
+def run(ctx: Context, cfg: config.Eval) -> Report:
+    nats = tokens = 0.0
+    for batch in HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs):
+        batch_nats, batch_tokens = sums(ctx.skeleton, ctx.params, ctx.router_bias, ctx.put(batch))
+        nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
+    texts = [piece for d in documents(cfg.path, cfg.max_docs) for piece in d.pieces if isinstance(piece, str)]
+    size = sum(len(text.encode()) for text in texts)
+    bits = nats / math.log(2) / size
+    unigram, packed = unigram_bits(ctx, texts) / size, zlib_bits(texts) / size
+    scalars = {"bits_per_byte": bits, "nats_per_token": nats / tokens}
+    scalars |= {"unigram_bits_per_byte": unigram, "zlib_bits_per_byte": packed}
+    compared = f"unigram {unigram:.3f} ({bits / unigram - 1:+.0%}); zlib -9 {packed:.3f} ({bits / packed - 1:+.0%})"
+    return Report(scalars, [("bits per byte of held-out text", f"{bits:.3f}", compared)])
+
+
+@partial(jax.jit, static_argnums=0)
+def sums(skeleton: Skeleton, params, router_bias, batch: Batch):
+    """(nats, tokens) of a batch."""
+    logp_BT = score(skeleton.bind(params, router_bias), batch).logp
+    return -jnp.sum(logp_BT * batch.loss_weights), jnp.sum(batch.loss_weights)
+
+
+def unigram_bits(ctx: Context, texts: list[str]) -> float:
+    """Bits of all tokens under their own frequencies."""
+    counts = Counter(token for text in texts for token in ctx.tokenizer.encode(text))
+    total = sum(counts.values())
+    return -sum(n * math.log2(n / total) for n in counts.values())
+
+
+def zlib_bits(texts: list[str]) -> float:
+    return 8.0 * len(zlib.compress("".join(texts).encode(), 9))

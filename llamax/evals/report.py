@@ -1,0 +1,34 @@
+"""What an evaluation is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.data.tokenizer import Tokenizer
+from llamax.model.skeleton import Skeleton
+
+
+class Context(NamedTuple):
+    """The run that is evaluated."""
+
+    run: config.Run
+    skeleton: Skeleton
+    tokenizer: Tokenizer
+    put: Callable[[Batch], Batch]  # a host batch onto the mesh
+    params: Any
+    router_bias: Any
+
+
+@dataclass
+class Report:
+    """Figures by name; rows for people, each (what, figure, and what to compare it with); captioned pictures."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)

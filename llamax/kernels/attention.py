@@ -1,0 +1,171 @@
+"""Causal attention over packed rows: one signature, a slow twin, and a fast function per platform.
+
+    o[t, h] = sum_s p[t, s] v[s, h // G]        p[t, :] = softmax over the keys that t sees of  q[t, h] . k[s, h // G] / sqrt(Dh)
+
+Query t sees key s iff both carry the same segment id and pos[s] <= pos[t]. A row holds its segments one after another,
+positions ascend inside a segment, and segment 0 is padding: its output is finite and means nothing. A layer that sees
+chunks of C tokens only is the same thing with finer segment ids (and says so with `local_len=C`, which lets a kernel
+with a static grid leave blocks out).
+
+The blocked algorithm is FlashAttention (Dao et al. 2022, arXiv:2205.14135; the backward of FlashAttention-2,
+arXiv:2307.08691): tiles of C queries by C keys, a running maximum m and sum l, and only the logarithm of the
+normaliser is kept for the backward pass, which computes the tiles again.
+
+Letters: B rows, T tokens a row, H query heads, K kv heads, G = H // K query heads a kv head, Dh head dim; here also
+n tiles a row and C tokens a tile. Scores, softmax and sums are float32 whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from llamax.kernels.varying import full_like, vary_alike
+
+MASKED = -1e30  # finite: a row without any key stays free of NaN
+TILE = 128  # tokens a tile on CPU: small enough for the cache, large enough for the matmuls
+
+
+# ------------------------------------------------------------------------------------------------------ the slow twin
+
+
+def slow_attention(q_BTHDh, k_BSKDh, v_BSKDh, *, q_pos, k_pos, q_seg, k_seg, local_len=None):
+    """Attention with the full [B, H, T, S] matrix of scores: the definition, and the truth that the others are held to.
+
+    q_BTHDh [B, T, H, Dh]; k_BSKDh, v_BSKDh [B, S, K, Dh]; q_pos, q_seg int32 [B, T]; k_pos, k_seg int32 [B, S].
+    S may differ from T. `local_len` says nothing that the segment ids do not. Returns [B, T, H, Dh] in q's dtype.
+    """
+    B, T, H, Dh = q_BTHDh.shape
+    K = k_BSKDh.shape[2]
+    q_BTKGDh = q_BTHDh.astype(jnp.float32).reshape(B, T, K, H // K, Dh) * Dh**-0.5
+    score_BKGTS = jnp.einsum("btkgd,bskd->bkgts", q_BTKGDh, k_BSKDh.astype(jnp.float32))
+    sees_BTS = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_pos[:, None, :] <= q_pos[:, :, None])
+    p_BKGTS = jax.nn.softmax(jnp.where(sees_BTS[:, None, None], score_BKGTS, MASKED), axis=-1)
+    o_BTKGDh = jnp.einsum("bkgts,bskd->btkgd", p_BKGTS, v_BSKDh.astype(jnp.float32))
+    return o_BTKGDh.reshape(B, T, H, Dh).astype(q_BTHDh.dtype)
+
+
+# -------------------------------------------------------------------------------------------- blocked, in plain JAX
+
+
+def blocked_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, local_len=None):
+    """`slow_attention` in tiles, made for CPU: [T, T] never exists, and tiles that no query can see are not computed.
+
+    Where q and k are equally long they must be the same tokens (self-attention): tiles in the future, and tiles before
+    the segment in which the query tile starts, are skipped row by row. A chunked layer thus costs O(T C). Any T
+    works. Other lengths (decoding against a cache) go to `slow_attention`, whose matrix is then thin.
+    The loop runs over rows: on several devices, call it inside `jax.shard_map` over B.
+    """
+    B, T, H, Dh = q_BTHDh.shape
+    K = k_BTKDh.shape[2]
+    if k_BTKDh.shape[1] != T:
+        return slow_attention(q_BTHDh, k_BTKDh, v_BTKDh, q_pos=q_pos, k_pos=k_pos, q_seg=q_seg, k_seg=k_seg)
+    C = min(TILE, -(-min(T, local_len or T) // 16) * 16)
+    n = -(-T // C)
+
+    def tiled(x):  # [B, T, ...] -> [B, n, C, ...]; the filling is padding: segment 0
+        x = jnp.pad(x, ((0, 0), (0, n * C - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, n, C, *x.shape[2:])
+
+    def heads(x):  # -> [B, n, K, G, C, Dh]
+        x = tiled(x.astype(jnp.float32))
+        return x.reshape(B, n, C, K, -1, Dh).transpose(0, 1, 3, 4, 2, 5)
+
+    q, k, v = heads(q_BTHDh) * Dh**-0.5, heads(k_BTKDh)[:, :, :, 0], heads(v_BTKDh)[:, :, :, 0]
+    ids = tuple(tiled(x) for x in (q_pos, k_pos, q_seg, k_seg))
+    first = _segment_starts(ids[2].reshape(B, n * C))[:, ::C] // C
+    o = _tiles(*vary_alike(q, k, v, ids, first))
+    return o.transpose(0, 1, 4, 2, 3, 5).reshape(B, n * C, H, Dh)[:, :T].astype(q_BTHDh.dtype)
+
+
+def _segment_starts(seg_BT):
+    """The index at which the run of equal ids around each token begins, int32 [B, T]."""
+    index = jnp.arange(seg_BT.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(seg_BT[:, 1:] != seg_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
+def _sees(q_pos, k_pos, q_seg, k_seg):
+    """[queries, keys] for two tiles of ids; `_sees(...).T` is never taken: a transpose costs a pass over the tile."""
+    return (q_seg[:, None] == k_seg[None, :]) & (k_pos[None, :] <= q_pos[:, None])
+
+
+@jax.custom_vjp
+def _tiles(q, k, v, ids, first):
+    """q [B, n, K, G, C, Dh], scaled; k, v [B, n, K, C, Dh]; ids: four of [B, n, C]; first [B, n]: the first tile of keys
+    that a tile of queries needs. Returns o like q."""
+    return _tiles_forward(q, k, v, ids, first)[0]
+
+
+def _tiles_forward(q, k, v, ids, first):
+    o, log_z = jax.lax.map(_row_forward, (q, k, v, ids, first))
+    return o, (q, k, v, ids, first, o, log_z)
+
+
+def _tiles_backward(saved, do):
+    q, k, v, ids, first, o, log_z = saved
+    delta = (do * o).sum(-1)  # equals sum_s p dp, FlashAttention-2 section 3
+    dq, dk, dv = jax.lax.map(_row_backward, (q, k, v, ids, first, do, log_z, delta))
+    return dq, dk, dv, None, None
+
+
+_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+def _row_forward(row):
+    """One row: o [n, K, G, C, Dh] and the log of the softmax's normaliser [n, K, G, C]."""
+    q, k, v, (q_pos, k_pos, q_seg, k_seg), first = row
+    n, K, G, C, Dh = q.shape
+
+    def query_tile(tile):
+        i, q_i, pos_i, seg_i, first_i = tile
+
+        def key_tile(step, carry):
+            m, z, acc = carry
+            j = i - step  # the diagonal comes first, so that m is a real score from the start
+            score = jnp.einsum("kgtd,ksd->kgts", q_i, k[j])
+            score = jnp.where(_sees(pos_i, k_pos[j], seg_i, k_seg[j]), score, MASKED)
+            m_new = jnp.maximum(m, score.max(-1))
+            p = jnp.exp(score - m_new[..., None])
+            shrink = jnp.exp(m - m_new)
+            acc = acc * shrink[..., None] + jnp.einsum("kgts,ksd->kgtd", p, v[j])
+            return m_new, z * shrink + p.sum(-1), acc
+
+        start = (full_like(q, (K, G, C), MASKED), full_like(q, (K, G, C)), full_like(q, (K, G, C, Dh)))
+        m, z, acc = jax.lax.fori_loop(0, i + 1 - first_i, key_tile, start)
+        return acc / z[..., None], m + jnp.log(z)
+
+    return jax.lax.map(query_tile, (jnp.arange(n), q, q_pos, q_seg, first))
+
+
+def _row_backward(row):
+    """One row: dq like q, dk and dv like k. Scores are computed keys first, [K, C keys, G, C queries]: then no matmul
+    but dq's contracts a leading dimension, which XLA on CPU does 2-3 times slower; dq is summed transposed."""
+    q, k, v, (q_pos, k_pos, q_seg, k_seg), first, do, log_z, delta = row
+    n, K, G, C, Dh = q.shape
+    k_transposed = jnp.swapaxes(k, -1, -2)
+
+    def query_tile(sums, tile):
+        i, q_i, do_i, log_z_i, delta_i, pos_i, seg_i, first_i = tile
+
+        def key_tile(step, carry):
+            dq, dk, dv = carry
+            j = i - step
+            score = jnp.einsum("ksd,kgtd->ksgt", k[j], q_i)
+            sees = (k_seg[j][:, None] == seg_i[None, :]) & (k_pos[j][:, None] <= pos_i[None, :])
+            p = jnp.exp(jnp.where(sees[:, None], score, MASKED) - log_z_i[:, None])
+            dp = jnp.einsum("ksd,kgtd->ksgt", v[j], do_i)
+            dscore = p * (dp - delta_i[:, None])
+            dv = dv.at[j].add(jnp.einsum("ksgt,kgtd->ksd", p, do_i))
+            dk = dk.at[j].add(jnp.einsum("ksgt,kgtd->ksd", dscore, q_i))
+            return dq + jnp.einsum("kds,ksgt->kdgt", k_transposed[j], dscore), dk, dv
+
+        dq, *sums = jax.lax.fori_loop(0, i + 1 - first_i, key_tile, (full_like(q, (K, Dh, G, C)), *sums))
+        return tuple(sums), dq.transpose(0, 2, 3, 1)
+
+    zeros = (full_like(k, k.shape), full_like(v, v.shape))
+    (dk, dv), dq = jax.lax.scan(query_tile, zeros, (jnp.arange(n), q, do, log_z, delta, q_pos, q_seg, first))
+    return dq, dk, dv

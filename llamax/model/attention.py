@@ -1,0 +1,95 @@
+"""Grouped-query attention with Llama 4's interleaved RoPE (iRoPE).
+
+Three kinds of layer. rope_chunk: rotated, sees its own chunk of C tokens only. rope_full: rotated, sees all before it.
+nope_full: not rotated, sees all before it, its queries scaled by a temperature that grows with position. A chunk is a
+finer segment: a local layer is plain causal attention whose segment ids tell (segment, position // C) apart, and it
+rotates by position mod C: the same in exact arithmetic, because RoPE is relative, and exact in float32 on any row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from llamax import config
+from llamax.model.layers import matrix, rms
+from llamax.model.rope import Rotation, frequencies, rotate, rotation
+from llamax.model.seam import Seam
+
+
+class Places(NamedTuple):
+    """Where every token of a batch stands; computed once, read by every layer."""
+
+    positions: Array  # int32 [B, T], per segment
+    segments: Array  # int32 [B, T]
+    chunks: Array  # int32 [B, T]: one id per (segment, chunk)
+    chunk_rotation: Rotation  # of position mod C
+    full_rotation: Rotation
+    temperature: Array  # float32 [B, T]
+
+
+def places(positions_BT: Array, segment_ids_BT: Array, model: config.Model) -> Places:
+    freq = frequencies(model.rope, model.head_dim)
+    within = positions_BT % model.chunk_len
+    # Positions restart at 0 in a segment, so a chunk begins wherever position mod C is 0: counting those names them.
+    chunks = jnp.where(segment_ids_BT > 0, jnp.cumsum(within == 0, axis=1, dtype=jnp.int32), 0)
+    return Places(
+        positions_BT,
+        segment_ids_BT,
+        chunks,
+        rotation(within, freq),
+        rotation(positions_BT, freq),
+        temperature(positions_BT, model),
+    )
+
+
+def temperature(positions_BT: Array, model: config.Model) -> Array:
+    """1 + scale ln(1 + floor((p + 1) / floor_len)) in float32: exactly 1 before position floor_len - 1."""
+    # Integer division: float32 cannot tell neighbouring positions apart beyond 2^24.
+    steps = ((positions_BT + 1) // model.attn_temperature_floor).astype(jnp.float32)
+    return 1.0 + model.attn_temperature * jnp.log1p(steps)
+
+
+class Attention(nnx.Module):
+    """q, k, v, o projections around the seam's attention; no biases; QK norm has no weight and follows the rotation."""
+
+    def __init__(self, model: config.Model, kind: str, seam: Seam, *, out_gain: float, rngs: nnx.Rngs):
+        self.kind, self.model, self.seam = kind, model, seam
+        dim, heads, kv_heads, head_dim = model.dim, model.n_heads, model.n_kv_heads, model.head_dim
+        wide = dict(fan_in=dim, fan_out=heads * head_dim)
+        narrow = dict(fan_in=dim, fan_out=kv_heads * head_dim)
+        self.query = matrix(rngs, (dim, heads, head_dim), ("embed", "heads", "head_dim"), **wide)
+        self.key = matrix(rngs, (dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **narrow)
+        self.value = matrix(rngs, (dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **narrow)
+        out = dict(fan_in=heads * head_dim, fan_out=dim, gain=out_gain)
+        self.out = matrix(rngs, (heads, head_dim, dim), ("heads", "head_dim", "embed"), **out)
+
+    def __call__(self, x_BTD: Array, at: Places) -> Array:
+        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.query[...].astype(x_BTD.dtype))
+        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.key[...].astype(x_BTD.dtype))
+        v_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.value[...].astype(x_BTD.dtype))
+        if self.kind == "nope_full":
+            if self.model.attn_temperature:
+                q_BTHK = (q_BTHK * at.temperature[..., None, None]).astype(x_BTD.dtype)
+        else:
+            turn = at.chunk_rotation if self.kind == "rope_chunk" else at.full_rotation
+            q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
+            if self.model.qk_norm:
+                q_BTHK = rms(q_BTHK, self.model.norm_eps).astype(x_BTD.dtype)
+                k_BTGK = rms(k_BTGK, self.model.norm_eps).astype(x_BTD.dtype)
+        local = self.kind == "rope_chunk"
+        segments = at.chunks if local else at.segments
+        o_BTHK = self.seam.attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            q_pos=at.positions,
+            k_pos=at.positions,
+            q_seg=segments,
+            k_seg=segments,
+            local_len=self.model.chunk_len if local else None,
+        )
+        return jnp.einsum("bthk,hkd->btd", o_BTHK, self.out[...].astype(x_BTD.dtype))

@@ -1,0 +1,17 @@
+"""Early fusion: the features of a row's pictures replace the embeddings at its `<|patch|>` tokens, in order."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def fuse(x_BTD: Array, features_BFD: Array, is_patch_BT: Array) -> Array:
+    """The f-th patch token of row b becomes features[b, f]; every other embedding stays as it is.
+
+    A row must not hold more patch tokens than features; the packer sees to it.
+    """
+    rank_BT = jnp.cumsum(is_patch_BT, axis=1) - 1
+    rank_BT = jnp.clip(rank_BT, 0, features_BFD.shape[1] - 1)
+    replaced_BTD = jnp.take_along_axis(features_BFD, rank_BT[..., None], axis=1)
+    return jnp.where(is_patch_BT[..., None], replaced_BTD.astype(x_BTD.dtype), x_BTD)

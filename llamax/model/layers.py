@@ -1,0 +1,102 @@
+"""The parts that text and vision share: parameters with their facts, norms, feed-forwards, stacked layers.
+
+A parameter records its logical axes (parallel/rules.py maps them to mesh axes), its fan-in and fan-out, and its kind:
+"matrix" (weight decay applies), "embedding", "norm" or "bias". Master values are float32; a module casts at use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, *, fan_in: int, fan_out: int, gain=1.0) -> nnx.Param:
+    """A projection, normal with standard deviation gain / sqrt(fan_in)."""
+    value = jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / math.sqrt(fan_in))
+    return nnx.Param(value, axes=axes, fan_in=fan_in, fan_out=fan_out, kind="matrix")
+
+
+def embedding(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, *, std: float) -> nnx.Param:
+    value = jax.random.normal(rngs.params(), shape, jnp.float32) * std
+    return nnx.Param(value, axes=axes, fan_in=1, fan_out=shape[-1], kind="embedding")
+
+
+def ones(dim: int, axis: str) -> nnx.Param:
+    return nnx.Param(jnp.ones(dim, jnp.float32), axes=(axis,), fan_in=1, fan_out=dim, kind="norm")
+
+
+def zeros(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, fan_in=1, fan_out=shape[-1], kind="bias")
+
+
+def rms(x: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """rms(x) in float32, cast back, then times the weight: Llama's order, and no 1 + w."""
+
+    def __init__(self, dim: int, eps: float, *, axis: str = "norm"):
+        self.eps = eps
+        self.weight = ones(dim, axis)
+
+    def __call__(self, x: Array) -> Array:
+        return rms(x, self.eps).astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias in float32."""
+
+    def __init__(self, dim: int, eps: float, *, axis: str = "norm"):
+        self.eps = eps
+        self.weight = ones(dim, axis)
+        self.bias = zeros((dim,), (axis,))
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (centred * scale * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) * up x), no biases."""
+
+    def __init__(self, dim: int, ffn_dim: int, *, out_gain: float, rngs: nnx.Rngs):
+        self.gate = matrix(rngs, (dim, ffn_dim), ("embed", "ffn"), fan_in=dim, fan_out=ffn_dim)
+        self.up = matrix(rngs, (dim, ffn_dim), ("embed", "ffn"), fan_in=dim, fan_out=ffn_dim)
+        self.down = matrix(rngs, (ffn_dim, dim), ("ffn", "embed"), fan_in=ffn_dim, fan_out=dim, gain=out_gain)
+
+    def __call__(self, x: Array) -> Array:
+        hidden = jax.nn.silu(x @ self.gate[...].astype(x.dtype)) * (x @ self.up[...].astype(x.dtype))
+        return hidden @ self.down[...].astype(x.dtype)
+
+
+def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose every parameter holds `repeats` layers along a new first dimension named "layers"."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    state = jax.vmap(lambda key: nnx.state(make(rngs=nnx.Rngs(key))))(jax.random.split(rngs.params(), repeats))
+    for _, variable in nnx.iter_graph(state):
+        if isinstance(variable, nnx.Variable):
+            variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
+    return nnx.merge(graph, state)
+
+
+def scan(layers: nnx.Module, x: Array, *args, remat: bool) -> tuple[Array, object]:
+    """x through the stacked `layers` in order, as one `jax.lax.scan`; also what each layer returned beside x, stacked.
+
+    `remat` recomputes a layer in the backward pass and keeps its input only.
+    """
+    graph, state = nnx.split(layers)
+
+    def body(x, layer):
+        return nnx.merge(graph, layer)(x, *args)
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, state)

@@ -1,0 +1,63 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864), on interleaved pairs as Llama 4 has them.
+
+Lanes (2j, 2j+1) of a head form one complex number, which position p multiplies by exp(i p w_j), w_j = theta^(-2j/Dh).
+"llama3" scaling divides w_j by `factor` where the wavelength 2 pi / w_j exceeds original_len / low_freq_factor, keeps it
+below original_len / high_freq_factor, and interpolates between. Angles are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from llamax import config
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the angles, float32, broadcastable to [..., 1, Dh/2]."""
+
+    cos: Array
+    sin: Array
+
+
+def frequencies(rope: config.Rope, head_dim: int) -> np.ndarray:
+    """w_j in radians per token, float32 [Dh/2]."""
+    freq = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.scaling == "llama3":
+        wavelength = 2 * np.pi / freq
+        low, high = rope.original_len / rope.low_freq_factor, rope.original_len / rope.high_freq_factor
+        # Scout's low = high leaves no band between; the guard keeps 0/0 out of the branch that `where` throws away.
+        band = max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)
+        mix = (rope.original_len / wavelength - rope.low_freq_factor) / band
+        between = (1 - mix) * freq / rope.factor + mix * freq
+        freq = np.where(wavelength < high, freq, np.where(wavelength > low, freq / rope.factor, between))
+    return freq.astype(np.float32)
+
+
+def rotation(positions_BT: Array, freq: np.ndarray) -> Rotation:
+    """The angles of every token, for `rotate` on [B, T, heads, Dh]."""
+    angle = positions_BT.astype(jnp.float32)[..., None, None] * freq
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: Array, by: Rotation) -> Array:
+    """x [..., heads, Dh] with every interleaved pair turned by its angle; computed in float32, same dtype out."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    real, imag = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * by.cos - imag * by.sin, real * by.sin + imag * by.cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def grid_rotation(grid: int, head_dim: int, theta: float) -> Rotation:
+    """The vision encoder's 2D angles: [grid^2 + 1, 1, Dh/2], class token last and not rotated.
+
+    The first half of the pairs turns with the column, the second with the row, both counted from 1.
+    """
+    freq = theta ** (-2 * np.arange(head_dim // 4) / (head_dim // 2))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angle = np.concatenate([(column + 1)[:, None] * freq, (row + 1)[:, None] * freq], axis=1)
+    angle = np.concatenate([angle, np.zeros((1, head_dim // 2))])[:, None, :]
+    return Rotation(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))

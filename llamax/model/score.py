@@ -1,0 +1,27 @@
+"""THE log-probability of tokens: policy, reference, teacher, judge and evaluation all take it from here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax import Array
+
+from llamax.batch import Batch
+from llamax.model.llama import Llama
+from llamax.model.moe import Routing
+
+
+class Score(NamedTuple):
+    logp: Array  # float32 [B, T]: log-probability of the target at every position
+    logz: Array  # float32 [B, T]: log of the softmax's denominator
+    routing: Routing | None
+
+
+def score(model: Llama, batch: Batch) -> Score:
+    """log p(targets[b, t] | what stands before and at t). The logits of a vocabulary never exist as a whole."""
+    hidden_BTD, routing = model(batch)
+    shape = batch.targets.shape
+    head_DV = model.head_DV().astype(hidden_BTD.dtype)
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    nll_N, logz_N = model.seam.cross_entropy(hidden_ND, head_DV, batch.targets.reshape(-1))
+    return Score(-nll_N.reshape(shape), logz_N.reshape(shape), routing)

@@ -1,0 +1,83 @@
+"""Logging for people (one handler, quiet libraries) and for programs (`metrics.jsonl`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging as absl_logging
+from rich.console import Console
+from rich.logging import RichHandler
+
+from llamax.observe.provenance import write_whole
+
+CONSOLE = Console(highlight=False)  # one console: the live line and the log have to know of each other
+LOUD = ("jax", "orbax", "grain", "etils", "tensorboardX", "PIL", "asyncio", "fsspec")  # libraries that chat at INFO
+
+
+def is_terminal() -> bool:
+    """Whether a person watches. Stricter than rich, which takes FORCE_COLOR in a CI for a terminal."""
+    return sys.stdout.isatty() and not CONSOLE.is_dumb_terminal
+
+
+def setup(level: int = logging.INFO) -> None:
+    """Shows llamax's messages from `level` up, and from libraries only warnings. Calling it again is harmless."""
+    logger = logging.getLogger("llamax")
+    handler: logging.Handler
+    if is_terminal():
+        handler = RichHandler(console=CONSOLE, show_path=False, log_time_format="[%X]")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log through absl
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a logged step, `{"step": 10, "time": 1.7e9, "loss/next_token": 3.2, ...}`.
+
+    What is not finite is written as null, for JSON has no NaN.
+    """
+
+    def __init__(self, path: str | Path, start_step: int = 0):
+        """Opens PATH to append. Lines beyond `start_step`, written by a run that got further before it died and will
+        be written again, are dropped first, and so is a line that was cut short; a run from step 0 begins anew."""
+        self.path = Path(path)
+        if self.path.exists():
+            text = self.path.read_text()
+            kept = "".join(f"{line}\n" for line in text.splitlines() if start_step > 0 and _upto(line, start_step))
+            if kept != text:
+                write_whole(self.path, kept)
+        self._file = self.path.open("a")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line, on disk when it returns."""
+        shown = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **shown}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _upto(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):  # cut short
+        return False

@@ -1,0 +1,211 @@
+"""From what a step returns to what a run shows: averages, losses by source and language, expert loads, speed, MFU.
+
+The step's results stay on the device until it is time to log (`Window`): fetching them at every step would make the
+host wait for the device, and the device for the host.
+
+    average         sum of num / sum of den over the steps, never a mean of means
+    MFU             model FLOP/s / peak FLOP/s; the peak is the devices' dense bfloat16 rate, or, where the table below
+                    has none (a CPU), the measured rate of a 2048^3 float32 matmul
+    load            the share of a layer's tokens that each expert got; 1/E each is perfect balance
+
+Letters: L MoE layers, E experts, S sources.
+Sources of the peaks: the vendors' data sheets; TPU v7x counts one of a chip's two devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PEAK_BF16 = {  # part of jax's device_kind -> dense bfloat16 FLOP/s of one jax device; the first match counts
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ averages
+
+
+class Total(NamedTuple):
+    """Numerator and denominator summed over a window of steps; numpy, scalar or [S]."""
+
+    num: np.ndarray
+    den: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """num / den; NaN where nothing was counted."""
+        return np.divide(self.num, self.den, out=np.full_like(self.num, np.nan), where=self.den != 0)
+
+
+class Window:
+    """What the steps since the last `fetch` returned, left on the device."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, Any]] = []
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Notes one step's values, `Sum(num, den)` pairs or arrays; waits for nothing."""
+        self._steps.append(dict(values))
+
+    def fetch(self) -> dict[str, Total | np.ndarray]:
+        """The window's values, one transfer for all; starts the next window.
+
+        A pair becomes the `Total` over the steps, an array its mean over the steps (float64). Entries that are not
+        finite, from a step that was skipped, are left out; an array of nothing else gives NaN.
+        """
+        steps, self._steps = jax.device_get(self._steps), []
+        names = dict.fromkeys(name for step in steps for name in step)
+        return {name: _merge([step[name] for step in steps if name in step]) for name in names}
+
+
+def _merge(values: list) -> Total | np.ndarray:
+    if hasattr(values[0], "num"):
+        num = np.array([v.num for v in values], np.float64)
+        den = np.array([v.den for v in values], np.float64)
+        good = np.isfinite(num) & np.isfinite(den)
+        return Total(np.where(good, num, 0).sum(0), np.where(good, den, 0).sum(0))
+    array = np.array(values, np.float64)
+    good = np.isfinite(array)
+    return Total(np.where(good, array, 0).sum(0), good.sum(0).astype(np.float64)).mean
+
+
+def scalars(values: Mapping[str, Total | np.ndarray]) -> dict[str, float]:
+    """The scalar ones among a window's values, as numbers."""
+    means = {name: value.mean if isinstance(value, Total) else value for name, value in values.items()}
+    return {name: float(mean) for name, mean in means.items() if np.ndim(mean) == 0}
+
+
+def by_source(name: str, total: Total, sources: Sequence[str], langs: Sequence[str]) -> dict[str, float]:
+    """NAME/source/SOURCE and NAME/lang/LANG for every one that the window saw.
+
+    Args:
+      name: such as "loss".
+      total: sums by source, [S].
+      sources: the S names, in the order of the batch's source ids.
+      langs: the S sources' languages.
+    """
+    groups = {f"{name}/source/{source}": [i] for i, source in enumerate(sources)}
+    for i, lang in enumerate(langs):
+        groups.setdefault(f"{name}/lang/{lang}", []).append(i)
+    sums = {key: (total.num[ids].sum(), total.den[ids].sum()) for key, ids in groups.items()}
+    return {key: float(num / den) for key, (num, den) in sums.items() if den > 0}
+
+
+def expert_load(load_LE: np.ndarray, layers: Sequence[int]) -> dict[str, float]:
+    """How evenly the experts share the work.
+
+    Args:
+      load_LE: tokens, or the share of tokens, that each expert got.
+      layers: the index in the model of each of the L layers.
+    Returns:
+      experts/layer_07/max_over_mean: the busiest expert of layer 7 relative to an even share; 1 is balance, E is
+      collapse. experts/max_over_mean: of the worst layer. experts/dead: experts, over all layers, that got nothing.
+      experts/entropy: of the load over log E, in the worst layer; 1 is balance, 0 is collapse.
+    """
+    load_LE = np.asarray(load_LE, np.float64)
+    share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1e-30)
+    n_experts = load_LE.shape[1]
+    skew_L = share_LE.max(1) * n_experts
+    log_LE = np.log(share_LE, out=np.zeros_like(share_LE), where=share_LE > 0)
+    entropy_L = -(share_LE * log_LE).sum(1) / np.log(max(n_experts, 2))
+    out = {f"experts/layer_{layer:02d}/max_over_mean": float(s) for layer, s in zip(layers, skew_L, strict=True)}
+    return out | {
+        "experts/max_over_mean": float(skew_L.max()),
+        "experts/dead": float((load_LE == 0).sum()),
+        "experts/entropy": float(entropy_L.min()),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+class Peak(NamedTuple):
+    """What MFU divides by, and where the figure is from; show both."""
+
+    flops_per_s: float
+    source: str
+
+
+def peak(devices: Sequence[jax.Device]) -> Peak:
+    """The peak of all `devices` together."""
+    kind = devices[0].device_kind
+    for part, flops_per_s in PEAK_BF16.items():
+        if part in kind:
+            return Peak(flops_per_s * len(devices), f"{len(devices)} x {kind}, dense bfloat16")
+    # Simulated CPU devices share the cores of their process: the rate counts once for each process.
+    cpu = devices[0].platform == "cpu"
+    count = len({d.process_index for d in devices}) if cpu else len(devices)
+    return Peak(measured_peak() * count, f"{count} x the measured rate of a 2048^3 float32 matmul on {kind}")
+
+
+@functools.cache
+def measured_peak() -> float:
+    """FLOP/s of a 2048^3 float32 matmul on the first device of this process: the best of what half a second allows."""
+    n = 2048
+    device = jax.local_devices()[0]
+    x = jax.device_put(np.linspace(-1, 1, n * n, dtype=np.float32).reshape(n, n), device)
+    matmul = jax.jit(jnp.dot)
+    jax.block_until_ready(matmul(x, x))  # compiles
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < 0.5:
+        start = time.perf_counter()
+        jax.block_until_ready(matmul(x, x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+class Clock:
+    """Where a run's time goes. Call `lap` right after `Window.fetch`, when the device has caught up with the host."""
+
+    def __init__(self, peak_flops_per_s: float):
+        self._peak = peak_flops_per_s
+        self._start, self._waited, self._aside = time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around fetching the next batch. The device may still be busy meanwhile: an upper bound of its idle time."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is no training: evaluations, waiting for a save."""
+        start = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - start
+
+    def lap(self, *, steps: int, tokens: float, flops: float) -> dict[str, float]:
+        """Speed since the last lap, in which `steps` steps took `tokens` tokens and `flops` model FLOPs, all devices.
+
+        Returns:
+          speed/step_s, speed/tokens_per_s, speed/mfu and speed/data_wait, the last two as shares of 1.
+        """
+        now = time.perf_counter()
+        seconds = max(now - self._start - self._aside, 1e-9)
+        waited, self._start, self._waited, self._aside = self._waited, now, 0.0, 0.0
+        return {
+            "speed/step_s": seconds / max(steps, 1),
+            "speed/tokens_per_s": tokens / seconds,
+            "speed/mfu": flops / seconds / self._peak,
+            "speed/data_wait": waited / seconds,
+        }

@@ -1,0 +1,136 @@
+"""Where a run came from: `run.json` in its workdir, and the check that a workdir belongs to the run that asks for it.
+
+    {"config": {...}, "overrides": [...], "git": {"commit", "dirty"}, "versions": {...}, "devices": {...},
+     "started": ["2026-11-21T08:26:23+00:00", ...]}
+
+Everything but `started` is of the latest start. jax is imported late: the check comes before the backend starts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llamax.config import ConfigError
+
+PACKAGES = ("llamax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
+    "train.steps",
+    "train.log_every_steps",
+    "evals.*",
+    "checkpoint.*",
+    "mesh.*",
+    "data.workers",
+    "data.prefetch_batches",
+)
+SHOWN = 8  # differing keys that an error names
+
+
+def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
+    """Refuses a workdir that belongs to another run.
+
+    Args:
+      workdir: may not exist yet.
+      config: the resolved configuration, nested dicts.
+    Raises:
+      ConfigError: `run.json` has another value for a key outside MAY_CHANGE, or cannot be read.
+    """
+    path = Path(workdir) / "run.json"
+    if not path.exists():
+        return
+    try:
+        old = flat(json.loads(path.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        asked, true = f"Training in {workdir}", f"its run.json cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError(asked, true, "Choose another --workdir, or delete this one to start afresh.") from error
+    new = flat(json.loads(json.dumps(config)))
+    keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    keys = [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]
+    if keys:
+        lines = [f"{key}: {_show(old, key)} → {_show(new, key)}" for key in keys[:SHOWN]]
+        more = [f"and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
+        raise ConfigError(
+            f"Training {new.get('name')} in {workdir}",
+            f"that is a run of {old.get('name')} with another configuration ({'; '.join(lines + more)})",
+            "Choose another --workdir, or change these back; between starts of one run only "
+            f"{', '.join(MAY_CHANGE)} may change.",
+        )
+
+
+def record(workdir: str | Path, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Writes `run.json`, or adds this start to it; returns its content. Starts jax's backend."""
+    import jax
+
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    started = json.loads(path.read_text())["started"] if path.exists() else []
+    devices = jax.devices()
+    run = {
+        "config": config,
+        "overrides": list(overrides),
+        "git": git_state(Path(__file__).parent),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "started": [*started, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")],
+    }
+    write_whole(path, json.dumps(run, indent=2) + "\n")
+    return run
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the repository around `folder` and whether tracked files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists are values."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is either the old one or the new one, whatever happens."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+_ABSENT = object()
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "(absent)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,129 @@
+"""TensorBoard: scalars, pictures with captions, expert loads as a heat map, the configuration as a table.
+
+A thin layer over tensorboardX that adds what it lacks: captions under pictures, silence about values that are not
+finite (a gap in the curve; the step counts them), and resuming without doubled steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tensorboardX import SummaryWriter
+
+from llamax.observe.provenance import flat
+
+CELL_PX = 18  # of the heat map
+TILE_PX = 200  # width of a picture with its caption
+COLUMNS = 4  # of pictures
+FONT_PX = 12
+# Load relative to an even share -> colour: nothing is black, too little blue, an even share white, too much red.
+RAMP_LEVELS = (0.0, 0.05, 1.0, 3.0)
+RAMP_COLOURS = ((0, 0, 0), (20, 60, 160), (255, 255, 255), (200, 20, 20))
+
+
+class TensorBoard:
+    """The event files of one run; a context manager.
+
+    Names have slashes: loss/next_token, loss/source/python, loss/lang/en, optim/lr, optim/grad_norm,
+    speed/tokens_per_s, experts/layer_07/max_over_mean.
+    """
+
+    def __init__(self, folder: str | Path, start_step: int = 0):
+        """Events beyond `start_step`, of a run that got further before it died, are hidden; from step 0, all are."""
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=start_step + 1 if start_step > 0 else 0,
+            flush_secs=10,
+            filename_suffix=f".{time.time_ns()}",  # two starts in one second must not share a file
+        )
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point on each curve; what is not finite is left out."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, float(value), step)
+
+    def pictures(self, tag: str, images: Sequence[np.ndarray], captions: Sequence[str], step: int) -> None:
+        """Pictures, uint8 [height, width, 3] of any sizes, each above its caption, on one sheet."""
+        tiles = [captioned(image, caption) for image, caption in zip(images, captions, strict=True)]
+        if tiles:
+            self._writer.add_image(tag, sheet(tiles), step, dataformats="HWC")
+
+    def expert_loads(self, load_LE: np.ndarray, layers: Sequence[int], step: int) -> None:
+        """A heat map under experts/load, a row a layer, a column an expert; colours as in RAMP_COLOURS."""
+        self._writer.add_image("experts/load", heat_map(load_LE, layers), step, dataformats="HWC")
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        self._writer.add_text(tag, markdown, step)
+
+    def config(self, config: Mapping[str, Any], step: int = 0) -> None:
+        """The resolved configuration, nested dicts, as a table."""
+        cells = {key: json.dumps(value).replace("|", "\\|") for key, value in flat(config).items()}
+        rows = [f"| {key} | {value} |" for key, value in cells.items()]
+        self.text("config", "\n".join(["| key | value |", "|---|---|", *rows]), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def heat_map(load_LE: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """Loads of [L, E] experts as a picture, uint8 [height, width, 3], with the layers' numbers at the left."""
+    load_LE = np.nan_to_num(np.asarray(load_LE, np.float64))
+    even_L1 = np.maximum(load_LE.mean(1, keepdims=True), 1e-30)
+    rgb = [np.interp(load_LE / even_L1, RAMP_LEVELS, channel) for channel in zip(*RAMP_COLOURS, strict=True)]
+    small = np.stack(rgb, -1).astype(np.uint8)
+    cells = small.repeat(CELL_PX, 0).repeat(CELL_PX, 1)
+    margin = 2 * CELL_PX
+    out = Image.new("RGB", (margin + cells.shape[1], cells.shape[0]), "white")
+    out.paste(Image.fromarray(cells), (margin, 0))
+    draw = ImageDraw.Draw(out)
+    for row, layer in enumerate(layers):
+        draw.text((2, row * CELL_PX + 2), f"{layer}", fill="black", font=_font())
+    return np.asarray(out)
+
+
+def captioned(image: np.ndarray, caption: str) -> Image.Image:
+    """A picture, enlarged in whole steps or reduced to the sheet's width, with its caption below."""
+    assert image.dtype == np.uint8 and image.ndim == 3, (image.dtype, image.shape)
+    height, width = image.shape[:2]
+    scale = max(TILE_PX // width, 1) if width <= TILE_PX else TILE_PX / width
+    picture = Image.fromarray(image).resize((round(width * scale), max(round(height * scale), 1)), Image.Resampling.BOX)
+    per_line = int(TILE_PX / (0.55 * FONT_PX))
+    lines = [piece for line in caption.splitlines() for piece in textwrap.wrap(line, per_line) or [""]]
+    row_px = FONT_PX + 4
+    out = Image.new("RGB", (TILE_PX, picture.height + row_px * len(lines) + 6), "white")
+    out.paste(picture, ((TILE_PX - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(out)
+    for i, line in enumerate(lines):
+        draw.text((2, picture.height + 2 + row_px * i), line, fill="black", font=_font())
+    return out
+
+
+def sheet(tiles: Sequence[Image.Image]) -> np.ndarray:
+    """Tiles in rows of COLUMNS, uint8 [height, width, 3]."""
+    rows = [tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)]
+    gap = 6
+    heights = [max(tile.height for tile in row) + gap for row in rows]
+    out = Image.new("RGB", (min(len(tiles), COLUMNS) * (TILE_PX + gap), sum(heights)), "white")
+    for r, row in enumerate(rows):
+        for c, tile in enumerate(row):
+            out.paste(tile, (c * (TILE_PX + gap), sum(heights[:r])))
+    return np.asarray(out)
+
+
+def _font():
+    return ImageFont.load_default(FONT_PX)

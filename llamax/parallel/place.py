@@ -1,0 +1,114 @@
+"""Placing arrays on a mesh: the seam's `constrain`, kernels run per shard of rows, batches from host to devices.
+
+The seam's values are frozen dataclasses: equal ones hash alike, so that two models on one mesh share a program. On a
+mesh of one device each steps aside and leaves the plain function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llamax.batch import Batch
+from llamax.parallel import rules
+
+
+@dataclass(frozen=True)
+class Constrain:
+    """`constrain(x, names)`: fix the sharding of an activation by the rules, as at every block boundary."""
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array, names: rules.Axes) -> jax.Array:
+        if self.mesh.size == 1:
+            return x
+        assert len(names) == x.ndim, f"{names} does not name the {x.ndim} dimensions of {x.shape}"
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, rules.spec(names, rules.ACTIVATIONS)))
+
+
+@dataclass(frozen=True)
+class PerShard:
+    """A kernel run by every device on its own rows, where the compiler could not split by itself: loops, sorts, custom
+    gradients, fused kernels.
+
+    Positional arguments (arrays or trees of them) and keyword arguments (arrays) have rows as dimension 0, or rows x
+    tokens flattened; each device gets its share. The kernel sees weights whole: `weights` holds, for each positional
+    argument that is one, its logical axes (a tuple, or a tree of tuples like the argument), and None for rows:
+    `PerShard(cross_entropy, mesh, (None, ("embed", "vocab")))`. Their gradient is summed over devices. Keywords that
+    are no array (`local_len=64`, None) are static. Outputs are split like rows.
+    """
+
+    fn: Callable
+    mesh: Mesh
+    weights: tuple[Any, ...] = ()
+
+    def __call__(self, *args, **kwargs):
+        if self.mesh.size == 1:
+            return self.fn(*args, **kwargs)
+        static = {name: x for name, x in kwargs.items() if not hasattr(x, "shape")}
+        arrays = {name: x for name, x in kwargs.items() if name not in static}
+        rows = PartitionSpec(rules.ROWS)
+        axes = self.weights + (None,) * (len(args) - len(self.weights))
+        specs = tuple(
+            rows if names is None else jax.tree.map(lambda s: s.spec, rules.shardings(names, x, self.mesh))
+            for x, names in zip(args, axes, strict=True)
+        )
+
+        def local(args, arrays):
+            whole = (x if s is rows else jax.tree.map(gather, x, s) for x, s in zip(args, specs, strict=True))
+            return self.fn(*whole, **arrays, **static)
+
+        # check_vma asks kernels to say which axes their loop carries and custom gradients vary over: they would no
+        # longer be plain functions of arrays. The tests compare every gradient with one device's instead.
+        split = partial(jax.shard_map, mesh=self.mesh, in_specs=(specs, rows), out_specs=rows, check_vma=False)
+        return split(local)(args, arrays)
+
+
+def gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Inside shard_map: the whole of a weight that lives split by `spec`.
+
+    Its gradient is a reduce-scatter back to where the weight lives. Left to the compiler, the same was an all-reduce of
+    the whole gradient, then a slice: twice the traffic, and every device holding all of it.
+    """
+    for dim, axes in enumerate(spec):
+        if axes is not None:
+            x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+    return x
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+    """Where a batch lives: rows over (data, fsdp, expert), tokens over context, pictures with their row."""
+    text = NamedSharding(mesh, rules.spec(("rows", "tokens"), rules.ACTIVATIONS))
+    tiles = NamedSharding(mesh, rules.spec(("rows", None, None, None, None), rules.ACTIVATIONS))
+    return Batch(**{field: text for field in Batch._fields if field != "tiles"}, tiles=tiles)
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """The global batch on the devices, from the rows that this process read; all processes read equally many.
+
+    The global row count must divide by data * fsdp * expert (`config.check_devices` sees to it).
+    """
+    return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(mesh), batch)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of every leaf on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def fetch(tree: Any) -> Any:
+    """The tree as numpy arrays on every host; all processes must call it together."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)

@@ -1,0 +1,261 @@
+"""The composition root: recipe -> config -> mesh -> model -> data -> step -> loop -> checkpoint + metrics.
+
+`train` reads as that sentence, one line per arrow; each returns a value that the next takes, and nothing reaches back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.table import Table
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.checkpoint.manager import Checkpoints
+from llamax.config import ConfigError
+from llamax.data import pipeline
+from llamax.data.sources import read_manifest
+from llamax.data.tokenizer import Tokenizer
+from llamax.evals import Report
+from llamax.evals.report import Context
+from llamax.kernels.attention import pick_attention
+from llamax.kernels.cross_entropy import cross_entropy
+from llamax.kernels.grouped import Experts, pick_experts
+from llamax.model.seam import Seam
+from llamax.model.skeleton import Skeleton, skeleton
+from llamax.observe import log, metrics, provenance
+from llamax.observe.progress import Progress
+from llamax.observe.tensorboard import TensorBoard
+from llamax.optim.build import optimizer
+from llamax.parallel import place, rules
+from llamax.parallel.mesh import make_mesh
+from llamax.train import hooks
+from llamax.train.loop import fit
+from llamax.train.state import State, init
+from llamax.train.step import make_step
+
+logger = logging.getLogger("llamax")
+EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
+HEAD_AXES = ("embed", "vocab")
+COUNTS = ("step", "bad_in_row", "skipped")  # the state's numbers, kept in the checkpoint's `extra`
+
+
+class Result(NamedTuple):
+    state: State
+    reports: dict[str, Report]
+    finished: bool  # False: a stop was asked for; the same command goes on
+
+
+def train(run: config.Run, workdir: str | Path, *, overrides: Sequence[str] = ()) -> Result:
+    """Trains `run` in `workdir`, or goes on where it stopped. Errors of a person come before a device is touched."""
+    log.setup()
+    workdir = Path(workdir)
+    provenance.check_same_run(workdir, config.to_dict(run))
+    tokenizer = check_tokenizer(run)
+    run = with_paths(run)
+    data = pipeline.build(run.data, run.model.vision, run.seed)
+    mesh = make_mesh(config.check_devices(run, jax.device_count()))
+    bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
+    tx = optimizer(run.optim, run.train.steps, bones.kinds)
+    shardings = state_shardings(bones, tx, run, mesh)
+    step = jax.jit(
+        make_step(run, bones, tx),
+        in_shardings=(shardings, place.batch_shardings(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    provenance.record(workdir, config.to_dict(run), overrides)
+    with ExitStack() as open_things:
+        checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
+        batches = iter(data)
+        open_things.callback(batches.close)
+        state, first = start(run, bones, tx, shardings, checkpoints, batches)
+        put = partial(place.put_batch, mesh=mesh)
+        around, evaluate = make_hooks(run, workdir, tokenizer, bones, put, checkpoints, batches, first, open_things)
+        state, finished = fit(
+            state,
+            lambda state, batch: step(state, put(batch)),
+            batches,
+            first=first,
+            steps=run.train.steps,
+            clock=around[0].clock,
+            hooks=around,
+        )
+    report(run, workdir, evaluate.reports, finished)
+    return Result(state, evaluate.reports, finished)
+
+
+# ------------------------------------------------------------------------------------------------- one arrow at a time
+
+
+def check_tokenizer(run: config.Run) -> Tokenizer:
+    """The run's tokenizer. ConfigError if the embedding has another number of rows than it has ids."""
+    tokenizer = Tokenizer(config.resolve_path(run.data.tokenizer))
+    if tokenizer.vocab_size != run.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={run.model.vocab_size}",
+            f"{run.data.tokenizer} has {tokenizer.vocab_size} ids",
+            f"Set --config.model.vocab_size={tokenizer.vocab_size}, or name the model's own tokenizer.",
+        )
+    return tokenizer
+
+
+def with_paths(run: config.Run) -> config.Run:
+    """The run with its data paths resolved for this machine."""
+    sources = {name: dataclasses.replace(s, path=str(config.resolve_path(s.path))) for name, s in run.data.sources.items()}
+    evals = {name: dataclasses.replace(e, path=str(config.resolve_path(e.path))) for name, e in run.evals.items()}
+    tokenizer = str(config.resolve_path(run.data.tokenizer))
+    data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
+    for evaluation in evals.values():
+        read_manifest(evaluation.path)  # a missing one should not be met after hours of training
+    return dataclasses.replace(run, data=data, evals=evals)
+
+
+def make_seam(mesh: Mesh) -> Seam:
+    """The fast functions for the mesh's platform, each device working on its own rows."""
+    platform = mesh.devices.flat[0].platform
+    return Seam(
+        attention=place.PerShard(pick_attention(platform), mesh),
+        run_experts=place.PerShard(pick_experts(platform), mesh, (None, EXPERT_AXES)),
+        cross_entropy=place.PerShard(cross_entropy, mesh, (None, HEAD_AXES)),
+        constrain=place.Constrain(mesh),
+    )
+
+
+def state_shardings(bones: Skeleton, tx: Any, run: config.Run, mesh: Mesh) -> State:
+    """Where every array of the state lives: the optimizer's moments with their parameters, the rest everywhere."""
+    shapes = jax.eval_shape(partial(init, bones, tx, run.seed))
+    params = rules.shardings(bones.axes, shapes.params, mesh)
+    for line in rules.unsharded(bones.axes, shapes.params, mesh):
+        logger.warning(line)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    whole = jax.tree.map(lambda _: everywhere, shapes)
+    structure = jax.tree.structure(shapes.params)
+
+    def like_params(tree: Any) -> bool:
+        return jax.tree.structure(tree) == structure
+
+    opt = jax.tree.map(lambda tree: params if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
+    return whole._replace(params=params, opt=opt)
+
+
+def start(
+    run: config.Run, bones: Skeleton, tx: Any, shardings: State, checkpoints: Checkpoints, batches: Any
+) -> tuple[State, int]:
+    """The newest checkpoint's state, and the data iterator moved to it; a fresh state where there is none."""
+    fresh = partial(init, bones, tx, run.seed)
+    latest = checkpoints.latest()
+    if latest is None:
+        return jax.jit(fresh, out_shardings=shardings)(), 0
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(fresh), shardings
+    )
+    found = checkpoints.restore(
+        latest,
+        params=shapes.params,
+        router_bias=shapes.router_bias,
+        opt=shapes.opt,
+        rng={"key": shapes.rng},
+        data_iterator=batches,
+    )
+    logger.info("resumed from step %d in %s", latest, checkpoints.folder)
+    counts = {name: jax.device_put(np.int32(found["extra"][name]), shardings.step) for name in COUNTS}
+    trees = {name: found[name] for name in ("params", "router_bias", "opt")}
+    return State(rng=found["rng"]["key"], **trees, **counts), latest
+
+
+def make_hooks(
+    run: config.Run,
+    workdir: Path,
+    tokenizer: Tokenizer,
+    bones: Skeleton,
+    put: Callable[[Batch], Batch],
+    checkpoints: Checkpoints,
+    batches: Any,
+    first: int,
+    open_things: ExitStack,
+) -> tuple[list, hooks.Evaluate]:
+    """Log, save, evaluate, in this order; the files they write are closed with `open_things`."""
+    clock = metrics.Clock(metrics.peak(jax.devices()).flops_per_s)
+    file = open_things.enter_context(log.MetricsFile(workdir / "metrics.jsonl", first))
+    board = open_things.enter_context(TensorBoard(workdir / "tensorboard", first))
+    progress = open_things.enter_context(Progress(run.train.steps, first))
+    board.config(config.to_dict(run), first)
+    langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
+
+    def last_good() -> str:
+        latest = checkpoints.latest()
+        where = f"The last good checkpoint is step {latest} in {checkpoints.folder}" if latest else "None was saved yet"
+        return f"{where}: lower --config.optim.peak_lr, or look at the data, and start again."
+
+    def context(params: Any, router_bias: Any) -> Context:
+        return Context(run, bones, tokenizer, put, params, router_bias)
+
+    writer = hooks.Log(run, langs, tokenizer.patch, clock, progress, file, board, last_good)
+    saver = hooks.Save(checkpoints, run.checkpoint.every_steps, batches, clock)
+    evaluate = hooks.Evaluate(run, context, clock, file, board, logger.info)
+    return [writer, saver, evaluate], evaluate
+
+
+def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished: bool) -> None:
+    """What was learnt, and how to look at it."""
+    if not finished:
+        logger.info("stopped and saved; the same command goes on")
+        return
+    rows = hooks.table(reports)
+    if rows:
+        shown = Table(title=f"What {run.name} learnt, on held-out data")
+        for heading in ("evaluation", "what", "model", "compared with"):
+            shown.add_column(heading)
+        for row in rows:
+            shown.add_row(*row)
+        log.CONSOLE.print(shown)
+    log.CONSOLE.print(f"Learning curves: tensorboard --logdir {workdir}")
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def generate(
+    workdir: str | Path,
+    prompt: str,
+    *,
+    image: str | Path | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The continuation of a picture (if any) and a prompt by the newest checkpoint of a training run."""
+    from llamax.data.encode import Encoder
+    from llamax.data.sources import Document, Picture
+    from llamax.sample import engine
+
+    log.setup()
+    path = Path(workdir) / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"--workdir {workdir}", "it holds no run.json", "Give the --workdir of a training run.")
+    run = config.from_dict(config.Run, json.loads(path.read_text())["config"])
+    tokenizer = check_tokenizer(run)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
+    pieces = (*((Picture(Path(image)),) if image else ()), prompt)
+    encoded = Encoder(tokenizer.path, run.model.vision, where="the prompt")(Document(pieces))
+    if encoded.skip:
+        raise ConfigError(f"--image {image} --prompt {prompt!r}", f"it cannot be used: {encoded.skip}", "Give another.")
+    shapes, bias_shapes = bones.shapes()
+    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
+        params, router_bias = checkpoints.restore_weights(None, params=shapes, router_bias=bias_shapes)
+    asked = engine.Prompt(encoded.tokens[:-1].tolist(), encoded.tiles)
+    how = dict(max_tokens=max_tokens, stop=tokenizer.stop, temperature=temperature, seed=seed)
+    (new,) = engine.generate(bones, params, router_bias, [asked], **how)
+    return tokenizer.decode(new)

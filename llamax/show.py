@@ -1,0 +1,77 @@
+"""What `llamax show RECIPE` prints: the resolved run, its exact parameters, its tokens and FLOPs a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from llamax.config import Model, Run, to_dict
+from llamax.model import count
+
+
+def show(run: Run, console: Console | None = None) -> None:
+    """Prints `run`; settings that are not the schema's defaults stand out, and are marked with a * in plain output."""
+    console = console or Console()
+    defaults = dict(flat(to_dict(Run())))
+    for path, value in flat(to_dict(run)):
+        changed = path not in defaults or defaults[path] != value
+        value = plan(run.model) if path == "model.plan" else value
+        _line(console, f"{'*' if changed else ' '} {path}", str(value), "bold" if changed else "")
+    console.print()
+    for name, value in facts(run):
+        _line(console, f"  {name}", value, "")
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every setting, in the schema's order."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def plan(model: Model) -> str:
+    """The layer plan with its repeats: `(3 x rope_chunk+moe, nope_full+moe) x 12`."""
+    segments = []
+    for period, repeats in model.plan:
+        runs: list[list[Any]] = []
+        for kind in period:
+            if runs and runs[-1][1] == kind:
+                runs[-1][0] += 1
+            else:
+                runs.append([1, kind])
+        kinds = ", ".join(kind if n == 1 else f"{n} x {kind}" for n, kind in runs)
+        segments.append(f"({kinds}) x {repeats}")
+    return ", ".join(segments)
+
+
+def facts(run: Run) -> Iterator[tuple[str, str]]:
+    """What follows from the settings: (name, value)."""
+    model, data = run.model, run.data
+    n = count.parameters(model)
+    yield "layers", f"{len(model.layers)} = {plan(model)}"
+    yield "parameters", f"{n.total:,}"
+    yield "of these text", f"{n.text:,}, of which {n.text_active:,} are active for a token"
+    if model.vision:
+        yield "of these vision", f"{n.vision:,}"
+    yield "tokens a step", f"{data.batch_tokens:,} = {data.rows:,} rows of {data.seq_len:,}"
+    yield "FLOPs a step", f"{count.step_flops(run):.4g} of text"
+    if model.vision and data.multimodal_steps:
+        tiles = data.rows * data.tiles_per_row
+        flops = count.step_flops(run, tiles) - count.step_flops(run)
+        yield "", f"{flops:.4g} more in a step with pictures, if all of its {tiles:,} tile slots are filled"
+        canvas = model.vision.max_tiles
+        yield (
+            "a picture",
+            f"up to {canvas}{' + 1' if canvas > 1 else ''} tiles of {model.vision.tile_px} px,"
+            f" {model.vision.tokens_per_tile} tokens a tile",
+        )
+    yield "whole run", f"{run.train.steps * data.batch_tokens:,} tokens in {run.train.steps:,} steps"
+
+
+def _line(console: Console, name: str, value: str, style: str) -> None:
+    console.print(Text(f"{name:<36} ") + Text(value, style), soft_wrap=True)  # whole lines, so that grep works

@@ -1,0 +1,158 @@
+"""What happens around the steps: logging, checkpoints, evaluations, and the halt of a run that only produces NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamax import config
+from llamax.checkpoint.manager import Checkpoints
+from llamax.evals import EVALS, Report
+from llamax.evals.report import Context
+from llamax.model import count
+from llamax.observe import metrics
+from llamax.observe.log import MetricsFile
+from llamax.observe.progress import Progress
+from llamax.observe.tensorboard import TensorBoard
+from llamax.train.loop import Event
+
+LOAD_EVERY = 10  # logged steps between two heat maps of the experts
+
+
+class Diverged(RuntimeError):
+    """Too many non-finite steps in a row."""
+
+
+def due(event: Event, every: int) -> bool:
+    """Every `every` steps (0: never), and after the last one."""
+    return event.last or (every > 0 and event.step % every == 0)
+
+
+@dataclass
+class Log:
+    """Fetches what the steps returned, every `log_every_steps`, for the live line, metrics.jsonl and TensorBoard."""
+
+    run: config.Run
+    langs: list[str]  # of the sources, in the order of their ids
+    patch_id: int
+    clock: metrics.Clock
+    progress: Progress
+    file: MetricsFile
+    board: TensorBoard
+    last_good: Callable[[], str]  # says which checkpoint to go back to
+    window: metrics.Window = field(default_factory=metrics.Window)
+    steps: int = 0
+    flops: float = 0.0
+    logged: int = 0
+
+    def __call__(self, event: Event) -> None:
+        got = event.metrics
+        values = {"loss": got.by_source, "optim/grad_norm": got.grad_norm, "optim/lr": got.lr, "loss/total": got.loss}
+        values |= {f"loss/{name}": value for name, value in got.terms.items()}
+        values |= {"loads": got.loads} if got.loads is not None else {}
+        self.window.add(values)
+        self.steps += 1
+        self.flops += count.step_flops(self.run, self.tiles(event))
+        self.progress.step(event.step)
+        if due(event, self.run.train.log_every_steps):
+            self.log(event)
+
+    def tiles(self, event: Event) -> int:
+        """Picture tiles in the batch; empty slots are work, but not the model's."""
+        vision = self.run.model.vision
+        if vision is None or not event.batch.tiles.shape[1]:
+            return 0
+        return int((event.batch.tokens == self.patch_id).sum()) // vision.tokens_per_tile
+
+    def log(self, event: Event) -> None:
+        values = self.window.fetch()
+        shown = metrics.scalars({name: value for name, value in values.items() if name not in ("loss", "loads")})
+        shown |= metrics.by_source("loss", values["loss"], sorted(self.run.data.sources), self.langs)
+        layers = [i for i, kind in enumerate(self.run.model.layers) if kind.endswith("moe")]
+        if "loads" in values:
+            shown |= metrics.expert_load(values["loads"], layers)
+            if self.logged % LOAD_EVERY == 0 or event.last:
+                self.board.expert_loads(values["loads"], layers, event.step)
+        shown["steps/skipped"] = float(event.metrics.skipped)
+        shown |= self.clock.lap(steps=self.steps, tokens=self.steps * self.run.data.batch_tokens, flops=self.flops)
+        self.progress.log(event.step, shown)
+        self.file.write(event.step, shown)
+        self.board.scalars(shown, event.step)
+        self.steps, self.flops, self.logged = 0, 0.0, self.logged + 1
+        bad = int(event.metrics.bad_in_row)
+        if bad >= self.run.train.max_bad_steps:
+            raise Diverged(
+                f"train.max_bad_steps={self.run.train.max_bad_steps} non-finite steps in a row are allowed, but the last "
+                f"{bad} steps up to {event.step} had a non-finite loss or gradient. {self.last_good()}"
+            )
+
+
+@dataclass
+class Save:
+    """A checkpoint every `every_steps` and at the end, written while training goes on."""
+
+    checkpoints: Checkpoints
+    every: int
+    batches: Any  # the data iterator, which stands after the last batch taken
+    clock: metrics.Clock
+
+    def __call__(self, event: Event) -> None:
+        if not due(event, self.every):
+            return
+        state = event.state
+        with self.clock.aside():
+            self.checkpoints.save(
+                event.step,
+                params=state.params,
+                router_bias=state.router_bias,
+                opt=state.opt,
+                rng={"key": state.rng},
+                data_iterator=self.batches,
+                extra={"step": event.step, "bad_in_row": int(state.bad_in_row), "skipped": int(state.skipped)},
+            )
+
+
+@dataclass
+class Evaluate:
+    """The run's evaluations, each at its own pace and all of them after the last step of a run that was not stopped."""
+
+    run: config.Run
+    context: Callable[[Any, Any], Context]  # (params, router_bias) -> Context
+    clock: metrics.Clock
+    file: MetricsFile
+    board: TensorBoard
+    say: Callable[[str], None]
+    reports: dict[str, Report] = field(default_factory=dict)  # the newest of each
+
+    def __call__(self, event: Event) -> None:
+        names = [name for name, cfg in self.run.evals.items() if self.wanted(event, cfg.every_steps)]
+        if not names:
+            return
+        with self.clock.aside():
+            jax.block_until_ready(event.state.params)  # else waiting for the step would count as evaluation
+            for name in names:
+                self.evaluate(name, event)
+
+    def wanted(self, event: Event, every: int) -> bool:
+        return event.step == self.run.train.steps or (every > 0 and event.step % every == 0)
+
+    def evaluate(self, name: str, event: Event) -> None:
+        cfg = self.run.evals[name]
+        self.say(f"evaluating {name}")
+        report = EVALS[cfg.kind](self.context(event.state.params, event.state.router_bias), cfg)
+        self.reports[name] = report
+        values = {f"eval/{name}/{key}": value for key, value in report.scalars.items()}
+        self.file.write(event.step, values)
+        self.board.scalars(values, event.step)
+        if report.pictures:
+            images, captions = zip(*report.pictures, strict=True)
+            self.board.pictures(f"eval/{name}", [np.asarray(i) for i in images], captions, event.step)
+
+
+def table(reports: Mapping[str, Report]) -> list[tuple[str, str, str, str]]:
+    """(evaluation, what, figure, compared with) of every report."""
+    return [(name, *row) for name, report in reports.items() for row in report.rows]

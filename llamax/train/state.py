@@ -1,0 +1,31 @@
+"""Everything that a training step carries from one step to the next."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from llamax.model.skeleton import Skeleton
+
+
+class State(NamedTuple):
+    step: Array  # int32: steps taken, skipped ones included
+    params: Any
+    router_bias: Any
+    opt: Any
+    rng: Array  # uint32 key data, split off for whatever a step must draw
+    bad_in_row: Array  # int32: non-finite steps since the last good one
+    skipped: Array  # int32: non-finite steps so far
+
+
+def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int) -> State:
+    """A fresh state; pure, so that run.py can place it under one jit, or only take its shapes."""
+    key = jax.random.key(seed)
+    init_key, run_key = jax.random.split(key)
+    params, router_bias = skeleton.init(init_key)
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, router_bias, optimizer.init(params), jax.random.key_data(run_key), zero, zero)

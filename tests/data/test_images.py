@@ -1,0 +1,162 @@
+"""Tiling beside Meta's own results, a slow twin of the choice of canvas, and every kind of picture file."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamax.config import Vision
+from llamax.data.images import PictureError, canvases, choose_canvas, image_tokens, open_image, tile_image, to_rgb
+from llamax.data.video import read_frames, sample
+
+VISION = Vision()
+SMALL = Vision(tile_px=28, max_tiles=4)
+
+# The reference states its statistics with 5 decimals.
+FIVE_DECIMALS = dict(rtol=0.0, atol=1e-5)
+
+
+class Names:
+    """Special tokens as their names."""
+
+    patch, image, image_start, image_end = "<|patch|>", "<|image|>", "<|image_start|>", "<|image_end|>"
+    tile_x_separator, tile_y_separator = "<|tile_x_separator|>", "<|tile_y_separator|>"
+
+
+def golden_image(height: int, width: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) % 256], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def png(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_tiles_and_tokens_equal_metas(golden):
+    for case in json.loads(golden("llama4/image_preprocess.json").read_text())["cases"]:
+        tiles, (rows, cols) = tile_image(golden_image(case["height"], case["width"]), VISION)
+        assert (rows, cols, len(tiles)) == (case["rows"], case["cols"], case["tiles"])
+        normal = tiles / 127.5 - 1
+        np.testing.assert_allclose(normal.mean((1, 2)), case["tile_mean_rgb"], **FIVE_DECIMALS)
+        np.testing.assert_allclose(normal.std((1, 2), ddof=1), case["tile_std_rgb"], **FIVE_DECIMALS)
+        runs = [[name, len(list(same))] for name, same in itertools.groupby(image_tokens(rows, cols, VISION, Names))]
+        assert runs == case["token_rle"]
+
+
+@pytest.mark.parametrize(
+    "size, canvas",
+    [
+        *[((200, 300), (1, 1)), ((336, 336), (1, 1)), ((337, 336), (2, 1)), ((480, 640), (2, 2)), ((500, 900), (2, 3))],
+        *[((600, 800), (2, 3)), ((1080, 1920), (3, 5)), ((1000, 3000), (2, 6)), ((3000, 300), (9, 1))],
+        *[((100, 2000), (1, 6)), ((2000, 2000), (4, 4)), ((336, 5376), (1, 16)), ((5000, 4000), (4, 4))],
+        *[((700, 340), (3, 2)), ((671, 1009), (2, 4))],
+    ],
+)
+def test_canvases_of_the_reference(size, canvas):
+    assert choose_canvas(*size, 336, 16) == canvas
+
+
+def slow_canvas(height: int, width: int, tile_px: int, max_tiles: int) -> tuple[int, int]:
+    """By the rule's words, in float32: least scale of those >= 1, else the largest; then area; then the order."""
+    best, best_key = None, None
+    for order, (rows, cols) in enumerate(canvases(max_tiles)):
+        scale = min(np.float32(rows * tile_px) / np.float32(height), np.float32(cols * tile_px) / np.float32(width))
+        key = (0, scale, rows * cols, order) if scale >= 1 else (1, -scale, rows * cols, order)
+        if best_key is None or key < best_key:
+            best, best_key = (rows, cols), key
+    return best
+
+
+def test_choice_of_canvas_equals_the_slow_twin():
+    rng = np.random.default_rng(0)
+    for height, width in np.exp(rng.uniform(0, np.log(3000), (500, 2))).astype(int).tolist():
+        assert choose_canvas(height, width, 336, 16) == slow_canvas(height, width, 336, 16)
+        assert choose_canvas(height, width, 28, 5) == slow_canvas(height, width, 28, 5)
+
+
+def test_fifty_canvases_of_sixteen_tiles():
+    assert len(canvases(16)) == 50 == len(set(canvases(16)))
+    assert all(rows * cols <= 16 for rows, cols in canvases(16))
+
+
+def test_tiles_put_together_are_the_picture_on_black():
+    image = golden_image(40, 56)  # a canvas of 2 x 2; the width fits, the height is padded
+    tiles, (rows, cols) = tile_image(image, SMALL)
+    assert (rows, cols, len(tiles)) == (2, 2, 5)
+    canvas = np.block([[[tiles[0]], [tiles[1]]], [[tiles[2]], [tiles[3]]]])
+    np.testing.assert_array_equal(canvas[:40], np.asarray(image))
+    assert not canvas[40:].any()
+
+
+def test_small_pictures_grow_to_one_tile_at_most():
+    tiles, canvas = tile_image(Image.new("RGB", (7, 14), (255, 255, 255)), SMALL)
+    assert canvas == (1, 1) and len(tiles) == 1
+    assert tiles[0, :28, :14].all() and not tiles[0, :, 14:].any()
+
+
+def test_transparent_pixels_are_white_in_every_mode():
+    image = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    for converted in (image, image.quantize(4), image.convert("LA")):
+        rgb = to_rgb(open_image(png(converted)))
+        assert rgb.mode == "RGB" and rgb.getpixel((3, 1)) == (255, 255, 255) and sum(rgb.getpixel((0, 0))) < 100
+
+
+def test_sixteen_bit_grey_keeps_its_range():
+    grey = np.array([[0, 257 * 100, 65535]], np.uint16)
+    np.testing.assert_array_equal(np.asarray(to_rgb(open_image(png(Image.fromarray(grey)))))[0, :, 0], [0, 100, 255])
+
+
+def test_cmyk_palette_and_bilevel_become_rgb():
+    cyan = to_rgb(open_image(png(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG", quality=95)))
+    red, green, blue = cyan.getpixel((4, 4))
+    assert red < 60 and green > 120 and blue > 180
+    assert to_rgb(open_image(png(Image.new("RGB", (4, 4), (9, 8, 7)).quantize(2)))).getpixel((0, 0)) == (9, 8, 7)
+    assert to_rgb(open_image(png(Image.new("1", (4, 4), 1)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (6, 4))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    upright = to_rgb(open_image(png(image, exif=exif)))
+    assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 0, 0)
+
+
+def test_bad_pictures_say_why(tmp_path):
+    whole = png(golden_image(64, 64))
+    assert to_rgb(open_image(whole)).size == (64, 64)
+    with pytest.raises(PictureError) as error:
+        open_image(tmp_path / "none.png")
+    assert error.value.reason == "image_missing"
+    for damaged in (b"", b"no picture", whole[: len(whole) // 2], png(Image.new("F", (2, 2)), "TIFF")):
+        with pytest.raises(PictureError) as error:
+            to_rgb(open_image(damaged))
+        assert error.value.reason == "image_unreadable"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_clips_become_their_frames_in_order(kind):
+    frames = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(6)]
+    clip = png(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+    assert [frame.getpixel((8, 8))[0] for frame in read_frames(clip)] == [0, 40, 80, 120, 160, 200]
+    assert [frame.getpixel((8, 8))[0] for frame in read_frames(clip, 3)] == [0, 80, 200]
+    with pytest.raises(PictureError):
+        read_frames(clip[: len(clip) // 3])
+
+
+def test_frames_are_sampled_from_first_to_last():
+    assert sample(3, 8) == [0, 1, 2]
+    assert sample(100, 4) == [0, 33, 66, 99]
+    assert sample(9, 1) == [0]

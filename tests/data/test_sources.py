@@ -1,0 +1,133 @@
+"""Manifests, the two formats, and what is done about records that are wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from llamax.config import ConfigError
+from llamax.data.sources import Picture, open_source, read_manifest, verify, write_arrayrecord
+
+
+def manifest(folder, **table):
+    path = folder / "data.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
+    return path
+
+
+def jsonl(folder, *records, name="data.jsonl", **table):
+    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+    (folder / name).write_bytes(b"\n".join(lines) + b"\n")
+    return manifest(folder, format="jsonl", files=[name], **table)
+
+
+def documents(path):
+    return list(open_source(read_manifest(path)))
+
+
+def refused(path) -> str:
+    with pytest.raises(ConfigError) as error:
+        documents(path)
+    return str(error.value)
+
+
+def test_both_formats_give_the_same_documents(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"picture")
+    records = [
+        {"text": "naïve <|end_of_text|> 語"},
+        {"pieces": [{"text": "see "}, {"image": "a.png"}, {"text": "?"}], "id": "x1", "meta": {"truth": "red"}},
+    ]
+    lines = documents(jsonl(tmp_path, *records, lang="en"))
+    assert lines[0].pieces == ("naïve <|end_of_text|> 語",) and lines[0].lang == "en" and not lines[0].skip
+    assert lines[1].pieces == ("see ", Picture(tmp_path / "a.png"), "?")
+    assert lines[1].id == "x1" and lines[1].meta == {"truth": "red"}
+
+    records[1]["pieces"][1] = {"image": b"picture"}
+    assert write_arrayrecord(tmp_path / "data.arrayrecord", records) == 2
+    packed = documents(manifest(tmp_path, format="arrayrecord", files=["data.arrayrecord"], lang="en"))
+    assert packed[0] == lines[0]
+    assert packed[1] == lines[1]._replace(pieces=("see ", Picture(b"picture"), "?"))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "arrayrecord"])
+def test_shards_are_one_sequence_in_name_order(tmp_path, format):
+    for shard in (2, 0, 1):
+        records = [{"text": f"{shard}.{i}"} for i in range(shard + 1)]
+        if format == "jsonl":
+            (tmp_path / f"s-{shard}.jsonl").write_text("\n\n".join(map(json.dumps, records)))  # blank lines, no last \n
+        else:
+            write_arrayrecord(tmp_path / f"s-{shard}.arrayrecord", records)
+    source = open_source(read_manifest(manifest(tmp_path, format=format, files=["s-*"], documents=6)))
+    assert [d.pieces[0] for d in source] == ["0.0", "1.0", "1.1", "2.0", "2.1", "2.2"]
+    assert pickle.loads(pickle.dumps(source))[3].pieces == ("2.0",)
+
+
+def test_the_writer_is_deterministic(tmp_path):
+    for name in ("a", "b"):
+        write_arrayrecord(tmp_path / name, [{"text": "same"}, {"pieces": [{"image": b"x"}]}])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_damaged_content_is_skipped_with_its_reason(tmp_path):
+    path = jsonl(
+        tmp_path, {"text": ""}, {"pieces": [{"text": " \n"}]}, b'{"text": "\xff"}', {"text": "\ud800"}, {"text": "ok"}
+    )
+    assert [d.skip for d in documents(path)] == ["empty", "empty", "invalid_utf8", "invalid_utf8", ""]
+    write_arrayrecord(tmp_path / "a.arrayrecord", [{"text": ""}, {"pieces": [{"image": b""}]}])
+    bad = manifest(tmp_path, format="arrayrecord", files=["a.arrayrecord"])
+    assert [d.skip for d in documents(bad)] == ["empty", ""]
+
+
+def test_invalid_utf8_in_msgpack_is_skipped(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+    writer.write(b"\x81\xa4text\xa1\xff")
+    writer.close()
+    assert documents(manifest(tmp_path, format="arrayrecord", files=["a.arrayrecord"]))[0].skip == "invalid_utf8"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{}, {"txt": "a"}, {"pieces": "a"}, {"pieces": [{"sound": "a"}]}, {"text": 3}, {"pieces": [{}]}, ["a"], b"{broken"],
+)
+def test_a_malformed_record_is_an_error_that_names_it(tmp_path, record):
+    message = refused(jsonl(tmp_path, {"text": "fine"}, record))
+    assert "record 1" in message and "data.jsonl" in message
+
+
+def test_the_writer_refuses_what_readers_would(tmp_path):
+    with pytest.raises(ConfigError, match="record 1"):
+        write_arrayrecord(tmp_path / "a", [{"text": "fine"}, {"pieces": [{"image": "a path"}]}])
+
+
+def test_a_wrong_manifest_is_refused_in_three_parts(tmp_path):
+    good = jsonl(tmp_path, {"text": "a"})
+    assert "data.toml" in refused(tmp_path / "date.toml")  # the nearest right one
+    assert "no such file" in refused(tmp_path / "elsewhere" / "x.toml")
+    assert "has no such file" in refused(manifest(tmp_path, format="jsonl", files=["none-*.jsonl"]))
+    assert "names no files" in refused(manifest(tmp_path, format="jsonl"))
+    assert "arrayrecord, jsonl" in refused(manifest(tmp_path, format="parquet", files=["data.jsonl"]))
+    assert "text, multimodal" in refused(manifest(tmp_path, format="jsonl", files=["data.jsonl"], kind="film"))
+    assert "'lang'" in refused(manifest(tmp_path, format="jsonl", files=["data.jsonl"], language="en"))
+    assert "not a int" in refused(manifest(tmp_path, format="jsonl", files=["data.jsonl"], documents="1"))
+    assert "1 documents, not 7" in refused(manifest(tmp_path, format="jsonl", files=["data.jsonl"], documents=7))
+    good.write_text("format = ")
+    assert "not TOML" in refused(good)
+    assert "0 documents" in refused(jsonl(tmp_path, b""))
+    (tmp_path / "bad.arrayrecord").write_bytes(b"not an array record")
+    assert "cannot be opened" in refused(manifest(tmp_path, format="arrayrecord", files=["bad.arrayrecord"]))
+
+
+def test_verify_compares_hashes(tmp_path):
+    path = jsonl(tmp_path, {"text": "a"})
+    hashed = '[sha256]\n"data.jsonl" = "{}"\n'
+    digest = "de6ea33dd4c33f1c7e7f1f3ac5d3ac3d0a3f9ec3ad6c5ae65b7d1d7e5f6d5c3b"
+    path.write_text(path.read_text() + hashed.format(digest))
+    with pytest.raises(ConfigError) as error:
+        verify(read_manifest(path))
+    true = str(error.value).split("has sha256 ")[1].split()[0]
+    path.write_text(path.read_text().replace(digest, true))
+    verify(read_manifest(path))

@@ -1,0 +1,178 @@
+"""The command line: what reaches the functions that work, what a person reads when they err, and how fast."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+
+from llamax import cli, config, show, variants
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "recipes/scout_pretrain.py:tiny"
+COMMANDS = [[], ["train"], ["show"], ["generate"], ["data"], ["data", "build"], ["data", "show"], ["data", "tokenizer"]]
+
+
+def called(monkeypatch, target: str, **behaviour):
+    """The function at `target`, replaced by one that only takes what the real one takes."""
+    module, _, name = target.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+    double = create_autospec(real, **behaviour)
+    monkeypatch.setattr(target, double)
+    return double
+
+
+# ----------------------------------------------------------------------------------------------------- what is called
+
+
+def test_train(monkeypatch):
+    train = called(monkeypatch, "llamax.run.train")
+    words = ["--config.train.steps", "300", "--noconfig.model.qk_norm", "--workdir", "there"]
+    assert cli.main(["train", TINY, *words]) == 0
+    overrides = ["--config.train.steps=300", "--noconfig.model.qk_norm"]
+    run = config.freeze(config.load(TINY, overrides))
+    train.assert_called_once_with(run, "there", overrides=overrides)
+
+
+def test_generate(monkeypatch, capsys):
+    generate = called(monkeypatch, "llamax.run.generate", return_value="and so on")
+    words = ["--prompt", "x", "--image", "y.png", "--max-tokens", "5", "--temperature", "0.5", "--seed", "2"]
+    assert cli.main(["generate", "--workdir", "there", *words]) == 0
+    generate.assert_called_once_with("there", "x", image="y.png", max_tokens=5, temperature=0.5, seed=2)
+    assert capsys.readouterr().out == "and so on\n"
+
+
+def test_data(monkeypatch):
+    build = called(monkeypatch, "llamax.data.embedded.build.build")
+    look = called(monkeypatch, "llamax.data.show.show")
+    tokenizer = called(monkeypatch, "llamax.data.train_tokenizer.train_tokenizer")
+    assert cli.main(["data", "build", "--out", "there", "--seed", "3", "--force"]) == 0
+    assert cli.main(["data", "show", "x.toml", "-n", "2"]) == 0
+    assert cli.main(["data", "tokenizer", "--out", "x.model", "--vocab", "300", "--seed", "4"]) == 0
+    assert build.call_args.args == ("there",)
+    assert build.call_args.kwargs["recipe"].seed == 3 and build.call_args.kwargs["force"]
+    look.assert_called_once_with("x.toml", n=2)
+    tokenizer.assert_called_once_with("x.model", 300, 4)
+
+
+def test_split_overrides():
+    words = ["train", "--config.a=1", "r.py", "--config.b", "-1", "--workdir", "w", "--config.c", "--noconfig.d", "x"]
+    assert cli.split_overrides(words) == (
+        ["train", "r.py", "--workdir", "w", "x"],
+        ["--config.a=1", "--config.b=-1", "--config.c", "--noconfig.d"],
+    )
+
+
+# -------------------------------------------------------------------------------------------------- what a person reads
+
+
+def test_a_wrong_configuration_is_one_line_on_stderr(capsys):
+    assert cli.main(["train", TINY, "--workdir", "w", "--config.train.step=3"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    text = "--config.train.step, but train has no step. Did you mean --config.train.steps?"
+    assert err == f"llamax: {text}\n"
+
+
+def test_the_line_is_red_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert cli.main(["show", "qqqq"]) == 2
+    assert capsys.readouterr().err.startswith("\033[31mllamax: recipe qqqq")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["show", "qqqq"]) == 2
+    assert capsys.readouterr().err.startswith("llamax: recipe qqqq")
+
+
+def test_ctrl_c_is_quiet(monkeypatch, capsys):
+    called(monkeypatch, "llamax.data.show.show", side_effect=KeyboardInterrupt)
+    assert cli.main(["data", "show", "x.toml"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_our_own_errors_keep_their_traceback(monkeypatch):
+    called(monkeypatch, "llamax.data.show.show", side_effect=ValueError("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        cli.main(["data", "show", "x.toml"])
+
+
+def test_overrides_belong_to_train_and_show(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "build", "--config.seed=1"])
+    assert caught.value.code == 2
+    assert "--config.seed=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    examples = text.split("examples:\n")[1].strip().splitlines()
+    assert examples and all(line.strip().startswith(" ".join(["llamax", *command])) for line in examples)
+    for line in examples:  # and they parse
+        words, _ = cli.split_overrides(shlex.split(line, comments=True)[1:])
+        cli.parser().parse_args(words)
+
+
+# -------------------------------------------------------------------------------------------------------------- show
+
+
+def test_show_prints_the_run_and_its_sizes(capsys):
+    assert cli.main(["show", "recipes/scout_pretrain.py", "--config.optim.b1=0.8"]) == 0
+    text = capsys.readouterr().out
+    lines = dict(line.strip("* ").split(maxsplit=1) for line in text.splitlines() if line.strip())
+    assert lines["optim.b1"].strip() == "0.8" and lines["data.seq_len"].strip() == "8192"
+    assert lines["model.plan"].strip() == "(3 x rope_chunk+moe, nope_full+moe) x 12"
+    assert lines["parameters"].strip() == "108,641,793,536"
+    for fact in ("107,769,861,120", "17,172,894,720", "871,932,416", "8,388,608 = 1,024 rows", "9.136e+17", "16 + 1"):
+        assert fact in text
+
+
+def test_show_marks_what_is_not_default(capsys):
+    cli.main(["show", TINY, "--config.optim.b1=0.8"])
+    lines = capsys.readouterr().out.splitlines()
+    marked = {line.split()[1] for line in lines if line.startswith("*")}
+    assert {"optim.b1", "name", "model.chunk_len", "data.sources.docs.weight"} <= marked
+    assert not {"optim.b2", "model.top_k", "losses.next_token"} & marked
+
+
+def test_plan_is_compact():
+    assert show.plan(variants.maverick()) == "(rope_chunk+dense, rope_chunk+moe, rope_chunk+dense, nope_full+moe) x 12"
+    model = config.Model(plan=((("rope_full+dense",), 2), (("nope_full+moe", "nope_full+moe"), 1)))
+    assert show.plan(model) == "(rope_full+dense) x 2, (2 x nope_full+moe) x 1"
+
+
+# ------------------------------------------------------------------------------------------------------- how it starts
+
+
+def cpu_seconds(*words: str) -> float:
+    """CPU time of a fresh interpreter: wall time would measure the other tests too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_and_import_are_quick():
+    assert cpu_seconds("-m", "llamax.cli", "--help") <= 0.5
+    assert cpu_seconds("-c", "import llamax") <= 1.5
+
+
+def test_show_imports_no_jax():
+    code = "import sys; from llamax import cli; cli.main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, "show", TINY], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_closed_pipe_is_quiet():
+    done = subprocess.run(
+        f"{sys.executable} -m llamax.cli show {TINY} | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr == "" and done.stdout.count("\n") == 1

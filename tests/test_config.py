@@ -1,0 +1,407 @@
+"""The configuration: what a recipe becomes, what overrides may do, and that every wrong one is refused with advice."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from llamax import checks, config, variants
+from llamax.config import ConfigError, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "recipes/scout_pretrain.py:tiny"
+
+
+def frozen(*overrides: str) -> Run:
+    return config.freeze(config.load(TINY, overrides))
+
+
+def refusal(*overrides: str, spec: str = TINY) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        config.freeze(config.load(spec, overrides))
+    error = caught.value
+    for part in (error.asked, error.true, error.change):
+        assert len(part) > 3
+    assert str(error) == f"{error.asked}, but {error.true}. {error.change}"
+    assert "\n" not in str(error)
+    return error
+
+
+# ------------------------------------------------------------------------------------------------ recipes and dicts
+
+
+def test_a_recipe_holds_every_default_and_is_locked():
+    cfg = config.recipe("mine", variants.scout(), seed=3)
+    assert config.from_dict(Run, cfg) == Run(name="mine", seed=3, model=variants.scout())
+    for section in (cfg, cfg.data, cfg.model.rope):
+        assert section.is_locked
+    with pytest.raises(AttributeError, match="seq_len"):
+        cfg.data.seq_length = 5
+    with pytest.raises(TypeError):
+        cfg.data.seq_len = "long"
+    cfg.data.sources.web = {"path": "web.toml"}  # sources and evals are open
+    cfg.evals = {"web": {"path": "web.toml"}}
+    run = config.from_dict(Run, cfg)
+    assert run.data.sources == {"web": config.Source("web.toml", 1.0)}
+    assert run.evals == {"web": config.Eval(path="web.toml")}
+
+
+def test_a_dict_given_to_a_section_means_the_defaults_but_for_these():
+    cfg = config.recipe("mine", variants.scout())
+    cfg.mesh = {"fsdp": 4}
+    assert config.from_dict(Run, cfg).mesh == config.Mesh(data=-1, fsdp=4)
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_run_survives_json(name):
+    run = dataclasses.replace(frozen(), model=variants.VARIANTS[name]())
+    assert config.from_dict(Run, json.loads(json.dumps(config.to_dict(run)))) == run
+    assert config.from_dict(Run, config.to_config(run)) == run
+
+
+def test_whole_numbers_become_floats_and_nothing_else_changes_type():
+    assert type(config.from_dict(Run, {"optim": {"peak_lr": 1}}).optim.peak_lr) is float
+    for wrong in ({"train": {"steps": True}}, {"train": {"steps": 5.0}}, {"name": 3}, {"mesh": 3}, {"evals": []}):
+        with pytest.raises(ConfigError):
+            config.from_dict(Run, wrong)
+
+
+def test_resolve_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.resolve_path("/a/b") == Path("/a/b")
+    assert config.resolve_path("recipes/scout_pretrain.py") == ROOT / "recipes/scout_pretrain.py"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/scout_pretrain.py").touch()
+    assert config.resolve_path("recipes/scout_pretrain.py") == Path("recipes/scout_pretrain.py")
+    assert config.resolve_path("nowhere/x.toml") == Path("nowhere/x.toml")
+
+
+# --------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_typed_as_ml_collections_does_it():
+    run = frozen(
+        "--config.train.steps=1_000",
+        "--config.optim.peak_lr=1",
+        "--noconfig.model.qk_norm",
+        "--config.model.tied_embeddings",
+        "--config.model.plan=((('rope_chunk+moe',), 2), (('nope_full+dense',), 1))",
+        "--config.mesh={'fsdp': 2}",
+        "--config.data.sources.python.weight=2",
+        "--config.data.tokenizer=a=b.model",
+        "--config.train.log_every_steps=5",
+        "--config.train.log_every_steps=7",
+    )
+    assert run.train.steps == 1000 and run.train.log_every_steps == 7  # the last one wins
+    assert run.optim.peak_lr == 1.0 and type(run.optim.peak_lr) is float
+    assert run.model.qk_norm is False and run.model.tied_embeddings is True
+    assert run.model.layers == ("rope_chunk+moe", "rope_chunk+moe", "nope_full+dense")
+    assert run.mesh == config.Mesh(data=-1, fsdp=2)
+    assert run.data.sources["python"].weight == 2.0
+    assert run.data.tokenizer == "a=b.model"
+
+
+def test_overrides_leave_absl_alone_and_the_rest_of_the_run_as_it_was():
+    from absl import flags
+
+    before = set(flags.FLAGS)
+    run = frozen("--config.seed=5")
+    assert set(flags.FLAGS) == before
+    assert run == dataclasses.replace(frozen(), seed=5)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    {
+        "--config.data.seq_length=512": "--config.data.seq_len",
+        "--config.seq_len=512": "--config.data.seq_len",  # the right name in the wrong place
+        "--config.optim.seq_len=512": "--config.data.seq_len",
+        "--config.optim.lr=1": "--config.optim.peak_lr",
+        "--config.dta.seq_len=512": "--config.data",
+        "--config.data.sources.pyton.weight=1": "--config.data.sources.python",
+        "--config.data.sources.python.wieght=1": "--config.data.sources.python.weight",
+        "--noconfig.model.qknorm": "--config.model.qk_norm",
+        "--config.mesh={'fdsp': 2}": "--config.mesh.fsdp",
+        "--config.model.vision.tile=28": "--config.model.vision.tile_px",
+    }.items(),
+)
+def test_a_misspelt_key_answers_with_the_nearest(override, nearest):
+    assert refusal(override).change == f"Did you mean {nearest}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    {
+        "--config.train.steps=abc": "--config.train.steps=600.",
+        "--config.train.steps=1e3": "--config.train.steps=1000.",
+        "--config.train.steps": "--config.train.steps=600.",
+        "--config.mesh={'data': 2.0}": "--config.mesh.data=2.",
+        "--config.optim.peak_lr=fast": "--config.optim.peak_lr=0.003.",
+        "--config.model.qk_norm=maybe": "--config.model.qk_norm=true.",
+        "--config.data=3": "--config.data.batch_tokens.",
+        "--config.model.plan[0]=3": "--config.model.plan as a whole.",
+        "--config.train.steps.x=3": "--config.train.steps itself.",
+        "--config.qqqq=3": "Known here: checkpoint, data,",
+        "steps=3": "--config.train.steps=200.",
+        "--config.=3": "--config.train.steps=200.",
+    }.items(),
+)
+def test_a_wrong_type_or_form_is_refused_with_an_example(override, advice):
+    assert advice in refusal(override).change
+
+
+def test_overrides_that_undo_each_other_are_refused():
+    assert "--config.mesh" in refusal("--config.mesh.data=2", "--config.mesh={'data': 4}").asked
+
+
+# ------------------------------------------------------------------------------------------------------ recipe files
+
+
+def test_unknown_file_and_size_answer_with_the_nearest():
+    assert refusal(spec="recipes/scout_pretran.py").change == "Did you mean recipes/scout_pretrain.py?"
+    assert refusal(spec="maverick:tiny").change == "Did you mean recipes/maverick_pretrain.py?"
+    assert "recipes/scout_pretrain.py" in refusal(spec="qqqq").change
+    assert refusal(spec="recipes/scout_pretrain.py:tyni").change == "Use recipes/scout_pretrain.py:tiny."
+
+
+def write(path: Path, body: str) -> str:
+    head = "from llamax import config as lx, variants\n\ndef get_config(size):\n"
+    path.write_text(head + "    run = lx.recipe('mine', variants.scout_tiny())\n" + body + "    return run\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    {
+        "run.data.seq_length = 5": "Did you mean run.data.seq_len?",
+        "run.optim.peak_lr = run.optim.lr": "Did you mean run.optim.peak_lr?",
+        "run.data.seq_len = 'long'": "Give the type",
+    }.items(),
+)
+def test_a_slip_inside_a_recipe_names_its_line(tmp_path, line, advice):
+    error = refusal(spec=write(tmp_path / "mine.py", f"    {line}\n"))
+    assert error.asked == f"mine.py:5: {line}"
+    assert advice in error.change
+
+
+def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
+    with pytest.raises(AttributeError, match="nothing"):
+        config.load(write(tmp_path / "mine.py", "    lx.nothing\n"))
+
+
+def test_a_file_without_get_config_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    (tmp_path / "mine.txt").write_text("x = 1\n")
+    assert "get_config" in refusal(spec=str(tmp_path / "mine.py")).true
+    assert "Python" in refusal(spec=str(tmp_path / "mine.txt")).true
+
+
+def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
+    body = "    run.data.sources = dict(web=dict(path='web.toml', wieght=1.0))\n"
+    assert refusal(spec=write(tmp_path / "mine.py", body)).change == "Did you mean --config.data.sources.web.weight?"
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+WRONG = [  # (overrides, what the error says is true)
+    (["--config.seed=-1"], "0 or more"),
+    (["--config.seed=4294967296"], "at most 4294967295"),
+    (["--config.optim.peak_lr=nan"], "finite"),
+    (["--config.losses.router_z=inf"], "finite number"),
+    (["--config.train.steps=0", "--config.optim.warmup_steps=0", "--config.optim.schedule=cosine"], "more than 0"),
+    (["--config.optim.peak_lr=-1"], "it is more than 0"),
+    (["--config.data.multimodal_steps=1.5"], "is at most 1"),
+    (["--config.optim.b2=1.0"], "at most 0.9999"),
+    (["--config.losses.router_balance=-1"], "it is 0 or more"),
+    (["--config.name="], "a run has a name"),
+    (["--config.model.rope.scaling=llama4"], "one of none, llama3"),
+    (["--config.optim.schedule=cosin"], "one of cosine, wsd"),
+    (["--config.train.compute_dtype=bf16"], "one of float32, bfloat16"),
+    (["--config.train.remat=full"], "one of none, period"),
+    (["--config.evals.docs.kind=perplex"], "one of perplexity, drawings"),
+    (["--config.model.plan=((('rope_chunk+meo',), 4),)"], "a layer is one of"),
+    (["--config.model.plan=((('rope_chunk+moe',), 0),)"], "a segment is (layer kinds, repeats >= 1)"),
+    (["--config.model.plan=('rope_chunk+moe', 4)"], "a segment is"),
+    (["--config.model.plan=()"], "a model has a layer"),
+    (["--config.model.n_kv_heads=3"], "every kv head serves as many"),
+    (["--config.model.head_dim=31"], "it is even"),
+    (["--config.model.top_k=5"], "there are n_experts=4"),
+    (["--config.model.rope.low_freq_factor=2"], "it is at most high_freq_factor"),
+    (["--config.model.vision.tile_px=57"], "patches have 7 px"),
+    (["--config.model.vision.tile_px=49"], "a tile has 7 x 7 patches"),
+    (["--config.model.vision.n_heads=5"], "head width that is a multiple of 4"),
+    (["--config.model.vision.dim=90"], "2D RoPE"),
+    (["--config.data.batch_tokens=5000"], "rows have seq_len=512"),
+    (["--config.train.accumulate=3"], "do not split into as many micro-batches"),
+    (["--config.data.tiles_per_row=4"], "one picture has up to 5 tiles"),
+    (["--config.data.seq_len=64"], "one picture is up to 87 tokens"),
+    (["--config.data.sources={}"], "at least one source"),
+    (["--config.data.sources={'my-web': {'path': 'web.toml'}}"], "must be able to name it"),
+    (["--config.evals={'3d': {'path': 'web.toml'}}"], "name it: letters"),
+    (["--config.data.sources.docs.path=docs.jsonl"], "it is a manifest"),
+    (["--config.evals.docs.path="], "a .toml file"),
+    (["--config.optim.warmup_steps=600"], "the run has train.steps=600"),
+    (["--config.optim.decay_steps=0"], "wsd decays over 1 to 560 steps"),
+    (["--config.optim.decay_steps=561"], "1 to 560 steps, those after the warm-up"),
+    (["--config.mesh.data=0"], "an axis is at least 1"),
+    (["--config.mesh.fsdp=-2"], "at least 1, or -1"),
+    (["--config.mesh.fsdp=-1"], "-1 is allowed once"),
+    (["--config.mesh.fsdp=3"], "a micro-batch has 8 rows"),
+    (["--config.mesh.fsdp=4", "--config.train.accumulate=4"], "a micro-batch has 2 rows"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "true"), WRONG)
+def test_what_cannot_work_is_refused_and_the_advice_works(overrides, true):
+    error = refusal(*overrides)
+    assert true in error.true
+    advice = re.match(r"Set (--config\.[\w.]+=[^\s,]+)", error.change)
+    if advice:
+        frozen(*overrides, advice[1].rstrip("."))
+    else:
+        assert "--config." in str(error)
+
+
+def test_vision_is_asked_for_only_where_there_are_pictures(tmp_path):
+    no_vision = "    run.model.vision = None\n    run.data.sources = dict(web=dict(path='web.toml'))\n"
+    small = "    run.data.update(seq_len=64, batch_tokens=64, multimodal_steps=0.0)\n"
+    spec = write(tmp_path / "mine.py", no_vision + small)
+    assert config.freeze(config.load(spec)).model.vision is None
+    assert "no vision encoder" in refusal("--config.data.multimodal_steps=0.5", spec=spec).true
+    asked = "--config.evals={'d': {'kind': 'drawings', 'path': 'd.toml'}}"
+    assert "no vision encoder" in refusal(asked, spec=spec).true
+    assert "has no fields" in refusal("--config.model.vision.dim=64", spec=spec).true
+    assert frozen("--config.data.multimodal_steps=0", "--config.data.tiles_per_row=1").data.tiles_per_row == 1
+
+
+def test_odd_heads_are_fine_without_rope():
+    frozen("--config.model.head_dim=31", "--config.model.plan=((('nope_full+moe',), 2),)")
+
+
+def with_number(run: Run, path: str, value: float) -> Run:
+    """`run` with the number at a dotted path replaced, in its own type."""
+    settings = config.to_dict(run)
+    *sections, key = path.split(".")
+    inner = settings
+    for section in sections:
+        inner = inner[section]
+    inner[key] = type(inner[key])(value)
+    return config.from_dict(Run, settings)
+
+
+def test_every_number_of_the_schema_is_bounded():
+    """-1 in any numeric field is refused, and 0 but in those that MAY_BE_ZERO names; and each of these exists."""
+    run, patterns = frozen(), set()
+    for path, pattern, value in checks._fields(run):
+        if type(value) in (int, float) and not path.startswith("mesh."):
+            patterns.add(pattern)
+            for wrong in (-1,) if pattern in checks.MAY_BE_ZERO else (-1, 0):
+                with pytest.raises(ConfigError, match=re.escape(f"--config.{path}={type(value)(wrong)}")):
+                    checks.check(with_number(run, path, wrong))
+    assert set(checks.MAY_BE_ZERO) | set(checks.AT_MOST) <= patterns and len(patterns) > 50
+
+
+# ----------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "sizes"),
+    [((-1, 1), 1, (1, 1)), ((-1, 1), 8, (8, 1)), ((-1, 4), 8, (2, 4)), ((2, -1), 8, (2, 4)), ((2, 4), 8, (2, 4))],
+)
+def test_the_mesh_takes_the_devices(mesh, devices, sizes):
+    run = frozen(f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}")
+    resolved = config.check_devices(run, devices)
+    assert resolved == config.Mesh(*sizes)
+    assert math.prod(dataclasses.asdict(resolved).values()) == devices
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "text"),
+    [
+        (
+            (8, 8),
+            8,
+            "mesh: data=8 * fsdp=8 = 64, but 8 devices are visible. Set --config.mesh.data=1, or -1 to take the rest.",
+        ),
+        (
+            (8, 1),
+            1,
+            "mesh: data=8 * fsdp=1 = 8, but 1 device is visible. Set --config.mesh.data=1, or -1 to take the rest.",
+        ),
+        (
+            (-1, 8),
+            12,
+            "mesh: data=-1 * fsdp=8 = 8 times data, but 12 devices are visible. Set --config.mesh.fsdp=6.",
+        ),
+        ((4, 4), 6, "mesh: data=4 * fsdp=4 = 16, but 6 devices are visible. Set one axis to -1 and every other to 1."),
+        (
+            (-1, 4),
+            32,
+            "mesh: data=8 * fsdp=4 splits rows 32 ways, but a micro-batch has 16 rows (batch_tokens / seq_len /"
+            " accumulate). Set --config.data.batch_tokens=65536, or a smaller mesh axis.",
+        ),
+    ],
+)
+def test_an_impossible_mesh_is_refused(mesh, devices, text):
+    rows = 64 if max(mesh) == 8 else 16
+    sizes = [f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}"]
+    run = frozen(*sizes, f"--config.data.batch_tokens={rows * 512 * 4}", "--config.train.accumulate=4")
+    with pytest.raises(ConfigError) as caught:
+        config.check_devices(run, devices)
+    assert str(caught.value) == text
+
+
+# ---------------------------------------------------------------------------------------------------- the whole house
+
+
+def test_freeze_takes_no_jax_and_little_time():
+    code = (
+        "import sys; from llamax import config; config.freeze(config.load(sys.argv[1], ['--config.seed=1']));"
+        "sys.exit(' '.join({'jax', 'flax', 'grain', 'orbax', 'PIL'} & set(sys.modules)) or 0)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code, "recipes/scout_pretrain.py"], cwd=ROOT, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 2.0
+
+
+def attributes_read(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+
+
+def test_every_field_of_the_schema_is_read_by_code():
+    """Code that acts: the files that define, check, count or print settings are no readers."""
+    no_readers = {"config.py", "config_dict.py", "config_file.py", "checks.py", "variants.py", "show.py", "count.py"}
+    files = [path for path in (ROOT / "llamax").rglob("*.py") if path.name not in no_readers]
+    read = set().union(*map(attributes_read, files))
+    by_table = {config.Losses, config.Mesh}  # read by name; the test below compares the tables
+    classes = {c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)} - by_table
+    assert Run in classes and len(classes) > 8
+    unread = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c) if f.name not in read}
+    assert not unread, f"fields that no code reads: {sorted(unread)}"
+
+
+def test_names_of_the_schema_are_what_the_code_has():
+    from llamax.evals import EVALS
+    from llamax.losses import LOSSES
+    from llamax.parallel.mesh import AXES
+
+    assert set(config.EVAL_KINDS) == set(EVALS)
+    assert {f.name for f in dataclasses.fields(config.Losses)} == set(LOSSES)
+    assert {f.name for f in dataclasses.fields(config.Mesh)} <= set(AXES)
+
+
+def test_config_dict_is_only_between_a_recipe_and_freeze():
+    for _, _, value in checks._fields(frozen()):
+        assert not isinstance(value, ConfigDict)

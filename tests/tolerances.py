@@ -1,0 +1,30 @@
+"""Every tolerance of the test suite, with the reason for its size. Never widened in place: a test that needs more
+room gets a line of its own here, with what was measured.
+
+Use: `from tests.tolerances import TWIN` and `np.testing.assert_allclose(fast, slow, **TWIN)`.
+"""
+
+from __future__ import annotations
+
+# A fast path beside its slow twin, both float32: sums in another order, a few hundred terms.
+TWIN = dict(rtol=1e-5, atol=1e-5)
+
+# The same for gradients: a second pass over the same sums, and products of two rounded values.
+TWIN_GRAD = dict(rtol=1e-4, atol=1e-4)
+
+# A slow twin written in float64 numpy beside float32 code: the float32 side's own rounding through a few layers.
+ORACLE = dict(rtol=1e-4, atol=2e-5)
+
+# Goldens from another implementation: whole models in float32. Its own noise against float64 is at most 1e-5, and
+# the weakest feature that they must notice moves them by 3.6e-3.
+GOLDEN = dict(rtol=0.0, atol=1e-4)
+
+# Loss and gradients of the same batch on another mesh, or in another split: reductions in another order.
+MESH_LOSS = dict(rtol=1e-5, atol=1e-6)
+MESH_GRAD = dict(rtol=1e-3, atol=1e-5)
+
+# bfloat16 beside float32: eight bits of mantissa.
+BF16 = dict(rtol=2e-2, atol=2e-2)
+
+# A golden loss curve, twenty steps on the same platform: drift between library versions.
+CURVE = dict(rtol=2e-3, atol=2e-3)
