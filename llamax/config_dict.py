@@ -25,6 +25,9 @@ class ConfigError(ValueError):
         super().__init__(f"{asked}, but {true}. {change}")
         self.asked, self.true, self.change = asked, true, change
 
+    def __reduce__(self):
+        return type(self), (self.asked, self.true, self.change)  # loader processes send it home pickled
+
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """A dataclass of the schema as nested dicts: what goes into run.json, and into a recipe's `run.model = ...`."""

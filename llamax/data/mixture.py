@@ -17,15 +17,19 @@ within an epoch each document still comes once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import grain
 import numpy as np
 
 from llamax.config import ConfigError
 
 CYCLE = 10_000  # documents; the resolution of the shares
+ENDLESS = 2**62  # a length that no run reaches
+TABLE = 2**16  # documents of a source whose order is kept as a table, 128 KiB at most
 
 
 class Shares(NamedTuple):
@@ -101,6 +105,36 @@ def deal_text(shares: Shares) -> tuple[Deal, Deal]:
     return Deal(share), Deal(1 - share, complement=True)
 
 
+class Shuffled(Sequence):
+    """A source's documents, epoch after epoch without end, each epoch in its own order."""
+
+    def __init__(self, documents: Sequence, seed: int):
+        self.documents, self.seed = documents, seed
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, n: int):
+        epoch, i = divmod(n, len(self.documents))
+        return self.documents[shuffled(i, len(self.documents), (self.seed + epoch) % 2**32)]
+
+
+def shuffled(i: int, n: int, seed: int) -> int:
+    """The i-th of 0 .. n - 1 in the order of a 32-bit seed.
+
+    Large n: Grain's pseudo-random permutation, which needs no table. It walks over 2^16 numbers at least, so that its
+    time goes as 2^16 / n (10 ms a call for n = 2): small n take a table.
+    """
+    if n > TABLE:
+        return grain.experimental.index_shuffle(i, max_index=n - 1, seed=seed, rounds=4)
+    return int(_permutation(n, seed)[i])
+
+
+@functools.lru_cache(256)
+def _permutation(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(n).astype(np.uint16)
+
+
 class Mixture:
     """Grain's selection map: n -> (index of the source, position in its order)."""
 
@@ -115,7 +149,7 @@ class Mixture:
         self.deals = tuple(deals)
 
     def __len__(self) -> int:
-        return 2**62  # endless
+        return ENDLESS
 
     def __getitem__(self, n: int) -> tuple[int, int]:
         cycle, place = divmod(n, len(self.source))

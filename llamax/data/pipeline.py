@@ -1,6 +1,6 @@
 """The data stream: manifests in, THE Batch out, by Grain.
 
-    per source   reader -> shuffle -> repeat -> encode          document n is a pure function of n
+    per source   reader -> shuffled epochs -> encode            document n is a pure function of n
     a stream     mixture -> window of documents -> pack         window n is a pure function of n
     build()      rows of the windows, one after the other -> Batch, text-only or multimodal by the step's number
 
@@ -25,12 +25,13 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.config import ConfigError
 from llamax.data.encode import Encoded, Encoder
-from llamax.data.mixture import Deal, Mixture, deal_text, is_multimodal, two_streams
+from llamax.data.mixture import Deal, Mixture, Shuffled, deal_text, is_multimodal, two_streams
 from llamax.data.packing import Window, collate, pack_window
 from llamax.data.sources import Document, Manifest, open_source, read_manifest
 
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
-MIN_WINDOW_ROWS = 32  # a window wastes about half a row, so that it should not be much smaller
+MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
+MAX_GROWTH = 8  # times data.window_docs
 MAX_EMPTY_WINDOWS = 20  # in a row, before the stream gives up
 
 
@@ -66,13 +67,13 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
         for name in weights:
             # One order a source, whichever stream reads it.
             order = np.random.SeedSequence([seed, names.index(name)]).generate_state(1)
-            documents = grain.MapDataset.source(readers[name]).shuffle(seed=int(order[0]))
-            parts.append(documents.repeat().map(encoders[name]))
+            parts.append(grain.MapDataset.source(Shuffled(readers[name], int(order[0]))).map(encoders[name]))
         deals = [deal if name in shares.text and name in shares.multimodal else Deal() for name in weights]
         mixture = Mixture(list(weights.values()), [mean_tokens[name] for name in weights], deals)
         mixed = grain.MapDataset.select_from_datasets(parts, mixture)
         documents_a_token = sum(weight / mean_tokens[name] for name, weight in weights.items())
-        window_docs = max(data.window_docs, int(MIN_WINDOW_ROWS * data.seq_len * documents_a_token))
+        enough = int(MIN_WINDOW_ROWS * data.seq_len * documents_a_token)
+        window_docs = max(data.window_docs, min(enough, MAX_GROWTH * data.window_docs))
         return _pack(mixed, window_docs, data.seq_len, tiles_per_row, (seed, stream))
 
     to_text, to_mixed = deal_text(shares)
@@ -124,6 +125,7 @@ class Rows(Iterator[tuple[Window, int]]):
     def __init__(self, windows: grain.MapDataset, workers: int):
         self._windows, self._workers = windows, workers
         self._iterator: grain.DatasetIterator | None = None
+        self._open: Window | None = None
         self.state = {"window": 0, "row": 0, "skipped": {}}
 
     @property
@@ -135,8 +137,8 @@ class Rows(Iterator[tuple[Window, int]]):
         self.close()
         self._window, self._row, self._skipped = state["window"], state["row"], Counter(state["skipped"])
 
-    def start(self) -> None:
-        """Starts the loader processes, if there are any."""
+    def start(self) -> grain.DatasetIterator:
+        """Opens the windows from the present one on, and starts the loader processes if there are any."""
         if self._iterator is None:
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             dataset = self._windows[self._window :].to_iter_dataset(options)
@@ -146,25 +148,27 @@ class Rows(Iterator[tuple[Window, int]]):
                 dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(self._workers, 1))
             self._iterator = iter(dataset)
             self._iterator.start_prefetch()
+        return self._iterator
 
-    def __next__(self) -> tuple[Window, int]:
-        empty = 0
-        while self._open is None:
-            self.start()
-            window = next(self._iterator)
+    def _open_window(self) -> Window:
+        """The next window that has rows."""
+        windows = self.start()
+        for _ in range(MAX_EMPTY_WINDOWS):
+            window = next(windows)
             if self._row == 0:
                 self._skipped.update(window.skipped)
             if len(window.tile_counts):
-                self._open = window
-                break
-            self._window, empty = self._window + 1, empty + 1
-            if empty == MAX_EMPTY_WINDOWS:
-                raise ConfigError(
-                    "the data sources",
-                    f"{empty} windows of documents in a row hold nothing usable: {dict(self._skipped)}",
-                    "Repair the documents, or drop the source; the reasons are listed in llamax/data/sources.py.",
-                )
-        window, row = self._open, self._row
+                return window
+            self._window += 1
+        raise ConfigError(
+            "the data sources",
+            f"{MAX_EMPTY_WINDOWS} windows of documents in a row hold nothing usable: {dict(self._skipped)}",
+            "Repair the documents, or drop the source; the reasons are listed in llamax/data/sources.py.",
+        )
+
+    def __next__(self) -> tuple[Window, int]:
+        window = self._open = self._open or self._open_window()
+        row = self._row
         self._row += 1
         if self._row == len(window.tile_counts):
             self._window, self._row, self._open = self._window + 1, 0, None
@@ -172,7 +176,7 @@ class Rows(Iterator[tuple[Window, int]]):
 
     def close(self) -> None:
         """Ends the loader processes and lets go of their shared memory; `state` stays."""
-        self._open: Window | None = None
+        self._open = None
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None

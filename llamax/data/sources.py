@@ -25,7 +25,7 @@ import glob
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,8 +146,10 @@ def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Doc
         kind, value = next(iter(piece.items())) if isinstance(piece, dict) and len(piece) == 1 else ("", None)
         if kind == "text" and isinstance(value, str):
             pieces.append(value)
-        elif kind in ("image", "video") and isinstance(value, bytes if folder is None else str):
-            pieces.append(Picture(value if folder is None else folder / value, kind == "video"))
+        elif kind in ("image", "video") and isinstance(value, bytes) and folder is None:
+            pieces.append(Picture(value, kind == "video"))
+        elif kind in ("image", "video") and isinstance(value, str) and folder is not None:
+            pieces.append(Picture(folder / value, kind == "video"))
         else:
             raise _malformed(record, where)
     document = Document(tuple(pieces), lang, str(record.get("id", "")), record.get("meta") or {})
@@ -171,7 +173,11 @@ def _malformed(record: Any, where: str) -> ConfigError:
 
 
 class Shards(Sequence[Document]):
-    """Records of several files as one sequence. A format opens a file as a sequence of raw records, and decodes one."""
+    """Records of several files as one sequence. A format says how to open a file and how to decode a record."""
+
+    pictures_inside: bool  # pictures are bytes in the record, not paths beside the file
+    open: Callable[[Path], Sequence[bytes]]
+    decode: Callable[[bytes], Any]
 
     def __init__(self, files: Sequence[Path], lang: str):
         self.files, self.lang = tuple(files), lang

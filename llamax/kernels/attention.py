@@ -1,6 +1,7 @@
 """Causal attention over packed rows: one signature, a slow twin, and a fast function per platform.
 
-    o[t, h] = sum_s p[t, s] v[s, h // G]        p[t, :] = softmax over the keys that t sees of  q[t, h] . k[s, h // G] / sqrt(Dh)
+    o[t, h] = sum_s p[t, s, h] v[s, h // G]
+    p[t, :, h] = softmax of q[t, h] . k[s, h // G] / sqrt(Dh) over the keys s that t sees
 
 Query t sees key s iff both carry the same segment id and pos[s] <= pos[t]. A row holds its segments one after another,
 positions ascend inside a segment, and segment 0 is padding: its output is finite and means nothing. A layer that sees
@@ -17,7 +18,6 @@ n tiles a row and C tokens a tile. Scores, softmax and sums are float32 whatever
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -88,15 +88,10 @@ def _segment_starts(seg_BT):
     return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def _sees(q_pos, k_pos, q_seg, k_seg):
-    """[queries, keys] for two tiles of ids; `_sees(...).T` is never taken: a transpose costs a pass over the tile."""
-    return (q_seg[:, None] == k_seg[None, :]) & (k_pos[None, :] <= q_pos[:, None])
-
-
 @jax.custom_vjp
 def _tiles(q, k, v, ids, first):
-    """q [B, n, K, G, C, Dh], scaled; k, v [B, n, K, C, Dh]; ids: four of [B, n, C]; first [B, n]: the first tile of keys
-    that a tile of queries needs. Returns o like q."""
+    """q [B, n, K, G, C, Dh], scaled; k, v [B, n, K, C, Dh]; ids: four of [B, n, C]; first [B, n]: the first tile of
+    keys that a tile of queries needs. Returns o like q."""
     return _tiles_forward(q, k, v, ids, first)[0]
 
 
@@ -127,7 +122,8 @@ def _row_forward(row):
             m, z, acc = carry
             j = i - step  # the diagonal comes first, so that m is a real score from the start
             score = jnp.einsum("kgtd,ksd->kgts", q_i, k[j])
-            score = jnp.where(_sees(pos_i, k_pos[j], seg_i, k_seg[j]), score, MASKED)
+            sees = (seg_i[:, None] == k_seg[j][None, :]) & (k_pos[j][None, :] <= pos_i[:, None])
+            score = jnp.where(sees, score, MASKED)
             m_new = jnp.maximum(m, score.max(-1))
             p = jnp.exp(score - m_new[..., None])
             shrink = jnp.exp(m - m_new)
@@ -169,3 +165,56 @@ def _row_backward(row):
     zeros = (full_like(k, k.shape), full_like(v, v.shape))
     (dk, dv), dq = jax.lax.scan(query_tile, zeros, (jnp.arange(n), q, do, log_z, delta, q_pos, q_seg, first))
     return dq, dk, dv
+
+
+# ------------------------------------------------------------------------------- jax's fused kernels for TPU and GPU
+#
+# Both take causality from the order in the row, which with the promises of the module's docstring comes to the same as
+# comparing positions. Both are opaque calls, which the compiler cannot split over devices: on several devices, call
+# them inside `jax.shard_map` over B with check_vma=False (they do not say over which axes their results vary).
+
+
+def splash_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, local_len=None, interpret=False):
+    """`slow_attention` for TPU, on jax's Splash kernel; blocks outside a causal band of `local_len` are left out.
+
+    Needs self-attention, T and Dh divisible by 128; anything else goes to `blocked_attention`.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    (_, T, H, Dh), S = q_BTHDh.shape, k_BTKDh.shape[1]
+    if T != S or T % 128 or Dh % 128:
+        return blocked_attention(
+            q_BTHDh, k_BTKDh, v_BTKDh, q_pos=q_pos, k_pos=k_pos, q_seg=q_seg, k_seg=k_seg, local_len=local_len
+        )
+    mask = splash.CausalMask((T, T)) if local_len is None else splash.LocalMask((T, T), (local_len - 1, 0), 0)
+    c = next(c for c in (512, 256, 128) if T % c == 0)
+    sizes = splash.BlockSizes(block_q=c, block_kv=c, block_q_dkv=c, block_kv_dkv=c, block_q_dq=c, block_kv_dq=c)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * H), block_sizes=sizes, interpret=interpret
+    )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q_BTHDh * Dh**-0.5).astype(q_BTHDh.dtype), k_BTKDh, v_BTKDh))
+    o_BHTDh = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_seg, k_seg))
+    return jnp.swapaxes(o_BHTDh, 1, 2).astype(q_BTHDh.dtype)
+
+
+def triton_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, local_len=None, interpret=False):
+    """`slow_attention` for GPU, on jax's Pallas/Triton FlashAttention. It repeats k and v for grouped heads, and
+    computes blocks before a segment's start as well.
+
+    Needs self-attention, T divisible by 128 and Dh a power of two from 16 to 128; anything else goes to
+    `blocked_attention`.
+    """
+    from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
+
+    (_, T, H, Dh), S, K = q_BTHDh.shape, k_BTKDh.shape[1], k_BTKDh.shape[2]
+    if T != S or T % 128 or Dh not in (16, 32, 64, 128):
+        return blocked_attention(
+            q_BTHDh, k_BTKDh, v_BTKDh, q_pos=q_pos, k_pos=k_pos, q_seg=q_seg, k_seg=k_seg, local_len=local_len
+        )
+    k, v = (jnp.repeat(x, H // K, axis=2) for x in (k_BTKDh, v_BTKDh))
+    return pallas_gpu.mha(q_BTHDh, k, v, q_seg, Dh**-0.5, causal=True, interpret=interpret)
+
+
+def pick_attention(platform: str) -> Callable:
+    """The fastest of the functions above on "cpu", "gpu" or "tpu"."""
+    return {"cpu": blocked_attention, "gpu": triton_attention, "tpu": splash_attention}[platform]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llamax.losses import next_token, router
 from llamax.losses.sum import Sum
 
 __all__ = ["LOSSES", "Sum", "next_token", "router"]
 
 # The terms that `config.Losses` weighs, by the names of its fields.
-LOSSES = {"next_token": next_token.next_token, "router_balance": router.balance, "router_z": router.z_loss}
+LOSSES: dict[str, Callable[..., Sum]] = {"next_token": next_token.next_token, "router_balance": router.balance, "router_z": router.z_loss}

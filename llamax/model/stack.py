@@ -69,7 +69,7 @@ class Stack(nnx.Module):
 
     def __call__(self, x_BTD: Array, at: Places) -> tuple[Array, Routing | None]:
         """x after the last layer, and the routing of all MoE layers stacked in layer order (None if there is none)."""
-        per_segment = []
+        per_segment: list[Routing] = []
         for segment in self.segments:
             x_BTD, routings = scan(getattr(self, segment), x_BTD, at, remat=self.remat)
             if routings:

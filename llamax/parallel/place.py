@@ -65,8 +65,8 @@ class PerShard:
             whole = (x if s is rows else jax.tree.map(gather, x, s) for x, s in zip(args, specs, strict=True))
             return self.fn(*whole, **arrays, **static)
 
-        # check_vma asks kernels to say which axes their loop carries and custom gradients vary over: they would no
-        # longer be plain functions of arrays. The tests compare every gradient with one device's instead.
+        # check_vma would have every kernel declare the mesh axes over which its loop carries and custom gradients vary;
+        # fused kernels that are not ours cannot. The tests compare every gradient with one device's instead.
         split = partial(jax.shard_map, mesh=self.mesh, in_specs=(specs, rows), out_specs=rows, check_vma=False)
         return split(local)(args, arrays)
 

@@ -87,7 +87,7 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
 
 def split_rows(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B / parts, ...], every part taking each `parts`-th row: a device keeps the rows it holds."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch)
 
 
 def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> Callable:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llamax.config import ConfigError
-from llamax.data.mixture import CYCLE, Deal, Mixture, deal_text, is_multimodal, two_streams
+from llamax.data.mixture import CYCLE, TABLE, Deal, Mixture, Shuffled, deal_text, is_multimodal, two_streams
 
 
 def overall(shares):
@@ -89,3 +89,14 @@ def test_text_is_dealt_by_the_tokens_that_each_stream_needs():
     to_text, to_mixed = deal_text(shares)
     assert float(to_text.share) == pytest.approx(0.5 / 0.8) and to_mixed == Deal(1 - to_text.share, True)
     assert deal_text(two_streams(dict(a=1, b=1), ["b"], 0.5)) == (Deal(), Deal())
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, TABLE + 3])
+def test_every_epoch_holds_every_document_once_in_its_own_order(n):
+    documents = Shuffled(range(n), seed=5)
+    epochs = [[documents[epoch * n + i] for i in range(n)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n > 2:
+        assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(n))
+        assert [Shuffled(range(n), seed=6)[i] for i in range(n)] != epochs[0]
+    assert [Shuffled(range(n), seed=5)[2 * n + i] for i in range(n)] == epochs[2]

@@ -1,89 +1,189 @@
-"""The outside truth: logits, hidden states and gradients of another implementation (tests/golden/README.md)."""
+"""The outside truth: hidden states, router and final logits, loss and gradients of another implementation
+(tests/golden/README.md).
+
+The forward passes run one operation at a time, layer by layer, so that nothing but the operations themselves compiles and
+every layer can be looked at; the gradients run through the whole compiled program, scans and remat included.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
-from llamax.model.llama import Llama
+from llamax import config
+from llamax.batch import Batch
+from llamax.model import layers, stack, vision
 from llamax.model.score import score
+from llamax.model.seam import Seam
+from llamax.model.skeleton import Skeleton, skeleton
 from tests import goldens
+from tests.model.twins import layer_of, quick_jit
+from tests.tolerances import GOLDEN
 
 CASES = ("scout_like", "maverick_like", "vision")
-LOGITS = 1e-4  # the cases' own float32 noise is about 1e-5
 
 
-def logits_of(llama: Llama, batch) -> np.ndarray:
-    def forward(state):
-        model = nnx.merge(graph, state)
-        return model.logits(model(batch)[0])
-
-    graph, state = nnx.split(llama)
-    return np.asarray(jax.jit(forward)(state))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_logits_and_loss_match(name):
-    golden = goldens.load(name)
-    llama = goldens.build(golden)
-    np.testing.assert_allclose(logits_of(llama, golden.batch), golden.outputs["logits"], atol=LOGITS, rtol=0)
-    weights = golden.batch.loss_weights
-    loss = -(score(llama, golden.batch).logp * weights).sum() / weights.sum()
-    np.testing.assert_allclose(loss, golden.outputs["loss"][0], atol=1e-5)
+def build(golden: goldens.Golden, seam: Seam, remat: str, **changes) -> tuple[Skeleton, dict, dict]:
+    """The case's (skeleton, params, router_bias); `changes` replace fields of its configuration."""
+    model = dataclasses.replace(golden.model, **changes)
+    skel = skeleton(model, seam, patch_id=golden.patch_id, train=config.Train(remat=remat))
+    params, bias = skel.shapes()
+    weights = goldens.text_tree(golden.model, golden.weights)
+    if golden.model.vision:
+        weights |= goldens.vision_tree(golden.model.vision, golden.weights)
+    for name, value in weights.items():
+        goldens.put(params, name, value)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))  # the case names every parameter
+    return skel, jax.tree.map(jnp.asarray, params), jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), bias)
 
 
-# What each switch turns off, and a bound far above the tolerance that its absence must exceed.
+class Forward(NamedTuple):
+    hidden: list[np.ndarray]  # the first layer's input, every layer's output, and after the final norm
+    router: np.ndarray  # [L_moe, N, E]
+    logits: np.ndarray
+    loss: float
+
+
+@pytest.fixture
+def forward(monkeypatch):
+    """forward(case, batch=None, **changes): the model, layer by layer."""
+
+    def loop(stacked, x, *args, remat):
+        """`layers.scan`, as a loop."""
+        graph, state = nnx.split(stacked)
+        results = []
+        for repeat in range(len(jax.tree.leaves(state)[0])):
+            x, result = nnx.merge(graph, jax.tree.map(lambda w: w[repeat], state))(x, *args)  # noqa: B023
+            results.append(result)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+    assert stack.scan is vision.scan is layers.scan
+    monkeypatch.setattr(stack, "scan", loop)
+    monkeypatch.setattr(vision, "scan", loop)
+
+    def run(case: str, batch: Batch | None = None, **changes) -> Forward:
+        seen = []
+
+        def watch(x, names):
+            seen.append(np.asarray(x))
+            return x
+
+        golden = goldens.load(case)
+        llama_of, params, bias = build(golden, Seam(constrain=watch), "none", **changes)
+        llama, batch = llama_of.bind(params, bias), batch or golden.batch
+        final, routing = llama(batch)
+        logits = np.asarray(llama.logits(final))
+        logp = jax.nn.log_softmax(logits)
+        nll = -np.take_along_axis(np.asarray(logp), batch.targets[..., None], axis=-1)[..., 0]
+        loss = (nll * batch.loss_weights).sum() / max(batch.loss_weights.sum(), 1)
+        # The model constrains its input, and in every layer the sums after attention and after the feed-forward.
+        return Forward([*seen[::2], np.asarray(final)], np.asarray(routing.logits), logits, loss)
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_layer_matches(forward, case):
+    ours, theirs = forward(case), goldens.load(case).outputs
+    names = sorted(name for name in theirs if name.startswith("hidden."))
+    assert len(ours.hidden) == len(names)
+    for name, hidden in zip(names, ours.hidden, strict=True):
+        np.testing.assert_allclose(hidden, theirs[name], **GOLDEN, err_msg=name)
+    routers = sorted((name for name in theirs if name.startswith("router_logits.")), key=lambda n: int(n.split("layer")[1]))
+    np.testing.assert_allclose(ours.router.reshape(len(routers), -1, 4), [theirs[n] for n in routers], **GOLDEN)
+    np.testing.assert_allclose(ours.logits, theirs["logits"], **GOLDEN)
+    np.testing.assert_allclose(ours.loss, theirs["loss"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["scout_like", "maverick_like"])
+def test_packed_documents_match(forward, case):
+    """Positions and chunks restart with every document. (The case was made without temperature.)"""
+    golden = goldens.load(case)
+    packed = load_file(goldens.FOLDER / case / "inputs_packed.safetensors")
+    ids = {k: np.repeat(v, 2, axis=0).astype(np.int32) for k, v in packed.items()}  # two equal rows: shapes already compiled
+    batch = golden.batch._replace(tokens=ids["input_ids"], positions=ids["position_ids"], segment_ids=ids["segment_ids"])
+    ours = forward(case, batch, attn_temperature=0.0).logits
+    np.testing.assert_allclose(ours, np.repeat(golden.outputs["packed.logits"], 2, axis=0), **GOLDEN)
+
+
+# What each switch turns off.
 TOGGLES = {
     "temperature": dict(attn_temperature=0.0),
     "chunks": dict(chunk_len=48),
-    "qk_norm": dict(qk_norm=False),
-    "rope_scaling": dict(rope=None),
-    "nope_layers_chunked": dict(plan="rope_chunk"),
+    "qk norm": dict(qk_norm=False),
+    "rope scaling": dict(rope=config.Rope(theta=10_000.0)),
+    "full attention": dict(plan=((("rope_chunk+moe",) * 4, 2),)),
+    "layers without rope": dict(plan=((("rope_chunk+moe",) * 3 + ("rope_full+moe",), 2),)),
 }
 
 
 @pytest.mark.parametrize("toggle", TOGGLES)
-def test_the_golden_is_sensitive(toggle):
-    golden = goldens.load("scout_like")
-    changes = dict(TOGGLES[toggle])
-    if toggle == "rope_scaling":
-        changes["rope"] = type(golden.model.rope)(theta=golden.model.rope.theta)
-    if toggle == "nope_layers_chunked":
-        changes["plan"] = ((("rope_chunk+moe",) * 4, 2),)
-    moved = np.abs(logits_of(goldens.build(golden, **changes), golden.batch) - golden.outputs["logits"]).max()
-    assert moved > 1000 * LOGITS
+def test_the_golden_is_sensitive(forward, toggle):
+    theirs = goldens.load("scout_like").outputs["logits"]
+    moved = np.abs(forward("scout_like", **TOGGLES[toggle]).logits - theirs).max()
+    assert moved > 1000 * GOLDEN["atol"]
 
 
 def test_gradients_match():
     """d loss / d parameter through every part: routers, experts, vision encoder, projector."""
     golden = goldens.load("vision")
-    graph, params, rest = nnx.split(goldens.build(golden), nnx.Param, ...)
+    skel, params, bias = build(golden, Seam(), "period")
     weights = golden.batch.loss_weights
 
     def loss(params):
-        return -jnp.sum(score(nnx.merge(graph, params, rest), golden.batch).logp * weights) / weights.sum()
+        return -jnp.sum(score(skel.bind(params, bias), golden.batch).logp * weights) / weights.sum()
 
-    grads = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
-    ours = {
-        "language_model.model.embed_tokens.weight": grads["embed"],
-        "language_model.lm_head.weight": grads["head"].T,
-        "language_model.model.layers.1.feed_forward.router.weight": grads["stack"]["segment0"]["slot1"]["moe"]["router"][0].T,
-        "language_model.model.layers.1.feed_forward.experts.down_proj": grads["stack"]["segment0"]["slot1"]["moe"]["down"][0],
-        "language_model.model.layers.0.self_attn.q_proj.weight": grads["stack"]["segment0"]["slot0"]["attention"]["query"][
-            0
-        ]
-        .reshape(64, -1)
-        .T,
-        "vision_model.patch_embedding.linear.weight": grads["vision"]["patch_embedding"]["weight"].T,
-        "vision_model.class_embedding": grads["vision"]["class_embedding"],
-        "vision_model.positional_embedding_vlm": grads["vision"]["position_embedding"],
-        "vision_model.model.layers.0.self_attn.q_proj.weight": grads["vision"]["blocks"]["query"]["weight"][0].T,
-        "vision_model.vision_adapter.mlp.fc1.weight": grads["vision"]["adapter_in"]["weight"].T,
-        "multi_modal_projector.linear_1.weight": grads["projector"].T,
+    value, grads = quick_jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(value, golden.outputs["loss"][0], atol=1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(grad, dtype=np.float64)) for grad in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(norm, golden.outputs["grad_global_norm"][0], rtol=1e-5)  # all parameters at once
+    ours = named(grads)
+    assert ours.keys() == golden.grads.keys()
+    for name, theirs in golden.grads.items():
+        assert np.linalg.norm(np.asarray(ours[name]) - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+    for path, grad in jax.tree_util.tree_leaves_with_path({part: grads[part] for part in ("vision", "projector")}):
+        assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)  # pictures train every part of the encoder
+
+
+def named(grads: dict) -> dict:
+    """Those of our gradients that the case holds, under its names and in its shapes."""
+    slots = [layer_of(grads["stack"]["segment0"][f"slot{i}"], 0) for i in range(4)]
+    vision, attention, moe = grads["vision"], slots[0]["attention"], slots[1]["moe"]
+
+    def heads(weight_DHK):
+        return weight_DHK.reshape(len(weight_DHK), -1).T
+
+    text = {
+        "embed_tokens.weight": grads["embed"],
+        "norm.weight": grads["norm"]["weight"],
+        "layers.0.input_layernorm.weight": slots[0]["attention_norm"]["weight"],
+        "layers.0.self_attn.q_proj.weight": heads(attention["query"]),
+        "layers.0.self_attn.k_proj.weight": heads(attention["key"]),
+        "layers.0.feed_forward.gate_proj.weight": slots[0]["dense"]["gate"].T,
+        "layers.0.feed_forward.down_proj.weight": slots[0]["dense"]["down"].T,
+        "layers.1.feed_forward.router.weight": moe["router"].T,
+        "layers.1.feed_forward.experts.gate_up_proj": jnp.concatenate([moe["gate"], moe["up"]], axis=-1),
+        "layers.1.feed_forward.experts.down_proj": moe["down"],
+        "layers.1.feed_forward.shared_expert.up_proj.weight": moe["shared"]["up"].T,
+        "layers.3.self_attn.v_proj.weight": heads(slots[3]["attention"]["value"]),
+        "layers.3.post_attention_layernorm.weight": slots[3]["ffn_norm"]["weight"],
     }
-    for name, grad in ours.items():
-        theirs = golden.grads[name]
-        assert np.linalg.norm(np.asarray(grad) - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+    encoder = {
+        "class_embedding": vision["class_embedding"],
+        "positional_embedding_vlm": vision["position_embedding"],
+        "patch_embedding.linear.weight": vision["patch_embedding"]["weight"].T,
+        "model.layers.0.self_attn.q_proj.weight": vision["blocks"]["query"]["weight"][0].T,
+        "vision_adapter.mlp.fc1.weight": vision["adapter_in"]["weight"].T,
+    }
+    return (
+        {f"language_model.model.{name}": grad for name, grad in text.items()}
+        | {f"vision_model.{name}": grad for name, grad in encoder.items()}
+        | {"language_model.lm_head.weight": grads["head"].T, "multi_modal_projector.linear_1.weight": grads["projector"].T}
+    )

@@ -1,0 +1,1 @@
+"""Fast functions on arrays, each beside a slow and obvious twin with the same signature."""

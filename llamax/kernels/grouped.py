@@ -1,0 +1,194 @@
+"""The experts of a mixture, run on the tokens that were routed to them; dropless for every routing.
+
+    y_n = sum_k SwiGLU_e(gate[n, k] x_n) with e = index[n, k]
+    SwiGLU_e(z) = (silu(z @ gate_e) * (z @ up_e)) @ down_e
+
+The router's gate scales an expert's input (Llama 4), not its output. All three functions have one signature. The two
+fast ones sort the N * K rows by expert (a stable argsort), run every expert on a contiguous stretch, and sort back;
+both sorts are permutations, whose gradients are gathers too, so no sum depends on the order of a scatter.
+
+Letters: N tokens, K experts a token, E experts, D model width, F hidden width, M = N * K rows, m rows a block.
+The fast functions multiply in the dtype of x and add up in float32, the gradients of the weights too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llamax.kernels.varying import full_like, vary_alike
+
+BLOCK = 128  # rows of an expert that go through its matmuls at once on CPU
+
+
+class Experts(NamedTuple):
+    """The weights of E feed-forwards."""
+
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+
+
+# ------------------------------------------------------------------------------------------------------ the slow twin
+
+
+def slow_experts(x_ND, experts: Experts, index_NK, gate_NK):
+    """Every expert on every token, and then the chosen ones: the definition, E / K times the work.
+
+    x_ND [N, D]; index_NK int32 [N, K] in [0, E); gate_NK [N, K]. Returns y_ND in x's dtype.
+    """
+    x_f32, gate_f32, (gate_EDF, up_EDF, down_EFD) = jax.tree.map(
+        lambda a: a.astype(jnp.float32), (x_ND, gate_NK, tuple(experts))
+    )
+    z_NKD = gate_f32[..., None] * x_f32[:, None]
+    g_NKEF = jnp.einsum("nkd,edf->nkef", z_NKD, gate_EDF)
+    u_NKEF = jnp.einsum("nkd,edf->nkef", z_NKD, up_EDF)
+    y_NKED = jnp.einsum("nkef,efd->nked", jax.nn.silu(g_NKEF) * u_NKEF, down_EFD)
+    chosen_NKE = jax.nn.one_hot(index_NK, gate_EDF.shape[0])
+    return jnp.einsum("nked,nke->nd", y_NKED, chosen_NKE).astype(x_ND.dtype)
+
+
+# ------------------------------------------------------------------------------------------ sort, run, and sort back
+
+
+def sorted_experts(x_ND, experts: Experts, index_NK, gate_NK):
+    """`slow_experts` for CPU: one expert after another, m of its rows at a time, as many blocks as the routing needs.
+
+    The work is that of the M rows plus at most m - 1 rows an expert, whatever the routing. On several devices, call it
+    inside `jax.shard_map` over the tokens: the sort is over the tokens that it is given.
+    """
+    return _sort_and_run(_run_blocks, x_ND, experts, index_NK, gate_NK)
+
+
+def ragged_experts(x_ND, experts: Experts, index_NK, gate_NK):
+    """`slow_experts` for GPU and TPU, on `jax.lax.ragged_dot`. Correct on CPU, but computes every expert there."""
+    return _sort_and_run(_run_ragged, x_ND, experts, index_NK, gate_NK)
+
+
+def _sort_and_run(run: Callable, x_ND, experts: Experts, index_NK, gate_NK):
+    (N, D), K, E = x_ND.shape, index_NK.shape[1], experts.gate_EDF.shape[0]
+    x_ND, experts, index_NK, gate_NK = vary_alike(x_ND, experts, index_NK, gate_NK)
+    z_MD = (gate_NK[..., None] * x_ND[:, None]).astype(x_ND.dtype).reshape(N * K, D)
+    index_M = index_NK.reshape(-1)
+    order_M = jnp.argsort(index_M, stable=True)
+    inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(N * K, dtype=order_M.dtype), unique_indices=True)
+    count_E = (index_M[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
+    y_MD = run(_permute(z_MD, order_M, inverse_M), Experts(*experts), count_E)
+    return _permute(y_MD, inverse_M, order_M).reshape(N, K, D).sum(1).astype(x_ND.dtype)
+
+
+@jax.custom_vjp
+def _permute(x_MD, order_M, inverse_M):
+    """x[order]; its gradient is dy[inverse], a gather, where autodiff would add up a scatter."""
+    del inverse_M
+    return x_MD[order_M]
+
+
+_permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+
+
+def _run_ragged(z_MD, experts: Experts, count_E):
+    dot = partial(jax.lax.ragged_dot, group_sizes=count_E, preferred_element_type=jnp.float32)
+    gate_EDF, up_EDF, down_EFD = (w.astype(z_MD.dtype) for w in experts)
+    h_MF = jax.nn.silu(dot(z_MD, gate_EDF)) * dot(z_MD, up_EDF)
+    return dot(h_MF.astype(z_MD.dtype), down_EFD)
+
+
+# ----------------------------------------------------------------------------------------- blocks of rows, in plain JAX
+#
+# Rows are sorted by expert. Block t of expert e covers m rows from start[e] + t m on; the last one may reach into the
+# rows of the next expert. What it writes there is wrong, and is written again by the expert that owns them, which comes
+# later; what it would add to a weight's gradient there is masked. The arrays carry m more rows for the last expert.
+
+
+@jax.custom_vjp
+def _run_blocks(z_MD, experts: Experts, count_E):
+    """z_MD [M, D] sorted by expert, count_E rows an expert -> y_MD float32."""
+    return _blocks_forward(z_MD, experts, count_E)[0]
+
+
+def _matmul(spec, a, b):
+    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _pad(x_MD):
+    return jnp.pad(x_MD, ((0, BLOCK), (0, 0)))
+
+
+def _rows(x_MD, start):
+    return jax.lax.dynamic_slice_in_dim(x_MD, start, BLOCK)
+
+
+def _put(x_MD, block_mD, start):
+    return jax.lax.dynamic_update_slice_in_dim(x_MD, block_mD.astype(x_MD.dtype), start, 0)
+
+
+def _blocks_forward(z_MD, experts, count_E):
+    (M, D), F = z_MD.shape, experts.gate_EDF.shape[2]
+    z_pad = _pad(z_MD)
+
+    def run_expert(carry, expert):
+        (gate_DF, up_DF, down_FD), start, count = expert
+
+        def run_block(t, carry):
+            y, g, u = carry
+            at = start + t * BLOCK
+            z_mD = _rows(z_pad, at)
+            g_mF, u_mF = _matmul("md,df->mf", z_mD, gate_DF), _matmul("md,df->mf", z_mD, up_DF)
+            h_mF = (jax.nn.silu(g_mF) * u_mF).astype(z_mD.dtype)
+            return _put(y, _matmul("mf,fd->md", h_mF, down_FD), at), _put(g, g_mF, at), _put(u, u_mF, at)
+
+        return jax.lax.fori_loop(0, -(-count // BLOCK), run_block, carry), None
+
+    rows = M + BLOCK
+    carry = (full_like(z_MD, (rows, D)), *(full_like(z_MD, (rows, F), dtype=z_MD.dtype) for _ in "gu"))
+    (y, g, u), _ = jax.lax.scan(run_expert, carry, (experts, jnp.cumsum(count_E) - count_E, count_E))
+    return y[:M], (z_MD, experts, count_E, g, u)
+
+
+def _blocks_backward(saved, dy_MD):
+    z_MD, experts, count_E, g, u = saved
+    z_pad, dy_pad, dtype = _pad(z_MD), _pad(dy_MD), z_MD.dtype
+
+    def run_expert(dz, expert):
+        (gate_DF, up_DF, down_FD), start, count = expert
+
+        def run_block(t, carry):
+            dz, dgate_DF, dup_DF, ddown_FD = carry
+            at = start + t * BLOCK
+            mine = (jnp.arange(BLOCK) < count - t * BLOCK)[:, None]
+            z_mD, dy_mD = _rows(z_pad, at), jnp.where(mine, _rows(dy_pad, at), 0).astype(dtype)
+            g_mF, u_mF = _rows(g, at).astype(jnp.float32), _rows(u, at).astype(jnp.float32)
+            s_mF = jax.nn.sigmoid(g_mF)
+            dh_mF = _matmul("md,fd->mf", dy_mD, down_FD)
+            dg_mF = (dh_mF * u_mF * s_mF * (1 + g_mF * (1 - s_mF))).astype(dtype)
+            du_mF = (dh_mF * g_mF * s_mF).astype(dtype)
+            h_mF = (g_mF * s_mF * u_mF).astype(dtype)
+            dz_mD = _matmul("mf,df->md", dg_mF, gate_DF) + _matmul("mf,df->md", du_mF, up_DF)
+            return (
+                _put(dz, dz_mD, at),
+                dgate_DF + _matmul("md,mf->df", z_mD, dg_mF),
+                dup_DF + _matmul("md,mf->df", z_mD, du_mF),
+                ddown_FD + _matmul("mf,md->fd", h_mF, dy_mD),
+            )
+
+        sums = (full_like(dz, w.shape) for w in (gate_DF, up_DF, down_FD))
+        dz, *dweights = jax.lax.fori_loop(0, -(-count // BLOCK), run_block, (dz, *sums))
+        return dz, Experts(*(dw.astype(w.dtype) for dw, w in zip(dweights, (gate_DF, up_DF, down_FD), strict=True)))
+
+    dz, dexperts = jax.lax.scan(
+        run_expert, full_like(z_MD, z_pad.shape, dtype=dtype), (experts, jnp.cumsum(count_E) - count_E, count_E)
+    )
+    return dz[: z_MD.shape[0]], dexperts, None
+
+
+_run_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def pick_experts(platform: str) -> Callable:
+    """The fastest of the functions above on "cpu", "gpu" or "tpu"."""
+    return {"cpu": sorted_experts, "gpu": ragged_experts, "tpu": ragged_experts}[platform]

@@ -1,0 +1,104 @@
+"""Experts: the definition against loops, the sorted functions against the definition, under every kind of routing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llamax.kernels import grouped
+from llamax.kernels.grouped import Experts, pick_experts, ragged_experts, slow_experts, sorted_experts
+from tests.tolerances import BF16, ORACLE, TWIN, TWIN_GRAD
+
+N, D, F, E = 300, 16, 24, 4
+
+
+def inputs(k=1, n=N, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(k), 6)
+    normal = lambda key, *shape: (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype)  # noqa: E731
+    experts = Experts(normal(keys[0], E, D, F), normal(keys[1], E, D, F), normal(keys[2], E, F, D))
+    x, dy = (jax.random.normal(key, (n, D)).astype(dtype) for key in keys[3:5])
+    return x, experts, jax.nn.sigmoid(jax.random.normal(keys[5], (n, k))).astype(dtype), dy
+
+
+def routing(kind: str, k: int, n: int = N):
+    """index_NK; the K experts of a token differ."""
+    rng = np.random.default_rng(0)
+    first = {
+        "even": rng.permutation(np.arange(n) % E),
+        "one takes all": np.full(n, 2),
+        "first and last empty": rng.integers(1, E - 1, n),
+        "skewed": np.minimum(rng.geometric(0.8, n) - 1, E - 1),
+    }[kind]
+    return jnp.array(np.stack([(first + i) % E for i in range(k)], axis=1), jnp.int32)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(run_experts, x, experts, index, gate, dy):
+    y, backward = jax.vjp(lambda x, experts, gate: run_experts(x, experts, index, gate), x, experts, gate)
+    return y, backward(dy)
+
+
+def assert_twins(fast, slow, value=TWIN, grad=TWIN_GRAD):
+    assert jax.tree.map(jnp.result_type, fast) == jax.tree.map(jnp.result_type, slow)
+    f32 = lambda x: np.asarray(x, np.float32)  # noqa: E731
+    np.testing.assert_allclose(f32(fast[0]), f32(slow[0]), **value)
+    for (path, a), b in zip(jax.tree.leaves_with_path(fast[1]), jax.tree.leaves(slow[1]), strict=True):
+        np.testing.assert_allclose(f32(a), f32(b), err_msg=jax.tree_util.keystr(path), **grad)
+
+
+def test_definition_against_loops():
+    x, experts, gate, _ = inputs(k=2, n=5)
+    index = routing("even", 2, n=5)
+    y = np.asarray(jax.jit(slow_experts)(x, experts, index, gate))
+    x, experts, gate = (jax.tree.map(lambda a: np.asarray(a, np.float64), t) for t in (x, experts, gate))
+    for n in range(5):
+        truth = np.zeros(D)
+        for e, g in zip(np.asarray(index[n]), gate[n], strict=True):
+            z = g * x[n]
+            a = z @ experts.gate_EDF[e]
+            truth += (a / (1 + np.exp(-a)) * (z @ experts.up_EDF[e])) @ experts.down_EFD[e]
+        np.testing.assert_allclose(y[n], truth, **ORACLE)
+
+
+@pytest.mark.parametrize("kind", ["even", "one takes all", "first and last empty", "skewed"])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("fast", [sorted_experts, ragged_experts])
+def test_sorted_is_slow(fast, k, kind):
+    x, experts, gate, dy = inputs(k)
+    index = routing(kind, k)
+    assert np.bincount(np.ravel(index)).max() > grouped.BLOCK or kind == "even"  # more than one block of an expert
+    got = run(fast, x, experts, index, gate, dy)
+    assert_twins(got, run(slow_experts, x, experts, index, gate, dy))
+    for weight in got[1][1]:  # an expert without tokens learns nothing
+        assert (np.abs(np.asarray(weight)).sum((1, 2)) > 0).tolist() == np.isin(np.arange(E), index).tolist()
+
+
+@pytest.mark.parametrize("fast", [sorted_experts, ragged_experts])
+def test_bfloat16(fast):
+    x, experts, gate, dy = inputs(2, dtype=jnp.bfloat16)
+    index = routing("skewed", 2)
+    # The gradient of a weight adds up 300 rows; its tolerance is relative to the largest.
+    (y, fast_grads), (slow_y, slow_grads) = (run(f, x, experts, index, gate, dy) for f in (fast, slow_experts))
+    scale = lambda grads: jax.tree.map(lambda g, s: g / np.abs(s).max(), grads, slow_grads)  # noqa: E731
+    assert_twins((y, scale(fast_grads)), (slow_y, scale(slow_grads)), BF16, BF16)
+
+
+def test_a_token_does_not_feel_its_neighbours():
+    """Which rows share a block decides nothing: a token's output keeps every bit when the others change."""
+    x, experts, gate, dy = inputs(1)
+    index = routing("skewed", 1)
+    mine = (np.arange(N) % 3 == 0)[:, None]
+    before = run(sorted_experts, x, experts, index, gate, dy)
+    after = run(sorted_experts, jnp.where(mine, x, 2 - x), experts, index, gate, dy)
+    for a, b in ((before[0], after[0]), (before[1][0], after[1][0]), (before[1][2], after[1][2])):
+        np.testing.assert_array_equal(a[mine[:, 0]], b[mine[:, 0]])
+        assert not np.array_equal(a, b)
+
+
+def test_every_platform_has_a_function():
+    assert pick_experts("cpu") is sorted_experts
+    assert pick_experts("gpu") is pick_experts("tpu") is ragged_experts

@@ -1,0 +1,81 @@
+"""Generation beside full forward passes, alone and in company, and beside another implementation's greedy text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from llamax import config
+from llamax.model.seam import Seam
+from llamax.model.skeleton import skeleton
+from llamax.sample.engine import Prompt, generate
+from tests import goldens
+from tests.model import twins
+
+MODEL = replace(twins.TINY, plan=((("rope_chunk+dense",), 1),))
+NO_TILES = np.zeros((0, 8, 8, 3), np.uint8)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(skeleton, params) of a small model with weights large enough to have opinions."""
+    skel = skeleton(MODEL, Seam(), patch_id=twins.PATCH, train=config.Train())
+    rng = np.random.default_rng(7)
+    return skel, jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), skel.shapes()[0])
+
+
+def ask(tiny, *prompts, max_tokens=6, stop=(), **how):
+    skel, params = tiny
+    return generate(skel, params, {}, [Prompt(p, NO_TILES) for p in prompts], max_tokens=max_tokens, stop=set(stop), **how)
+
+
+def slow_greedy(params, prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        T = len(tokens)
+        row = np.array([tokens], np.int32)
+        batch = twins.batch()._replace(tokens=row, tiles=NO_TILES[None], positions=np.arange(T)[None], segment_ids=row * 0 + 1)
+        tokens.append(int(twins.decode(params, MODEL, batch).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_text_is_that_of_full_forward_passes_of_the_slow_twin(tiny):
+    """Prompts of several lengths, in one call and each alone; chunks end on the way."""
+    together = ask(tiny, *PROMPTS)
+    assert together == [slow_greedy(tiny[1], prompt, 6) for prompt in PROMPTS]
+    assert together == [ask(tiny, prompt)[0] for prompt in PROMPTS]
+
+
+def test_generation_ends_before_a_stop_token(tiny):
+    free = ask(tiny, *PROMPTS)
+    stop = free[0][2]
+    cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert len(cut[0]) < 6
+    assert ask(tiny, *PROMPTS, stop={stop}) == cut
+
+
+def test_sampling_is_reproducible_by_seed(tiny):
+    draws = [ask(tiny, *PROMPTS, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("case", ["scout_like", "maverick_like"])
+def test_greedy_text_of_another_implementation_is_reproduced(case):
+    golden = goldens.load(case)
+    skel, params, bias = golden_params(golden)
+    expected = golden.outputs["greedy.tokens"]
+    prompts = [Prompt(row[:14].tolist(), NO_TILES) for row in expected]
+    for row, prompt in zip(expected, prompts, strict=True):
+        assert generate(skel, params, bias, [prompt], max_tokens=12, stop=set()) == [row[14:].tolist()]
+
+
+def golden_params(golden):
+    skel = skeleton(golden.model, Seam(), patch_id=golden.patch_id, train=config.Train(remat="none"))
+    params, bias = skel.shapes()
+    for name, value in goldens.text_tree(golden.model, golden.weights).items():
+        goldens.put(params, name, value)
+    return skel, params, jax.tree.map(lambda b: np.zeros(b.shape, b.dtype), bias)

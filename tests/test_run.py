@@ -1,0 +1,163 @@
+"""Whole runs on the fixture data: a golden loss curve, resuming, meshes, stopping, and what a workdir refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llamax import config
+from llamax.config import ConfigError
+from llamax.run import generate, train
+from llamax.train import hooks, loop
+from tests.runs import FIXTURES, tiny_run
+from tests.tolerances import CURVE
+
+CURVE_FILE = Path(__file__).parent / "golden" / "loss_curve.json"
+
+
+def same_bits(a, b) -> bool:
+    """Every array equal to the last bit; NaN equals nothing."""
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
+
+
+def losses(workdir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss/next_token"] for line in lines if "loss/next_token" in line]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Twenty steps in one go, with an evaluation of each kind at the end."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    evals = {
+        "text": config.Eval(path=str(FIXTURES / "text.toml"), max_docs=8),
+        "drawings": config.Eval(kind="drawings", path=str(FIXTURES / "pictures.toml")),
+    }
+    return workdir, train(tiny_run(20, evals=evals), workdir)
+
+
+def test_the_golden_loss_curve(unbroken):
+    """Refresh after a change that is meant to move it: `python -m tests.test_run`."""
+    workdir, result = unbroken
+    golden = json.loads(CURVE_FILE.read_text())
+    np.testing.assert_allclose(losses(workdir), golden["loss"], **CURVE)
+    assert golden["loss"][-1] < golden["loss"][0] - 1.5
+
+
+def test_evaluations_report(unbroken):
+    workdir, result = unbroken
+    text, drawings = result.reports["text"].scalars, result.reports["drawings"]
+    assert 0 < text["bits_per_byte"] < 8 and 0 < text["zlib_bits_per_byte"] < text["unigram_bits_per_byte"]
+    assert {"colour_accuracy", "shape_accuracy", "colour_accuracy_blank"} <= drawings.scalars.keys()
+    assert drawings.pictures[0][0].shape == (28, 28, 3)
+    names = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "eval/drawings/shape_accuracy" in names
+
+
+def test_what_a_run_leaves_behind(unbroken):
+    workdir, _ = unbroken
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss/source/text", "loss/lang/python", "optim/lr", "optim/grad_norm", "speed/mfu", "experts/dead"} <= set(first)
+    record = json.loads((workdir / "run.json").read_text())
+    assert record["config"]["optim"]["peak_lr"] == 3e-3 and record["devices"]["platform"] == "cpu"
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_stopped_and_resumed_is_uninterrupted_to_the_bit(unbroken, tmp_path):
+    """Stops after 7 of 20 steps, between two checkpoints and in the middle of a data window; the same command goes on."""
+    stop_at(7, lambda: train(tiny_run(20), tmp_path))
+    resumed = train(tiny_run(20), tmp_path)
+    assert same_bits(resumed.state, unbroken[1].state)
+    assert losses(tmp_path)[-6:] == losses(unbroken[0])[-6:]
+
+
+def stop_at(step: int, run) -> None:
+    """Ctrl-C while step `step` is logged."""
+    log = hooks.Log.__call__
+
+    def interrupt(self, event):
+        log(self, event)
+        if event.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks.Log, "__call__", interrupt)
+        result = run()
+    assert not result.finished and int(result.state.step) == step
+
+
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=4)])
+def test_any_mesh_gives_the_numbers_of_one_device(mesh, unbroken, tmp_path):
+    """Steps with and without pictures; the state's shards are where the rules say."""
+    result = train(tiny_run(20, mesh=mesh), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(unbroken[0]), rtol=2e-4)
+    embed = result.state.params["embed"]
+    assert embed.sharding.shard_shape(embed.shape)[1] == embed.shape[1] // mesh.get("fsdp", 1)
+    moments = [x for x in jax.tree.leaves(result.state.opt) if x.shape == embed.shape]
+    assert moments and all(x.sharding == embed.sharding for x in moments)
+
+
+def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
+    stop_at(7, lambda: train(tiny_run(20, mesh=dict(data=1, fsdp=4)), tmp_path))
+    train(tiny_run(20, mesh=dict(data=4)), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(unbroken[0]), rtol=2e-4)
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path):
+    """An infinite learning rate makes every parameter non-finite after the first update."""
+    broken = tiny_run(20, optim=dict(peak_lr=1e30, warmup_steps=0, clip_norm=1e30), train=dict(max_bad_steps=3))
+    with pytest.raises(hooks.Diverged, match="non-finite"):
+        train(broken, tmp_path)
+
+
+def test_a_workdir_of_another_run_is_refused(unbroken):
+    workdir, _ = unbroken
+    before = (workdir / "run.json").read_text()
+    with pytest.raises(ConfigError, match="optim.peak_lr"):
+        train(tiny_run(20, optim=dict(peak_lr=1e-4)), workdir)
+    assert (workdir / "run.json").read_text() == before
+
+
+def test_wrong_input_is_refused_before_anything_is_written(tmp_path):
+    missing = {"text": config.Source(str(tmp_path / "nothing.toml"))}
+    for run in (
+        tiny_run(2, data=dict(sources=missing)),
+        tiny_run(2, mesh=dict(data=3)),
+        dataclasses.replace(tiny_run(2), evals={"x": config.Eval(path="nothing.toml")}),
+        tiny_run(2, model=dict(vocab_size=5000)),
+    ):
+        with pytest.raises(ConfigError):
+            train(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_generate_from_the_newest_checkpoint(unbroken):
+    workdir, _ = unbroken
+    picture = FIXTURES / "pictures" / "red_circle.png"
+    first = generate(workdir, "Question: what is this? Answer:", image=picture, max_tokens=4)
+    assert first == generate(workdir, "Question: what is this? Answer:", image=picture, max_tokens=4)
+    with pytest.raises(ConfigError, match="image_missing"):
+        generate(workdir, "What?", image=FIXTURES / "nothing.png")
+
+
+def test_a_second_interrupt_does_not_wait():
+    with loop.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(tiny_run(20), folder)
+        CURVE_FILE.write_text(json.dumps({"loss": losses(Path(folder))}, indent=1) + "\n")

@@ -1,0 +1,161 @@
+"""The training step: accumulation, skipped steps, and a loss that falls."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.model.seam import Seam
+from llamax.model.skeleton import skeleton
+from llamax.optim.build import optimizer
+from llamax.train import step as train_step
+from llamax.train.state import State, init
+from llamax.train.step import make_gradient, make_step, split_rows
+from tests.model import twins
+from tests.tolerances import MESH_GRAD, MESH_LOSS, ORACLE
+
+RUN = config.Run(
+    model=replace(twins.TINY, plan=((("rope_chunk+moe",), 1),)),
+    data=config.Data(sources={"a": config.Source(), "b": config.Source()}),
+    optim=config.Optim(peak_lr=3e-2, warmup_steps=2, clip_norm=1e9),
+    losses=config.Losses(router_balance=0.0, router_z=1e-2),  # Switch balance is a statistic of each micro-batch
+    train=config.Train(steps=100),
+)
+
+
+def four_rows() -> Batch:
+    """Rows with very different numbers of counted tokens; the last has next to none."""
+    two = twins.batch()
+    four = Batch(*(np.concatenate([x, x[:, ::-1] if name == "tokens" else x]) for name, x in two._asdict().items()))
+    share = np.array([1.0, 0.2, 0.5, 0.05])[:, None]
+    counted = np.random.default_rng(0).uniform(size=four.tokens.shape) < share
+    return four._replace(loss_weights=(four.loss_weights * counted).astype(np.float32))
+
+
+ROWS = four_rows()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """skeleton, optimizer, fresh state, and the jitted step of two micro-batches."""
+    skel = skeleton(RUN.model, Seam(), patch_id=twins.PATCH, train=RUN.train)
+    tx = optimizer(RUN.optim, RUN.train.steps, skel.kinds)
+    rng = np.random.default_rng(0)
+    params, bias = jax.tree.map(lambda x: rng.normal(0.2, 0.2, x.shape).astype(np.float32), skel.shapes())
+    zero = np.zeros((), np.int32)
+    state = State(zero, params, bias, tx.init(params), np.zeros(2, np.uint32), zero, zero)
+    return SimpleNamespace(skel=skel, tx=tx, state=state, step=twins.quick_jit(make_step(accumulating(2), skel, tx)))
+
+
+def accumulating(parts: int, **losses) -> config.Run:
+    return replace(RUN, train=replace(RUN.train, accumulate=parts), losses=replace(RUN.losses, **losses))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """The gradient of all rows at once."""
+    return twins.quick_jit(make_gradient(RUN, tiny.skel))(tiny.state.params, tiny.state.router_bias, ROWS)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_neither_loss_nor_gradient(tiny, whole, parts):
+    """Although the micro-batches count very different numbers of tokens. (Not with `router_balance`, which is a
+    statistic of each micro-batch.)"""
+    if parts == 2:  # the step's own gradient, from Adam's first moment
+        state, metrics = tiny.step(tiny.state, ROWS)
+        grads = jax.tree.map(lambda m: m / (1 - RUN.optim.b1), optax.tree.get(state.opt, "mu"))
+        loss, terms, by_source, loads = metrics.loss, metrics.terms, metrics.by_source, metrics.loads
+    else:
+        gradient = twins.quick_jit(make_gradient(accumulating(parts), tiny.skel))
+        grads, (loss, terms, by_source, loads) = gradient(tiny.state.params, tiny.state.router_bias, ROWS)
+    expected, (whole_loss, whole_terms, whole_by_source, whole_loads) = whole
+    np.testing.assert_allclose(loss, whole_loss, **MESH_LOSS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_LOSS), terms, whole_terms)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_LOSS), by_source, whole_by_source)
+    np.testing.assert_array_equal(loads, whole_loads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_GRAD), grads, expected)
+
+
+def test_a_fresh_state_has_the_structure_of_the_step(tiny):
+    fresh = jax.eval_shape(lambda: init(tiny.skel, tiny.tx, seed=0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda x: (x.shape, x.dtype), tiny.state)
+
+
+def test_loss_is_that_of_the_slow_twin(tiny, whole):
+    """The weighted mean over all rows and the z-loss over real tokens, with the right weights."""
+    tree = copy.deepcopy(tiny.state.params)
+    tree["stack"]["segment0"]["slot0"]["moe"] |= tiny.state.router_bias["stack"]["segment0"]["slot0"]["moe"]
+    slow = twins.decode(tree, RUN.model, ROWS)
+    logz = np.log(np.exp(slow.logits).sum(axis=-1))
+    nll = logz - np.take_along_axis(slow.logits, ROWS.targets[..., None], axis=-1)[..., 0]
+    z = np.log(np.exp(slow.router_logits[0]).sum(axis=-1)) ** 2
+    next_token, router_z = np.average(nll, weights=ROWS.loss_weights), z[ROWS.segment_ids > 0].mean()
+    _, (loss, terms, by_source, loads) = whole
+    assert terms.keys() == {"next_token", "router_z"}
+    np.testing.assert_allclose([terms["next_token"], terms["router_z"]], [next_token, router_z], **ORACLE)
+    np.testing.assert_allclose(loss, next_token + 1e-2 * router_z, **ORACLE)
+    of_source = [np.average(nll, weights=ROWS.loss_weights * (ROWS.source_ids == source)) for source in (0, 1)]
+    np.testing.assert_allclose(by_source.mean(), of_source, **ORACLE)
+    assert loads.sum() == (ROWS.segment_ids > 0).sum()
+
+
+def test_every_micro_batch_takes_each_nth_row():
+    parts = split_rows(ROWS, 2)
+    np.testing.assert_array_equal(parts.tokens[0], ROWS.tokens[[0, 2]])
+    np.testing.assert_array_equal(parts.tokens[1], ROWS.tokens[[1, 3]])
+    assert parts.tiles.shape == (2, 2, *ROWS.tiles.shape[1:])
+
+
+def test_loss_falls_on_a_fixed_batch(tiny):
+    state, losses = tiny.state, []
+    for number in range(10):
+        state, metrics = tiny.step(state, ROWS)
+        assert state.step == number + 1 and metrics.skipped == 0
+        losses.append(float(metrics.terms["next_token"]))
+    assert losses[-1] < losses[0] - 0.5, losses
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_non_finite_batch_changes_nothing_and_is_counted(tiny):
+    state, _ = tiny.step(tiny.state, ROWS)
+    poisoned = ROWS.loss_weights.copy()
+    poisoned[1, 3] = np.inf
+    bad, metrics = state, None
+    for count in (1, 2):
+        bad, metrics = tiny.step(bad, ROWS._replace(loss_weights=poisoned))
+        assert not np.isfinite(metrics.loss)
+        assert metrics.skipped == bad.skipped == count and metrics.bad_in_row == bad.bad_in_row == count
+    assert_same_bits((state.params, state.opt, state.router_bias), (bad.params, bad.opt, bad.router_bias))
+    assert bad.step == state.step + 2
+    after_bad, metrics = tiny.step(bad, ROWS)
+    after_good, good_metrics = tiny.step(state, ROWS)
+    assert after_bad.skipped == 2 and after_bad.bad_in_row == 0
+    assert_same_bits((after_bad.params, after_bad.opt), (after_good.params, after_good.opt))  # the skipped left no trace
+    assert metrics.lr == good_metrics.lr > 0
+
+
+@pytest.mark.parametrize("loss, grad, good", [(1.0, 1.0, True), (1.0, np.nan, False), (1.0, np.inf, False), (np.nan, 1.0, False)])
+def test_loss_and_gradient_must_both_be_finite(monkeypatch, loss, grad, good):
+    """A gradient can overflow under a finite loss."""
+    params = {"w": jnp.ones((2, 2))}
+    fake = lambda params, bias, batch: ({"w": jnp.array([[grad, 0.0], [0.0, 1.0]])}, (jnp.float32(loss), {}, None, None))  # noqa: E731
+    monkeypatch.setattr(train_step, "make_gradient", lambda run, skel: fake)
+    tx = optimizer(replace(RUN.optim, warmup_steps=0), 10, {"w": "matrix"})
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero, params, {}, tx.init(params), zero, zero, zero)
+    new, metrics = make_step(RUN, None, tx)(state, ROWS)
+    assert metrics.skipped == metrics.bad_in_row == (0 if good else 1)
+    assert np.isfinite(new.params["w"]).all() and (np.asarray(new.params["w"]) != 1).any() == good
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.opt))
