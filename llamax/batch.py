@@ -13,8 +13,8 @@ Array = Any  # numpy.ndarray on the host, jax.Array on a device
 class Batch(NamedTuple):
     """Packed rows. Several documents share a row; `segment_ids` keeps them apart.
 
-    `targets` are shifted on the host: `targets[b, t]` is what should follow `tokens[b, t]`, also across a row's end where
-    a long document goes on in another row. The picture tiles of row b are `tiles[b, :n]` in the order of its
+    `targets` are shifted on the host: `targets[b, t]` is what should follow `tokens[b, t]`, also across a row's end
+    where a long document goes on in another row. The picture tiles of row b are `tiles[b, :n]` in the order of its
     `<|patch|>` tokens, of which every tile fills the same number; slots past n hold zeros. A batch without pictures
     has M = 0, and runs a program without the vision encoder.
     """

@@ -112,7 +112,9 @@ def check_tokenizer(run: config.Run) -> Tokenizer:
 
 def with_paths(run: config.Run) -> config.Run:
     """The run with its data paths resolved for this machine."""
-    sources = {name: dataclasses.replace(s, path=str(config.resolve_path(s.path))) for name, s in run.data.sources.items()}
+    sources = {
+        name: dataclasses.replace(s, path=str(config.resolve_path(s.path))) for name, s in run.data.sources.items()
+    }
     evals = {name: dataclasses.replace(e, path=str(config.resolve_path(e.path))) for name, e in run.evals.items()}
     tokenizer = str(config.resolve_path(run.data.tokenizer))
     data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)

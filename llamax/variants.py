@@ -45,7 +45,7 @@ def _tiny(**differences) -> Model:
         chunk_len=64,
         attn_temperature_floor=64,
         vision=Vision(
-            tile_px=56, patch_px=7, max_tiles=4, dim=96, n_layers=3, n_heads=4, ffn_dim=384, adapter_dim=192, shuffle=2
+            tile_px=56, patch_px=14, max_tiles=4, dim=96, n_layers=3, n_heads=4, ffn_dim=384, adapter_dim=192, shuffle=2
         ),
         **differences,
     )

@@ -1,5 +1,4 @@
-"""Reads the tiny Llama 4 goldens (tests/golden/README.md) into a llamax model. The real converter is a product of its own;
-this one serves the tests and knows no more than the cases need."""
+"""Reads the tiny Llama 4 goldens (tests/golden/README.md) into a llamax model: no more than what the cases need."""
 
 from __future__ import annotations
 
@@ -46,7 +45,9 @@ def load(name: str) -> Golden:
         segment_ids=np.ones(shape, np.int32),
         positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
         source_ids=np.zeros(shape, np.int32),
-        tiles=np.zeros((shape[0], 0, 1, 1, 3), np.uint8) if pixels is None else rows_of_tiles(pixels, tokens == patch_id),
+        tiles=np.zeros((shape[0], 0, 1, 1, 3), np.uint8)
+        if pixels is None
+        else rows_of_tiles(pixels, tokens == patch_id),
     )
     return Golden(model_config(text, hf.get("vision_config")), weights, batch, outputs, grads, patch_id)
 
@@ -137,7 +138,11 @@ def text_tree(model: config.Model, hf: dict) -> dict[str, np.ndarray]:
     """llamax name -> value, layers stacked over repeats."""
     prefix = "language_model." if "language_model.lm_head.weight" in hf else ""
     hf = {key.removeprefix(prefix): value for key, value in hf.items()}
-    tree = {"embed": hf["model.embed_tokens.weight"], "norm.weight": hf["model.norm.weight"], "head": hf["lm_head.weight"].T}
+    tree = {
+        "embed": hf["model.embed_tokens.weight"],
+        "norm.weight": hf["model.norm.weight"],
+        "head": hf["lm_head.weight"].T,
+    }
     ((period, repeats),) = model.plan
     for slot in range(len(period)):
         layers = [text_layer(model, hf, f"model.layers.{r * len(period) + slot}.") for r in range(repeats)]

@@ -1,4 +1,4 @@
-"""A run small enough for tests: the fixture text and pictures, a Llama 4 of every kind of layer, seconds on one core."""
+"""A run small enough for tests: fixture text and pictures, a Llama 4 with every kind of layer, seconds on one core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = ("rope_chunk+dense", "nope_full+moe")
 
 
 def tiny_run(steps: int = 4, **sections) -> config.Run:
-    """Two layers, 8 rows of 128 tokens, every other step with pictures. `sections` replace fields: optim=dict(b1=0.8)."""
+    """8 rows of 128 tokens, every other step with pictures. `sections` replace fields: optim=dict(b1=0.8)."""
     model = config.Model(
         vocab_size=4096,
         dim=32,

@@ -30,7 +30,9 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
     found = [d for d in documents(cfg.path, cfg.max_docs) if {"prompt", *ASKED} <= d.meta.keys()]
     if not found:
         change = "Point the evaluation's path at drawings_heldout.toml, which `llamax data build` makes."
-        raise ConfigError(f"drawings evaluation of {cfg.path}", "no document has a prompt, a colour and a shape", change)
+        raise ConfigError(
+            f"drawings evaluation of {cfg.path}", "no document has a prompt, a colour and a shape", change
+        )
     prompts = [prompt_of(ctx, document) for document in found]
     blank = [p._replace(tiles=np.full_like(p.tiles, BLANK)) for p in prompts]
     seen, unseen = answers(ctx, prompts), answers(ctx, blank)

@@ -2,8 +2,8 @@
 
     bits per byte = sum of -log2 p(token) over the text's tokens / bytes of the text
 
-The unigram is fitted on the held-out text itself, which no real one could beat; zlib compresses all of it as one stream.
-Tokens of the frame (begin and end of a document) are predicted too and count against the model.
+The unigram is fitted on the held-out text itself, which no real one could beat; zlib compresses all of it as one
+stream. Tokens of the frame (begin and end of a document) are predicted too and count against the model.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from llamax.kernels.varying import full_like, vary_alike
 
 MASKED = -1e30  # finite: a row without any key stays free of NaN
-TILE = 128  # tokens a tile on CPU: small enough for the cache, large enough for the matmuls
+TILE = 64  # tokens a tile: of 64, 128 and 256 the least time on 2 cores (bench/kernels.py), and the fewest future keys
 
 
 # ------------------------------------------------------------------------------------------------------ the slow twin
@@ -76,16 +76,19 @@ def blocked_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, 
 
     q, k, v = heads(q_BTHDh) * Dh**-0.5, heads(k_BTKDh)[:, :, :, 0], heads(v_BTKDh)[:, :, :, 0]
     ids = tuple(tiled(x) for x in (q_pos, k_pos, q_seg, k_seg))
-    first = _segment_starts(ids[2].reshape(B, n * C))[:, ::C] // C
-    o = _tiles(*vary_alike(q, k, v, ids, first))
+    o = _tiles(*vary_alike(q, k, v, ids, _first_tile(ids[2])))
     return o.transpose(0, 1, 4, 2, 3, 5).reshape(B, n * C, H, Dh)[:, :T].astype(q_BTHDh.dtype)
 
 
-def _segment_starts(seg_BT):
-    """The index at which the run of equal ids around each token begins, int32 [B, T]."""
-    index = jnp.arange(seg_BT.shape[1], dtype=jnp.int32)
-    begins = jnp.pad(seg_BT[:, 1:] != seg_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+def _first_tile(seg_BnC):
+    """[B, n]: the tile in which the segment of each tile's first token starts. No query of the tile sees an earlier
+    one."""
+    B, n, C = seg_BnC.shape
+    seg_BT = seg_BnC.reshape(B, n * C)
+    begins_BT = jnp.pad(seg_BT[:, 1:] != seg_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    start_BnC = jnp.where(begins_BT, jnp.arange(n * C), 0).reshape(B, n, C)
+    in_earlier_tiles_Bn = jnp.pad(jax.lax.cummax(start_BnC.max(-1), axis=1)[:, :-1], ((0, 0), (1, 0)))
+    return jnp.maximum(in_earlier_tiles_Bn, start_BnC[:, :, 0]) // C
 
 
 @jax.custom_vjp
@@ -146,14 +149,16 @@ def _row_backward(row):
 
     def query_tile(sums, tile):
         i, q_i, do_i, log_z_i, delta_i, pos_i, seg_i, first_i = tile
+        q_flat, do_flat = (x.reshape(K, G * C, Dh) for x in (q_i, do_i))
 
         def key_tile(step, carry):
             dq, dk, dv = carry
             j = i - step
-            score = jnp.einsum("ksd,kgtd->ksgt", k[j], q_i)
+            score, dp = (
+                jnp.einsum("ksd,kqd->ksq", a, b).reshape(K, C, G, C) for a, b in ((k[j], q_flat), (v[j], do_flat))
+            )
             sees = (k_seg[j][:, None] == seg_i[None, :]) & (k_pos[j][:, None] <= pos_i[None, :])
             p = jnp.exp(jnp.where(sees[:, None], score, MASKED) - log_z_i[:, None])
-            dp = jnp.einsum("ksd,kgtd->ksgt", v[j], do_i)
             dscore = p * (dp - delta_i[:, None])
             dv = dv.at[j].add(jnp.einsum("ksgt,kgtd->ksd", p, do_i))
             dk = dk.at[j].add(jnp.einsum("ksgt,kgtd->ksd", dscore, q_i))

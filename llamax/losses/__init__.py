@@ -10,4 +10,8 @@ from llamax.losses.sum import Sum
 __all__ = ["LOSSES", "Sum", "next_token", "router"]
 
 # The terms that `config.Losses` weighs, by the names of its fields.
-LOSSES: dict[str, Callable[..., Sum]] = {"next_token": next_token.next_token, "router_balance": router.balance, "router_z": router.z_loss}
+LOSSES: dict[str, Callable[..., Sum]] = {
+    "next_token": next_token.next_token,
+    "router_balance": router.balance,
+    "router_z": router.z_loss,
+}

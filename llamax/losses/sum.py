@@ -1,4 +1,4 @@
-"""Losses are sums, divided once and globally: accumulation, packing, padding and data parallelism then change nothing."""
+"""Losses are sums, divided once, globally: accumulation, packing, padding, data parallelism then change nothing."""
 
 from __future__ import annotations
 

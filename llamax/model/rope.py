@@ -1,8 +1,8 @@
 """Rotary positions (RoFormer, arXiv 2104.09864), on interleaved pairs as Llama 4 has them.
 
 Lanes (2j, 2j+1) of a head form one complex number, which position p multiplies by exp(i p w_j), w_j = theta^(-2j/Dh).
-"llama3" scaling divides w_j by `factor` where the wavelength 2 pi / w_j exceeds original_len / low_freq_factor, keeps it
-below original_len / high_freq_factor, and interpolates between. Angles are float32.
+"llama3" scaling divides w_j by `factor` where the wavelength 2 pi / w_j exceeds original_len / low_freq_factor, keeps
+it below original_len / high_freq_factor, and interpolates between. Angles are float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The door between NNX modules and plain pytrees: a model without its arrays.
 
-Inside, modules. Outside, `params` and `router_bias` are nested dicts of arrays, which jit, grad, scan, optax and Orbax see.
+Inside, modules. Outside, `params` and `router_bias` are nested dicts of arrays: what jit, grad, scan, optax and Orbax
+see.
 """
 
 from __future__ import annotations

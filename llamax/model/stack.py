@@ -1,6 +1,6 @@
-"""The decoder's layers: a list of segments, each a period of blocks repeated by one `jax.lax.scan` over stacked weights.
+"""The decoder's layers: segments, each a period of blocks repeated by one `jax.lax.scan` over stacked weights.
 
-A block: h = x + Attention(RMSNorm(x)); out = h + FFN(RMSNorm(h)). Which kind each is comes from the plan, which is data.
+A block: h = x + Attention(RMSNorm(x)); out = h + FFN(RMSNorm(h)). Which kind each is comes from the plan: it is data.
 """
 
 from __future__ import annotations
@@ -79,4 +79,3 @@ class Stack(nnx.Module):
         if not per_segment:
             return x_BTD, None
         return x_BTD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_segment)
-

@@ -1,8 +1,8 @@
 """The vision encoder: a ViT over the patches of a square tile, then pixel shuffle and a two-layer adapter.
 
-Patches row-major, flattened channel-major (colour, row, column), embedded without bias; the class token comes last; learned
-positions; pre-norm blocks with biases, 2D RoPE, full attention, exact GELU; the class token is dropped at the end. Pixel
-shuffle joins s x s neighbouring patches into one token. The adapter applies GELU after its second layer too.
+Patches row-major, flattened channel-major (colour, row, column), embedded without bias; the class token comes last;
+learned positions; pre-norm blocks with biases, 2D RoPE, full attention, exact GELU; the class token is dropped at the
+end. Pixel shuffle joins s x s neighbouring patches into one token. The adapter applies GELU after its second layer too.
 Letters: S tiles, P patches a tile + 1, W width, H heads, K head dim.
 """
 
@@ -103,4 +103,3 @@ class VisionEncoder(nnx.Module):
         x = pixel_shuffle(self.norm_post(x_SPW)[:, :-1], self.vision.shuffle)
         x = jax.nn.gelu(self.adapter_in(x), approximate=False)
         return jax.nn.gelu(self.adapter_out(x), approximate=False)
-

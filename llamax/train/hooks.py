@@ -58,7 +58,8 @@ class Log:
         self.steps += 1
         self.flops += count.step_flops(self.run, self.tiles(event))
         self.progress.step(event.step)
-        if due(event, self.run.train.log_every_steps):
+        # The first step of a process stands alone: compiling it must not spoil the speed of those after it.
+        if not self.logged or due(event, self.run.train.log_every_steps):
             self.log(event)
 
     def tiles(self, event: Event) -> int:
@@ -86,7 +87,7 @@ class Log:
         bad = int(event.metrics.bad_in_row)
         if bad >= self.run.train.max_bad_steps:
             raise Diverged(
-                f"train.max_bad_steps={self.run.train.max_bad_steps} non-finite steps in a row are allowed, but the last "
+                f"train.max_bad_steps={self.run.train.max_bad_steps} ends a run of non-finite steps, and the last "
                 f"{bad} steps up to {event.step} had a non-finite loss or gradient. {self.last_good()}"
             )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llamax.kernels.attention import (
+    TILE,
     blocked_attention,
     pick_attention,
     slow_attention,
@@ -18,7 +19,7 @@ from llamax.kernels.attention import (
 )
 from tests.tolerances import BF16, ORACLE, TWIN, TWIN_GRAD
 
-B, T, H, K, DH = 3, 300, 4, 2, 16  # T: two tiles of 128 and a part
+B, T, H, K, DH = 3, 4 * TILE + 44, 4, 2, 16  # T: four tiles and a part
 CHUNK = 32
 
 
@@ -38,7 +39,7 @@ def ids_of(lengths: list[list[int]], T: int = T, chunk: int | None = None):
 
 MASKS = {
     "whole": ids_of([[T], [T], [T]]),
-    "packed": ids_of([[100, 28, 172], [1, 255, 44], [60, 60, 60, 60, 60]]),
+    "packed": ids_of([[TILE, 64, 172], [1, 255, 44], [60, 60, 60, 60, 60]]),
     "padding": ids_of([[100, 50], [], [299]]),
     "chunks": ids_of([[100, 50, 150], [T], [31, 33, 32, 1]], chunk=CHUNK),
 }
@@ -123,15 +124,15 @@ def test_a_segment_does_not_feel_its_neighbours():
 
 def test_tiles_that_nobody_sees_are_not_computed():
     """NaN times a weight of zero is NaN, so a tile that is visited in vain gives itself away."""
-    seg, pos = ids_of([[128, 128, 44]] * B)
+    seg, pos = ids_of([[TILE, TILE, TILE, TILE, 44]] * B)
     q, k, v, do = inputs()
-    tiles = np.arange(T) // 128
-    for poisoned in (0, 2):
+    tiles = np.arange(T) // TILE
+    for poisoned in (0, 4):
         nan = jnp.where((tiles == poisoned)[None, :, None, None], jnp.nan, v)
         o, grads = run(blocked_attention, q, k, nan, do, seg, pos)
         for x in (o, *grads):
             assert np.isfinite(x[:, tiles != poisoned]).all()
-    assert np.isnan(o[:, tiles == 2]).all()
+    assert np.isnan(o[:, tiles == 4]).all()
 
 
 def test_padding_is_finite():

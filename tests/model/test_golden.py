@@ -1,14 +1,13 @@
 """The outside truth: hidden states, router and final logits, loss and gradients of another implementation
 (tests/golden/README.md).
 
-The forward passes run one operation at a time, layer by layer, so that nothing but the operations themselves compiles and
-every layer can be looked at; the gradients run through the whole compiled program, scans and remat included.
+Hidden states are looked at with the layers in a loop; everything else runs through the program as it is trained, scans
+and remat included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file
 
 from llamax import config
 from llamax.batch import Batch
-from llamax.model import layers, stack, vision
+from llamax.model import layers, stack
 from llamax.model.score import score
 from llamax.model.seam import Seam
 from llamax.model.skeleton import Skeleton, skeleton
@@ -44,73 +43,63 @@ def build(golden: goldens.Golden, seam: Seam, remat: str, **changes) -> tuple[Sk
     return skel, jax.tree.map(jnp.asarray, params), jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), bias)
 
 
-class Forward(NamedTuple):
-    hidden: list[np.ndarray]  # the first layer's input, every layer's output, and after the final norm
-    router: np.ndarray  # [L_moe, N, E]
-    logits: np.ndarray
-    loss: float
+def forward(case: str, batch: Batch | None = None, constrained: list | None = None, **changes):
+    """(hidden, router logits [L_moe, B, T, E], logits). Of the arrays that the model constrains, collected in
+    `constrained`, every second is the stack's input or a layer's output: with the final norm's, these are `hidden`."""
+    golden = goldens.load(case)
+    seen = [] if constrained is None else constrained
+    skel, params, bias = build(golden, Seam(constrain=lambda x, names: seen.append(x) or x), "none", **changes)
+
+    def program(params):
+        llama = skel.bind(params, bias)
+        final, routing = llama(batch or golden.batch)
+        hidden = [] if constrained is None else [*seen[::2], final]
+        return hidden, routing.logits, llama.logits(final)
+
+    return quick_jit(program)(params)
 
 
-@pytest.fixture
-def forward(monkeypatch):
-    """forward(case, batch=None, **changes): the model, layer by layer."""
-
-    def loop(stacked, x, *args, remat):
-        """`layers.scan`, as a loop."""
-        graph, state = nnx.split(stacked)
-        results = []
-        for repeat in range(len(jax.tree.leaves(state)[0])):
-            x, result = nnx.merge(graph, jax.tree.map(lambda w: w[repeat], state))(x, *args)  # noqa: B023
-            results.append(result)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
-
-    assert stack.scan is vision.scan is layers.scan
-    monkeypatch.setattr(stack, "scan", loop)
-    monkeypatch.setattr(vision, "scan", loop)
-
-    def run(case: str, batch: Batch | None = None, **changes) -> Forward:
-        seen = []
-
-        def watch(x, names):
-            seen.append(np.asarray(x))
-            return x
-
-        golden = goldens.load(case)
-        llama_of, params, bias = build(golden, Seam(constrain=watch), "none", **changes)
-        llama, batch = llama_of.bind(params, bias), batch or golden.batch
-        final, routing = llama(batch)
-        logits = np.asarray(llama.logits(final))
-        logp = jax.nn.log_softmax(logits)
-        nll = -np.take_along_axis(np.asarray(logp), batch.targets[..., None], axis=-1)[..., 0]
-        loss = (nll * batch.loss_weights).sum() / max(batch.loss_weights.sum(), 1)
-        # The model constrains its input, and in every layer the sums after attention and after the feed-forward.
-        return Forward([*seen[::2], np.asarray(final)], np.asarray(routing.logits), logits, loss)
-
-    return run
+def loop(stacked, x, *args, remat):
+    """`layers.scan` as a loop, which keeps every layer's output in sight."""
+    graph, state = nnx.split(stacked)
+    results = []
+    for repeat in range(len(jax.tree.leaves(state)[0])):
+        x, result = nnx.merge(graph, jax.tree.map(lambda w: w[repeat], state))(x, *args)  # noqa: B023
+        results.append(result)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layer_matches(forward, case):
-    ours, theirs = forward(case), goldens.load(case).outputs
+def test_every_layer_matches(monkeypatch, case):
+    assert stack.scan is layers.scan
+    monkeypatch.setattr(stack, "scan", loop)
+    golden = goldens.load(case)
+    theirs, batch = golden.outputs, golden.batch
+    hidden, router, logits = forward(case, constrained=[])
     names = sorted(name for name in theirs if name.startswith("hidden."))
-    assert len(ours.hidden) == len(names)
-    for name, hidden in zip(names, ours.hidden, strict=True):
-        np.testing.assert_allclose(hidden, theirs[name], **GOLDEN, err_msg=name)
-    routers = sorted((name for name in theirs if name.startswith("router_logits.")), key=lambda n: int(n.split("layer")[1]))
-    np.testing.assert_allclose(ours.router.reshape(len(routers), -1, 4), [theirs[n] for n in routers], **GOLDEN)
-    np.testing.assert_allclose(ours.logits, theirs["logits"], **GOLDEN)
-    np.testing.assert_allclose(ours.loss, theirs["loss"][0], atol=1e-5)
+    for name, ours in zip(names, hidden, strict=True):
+        np.testing.assert_allclose(ours, theirs[name], **GOLDEN, err_msg=name)
+    routers = sorted(name for name in theirs if name.startswith("router_logits."))
+    np.testing.assert_allclose(router.reshape(len(routers), -1, 4), [theirs[name] for name in routers], **GOLDEN)
+    np.testing.assert_allclose(logits, theirs["logits"], **GOLDEN)
+    nll = -np.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(np.average(nll, weights=batch.loss_weights), theirs["loss"][0], atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["scout_like", "maverick_like"])
-def test_packed_documents_match(forward, case):
+def test_packed_documents_match(case):
     """Positions and chunks restart with every document. (The case was made without temperature.)"""
     golden = goldens.load(case)
     packed = load_file(goldens.FOLDER / case / "inputs_packed.safetensors")
-    ids = {k: np.repeat(v, 2, axis=0).astype(np.int32) for k, v in packed.items()}  # two equal rows: shapes already compiled
-    batch = golden.batch._replace(tokens=ids["input_ids"], positions=ids["position_ids"], segment_ids=ids["segment_ids"])
-    ours = forward(case, batch, attn_temperature=0.0).logits
-    np.testing.assert_allclose(ours, np.repeat(golden.outputs["packed.logits"], 2, axis=0), **GOLDEN)
+    packed = {name: value.astype(np.int32) for name, value in packed.items()}
+    batch = golden.batch._replace(
+        tokens=packed["input_ids"],
+        positions=packed["position_ids"],
+        segment_ids=packed["segment_ids"],
+        tiles=golden.batch.tiles[:1],
+    )
+    logits = forward(case, batch, attn_temperature=0.0)[-1]
+    np.testing.assert_allclose(logits, golden.outputs["packed.logits"], **GOLDEN)
 
 
 # What each switch turns off.
@@ -125,9 +114,9 @@ TOGGLES = {
 
 
 @pytest.mark.parametrize("toggle", TOGGLES)
-def test_the_golden_is_sensitive(forward, toggle):
+def test_the_golden_is_sensitive(toggle):
     theirs = goldens.load("scout_like").outputs["logits"]
-    moved = np.abs(forward("scout_like", **TOGGLES[toggle]).logits - theirs).max()
+    moved = np.abs(forward("scout_like", **TOGGLES[toggle])[-1] - theirs).max()
     assert moved > 1000 * GOLDEN["atol"]
 
 
@@ -182,8 +171,12 @@ def named(grads: dict) -> dict:
         "model.layers.0.self_attn.q_proj.weight": vision["blocks"]["query"]["weight"][0].T,
         "vision_adapter.mlp.fc1.weight": vision["adapter_in"]["weight"].T,
     }
+    ends = {
+        "language_model.lm_head.weight": grads["head"].T,
+        "multi_modal_projector.linear_1.weight": grads["projector"].T,
+    }
     return (
-        {f"language_model.model.{name}": grad for name, grad in text.items()}
+        ends
+        | {f"language_model.model.{name}": grad for name, grad in text.items()}
         | {f"vision_model.{name}": grad for name, grad in encoder.items()}
-        | {"language_model.lm_head.weight": grads["head"].T, "multi_modal_projector.linear_1.weight": grads["projector"].T}
     )

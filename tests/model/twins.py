@@ -1,7 +1,7 @@
 """Slow twins of the model in float64 numpy, written from the formulas of Llama 4 and not from the code under test.
 
-One token, one head, one expert at a time. RoPE turns by true positions, masks are asked key by key, layers are taken one
-after the other. Weights are the model's own trees, in float64. Letters as in llamax/model; here arrays of one row lack B.
+One token, one head, one expert at a time. RoPE turns by true positions, masks are asked key by key, layers are taken
+one after the other. Weights are the model's own trees, in float64. Letters as in llamax/model; one row has no B.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from flax import nnx
 from llamax import config
 from llamax.batch import Batch
 
-# What compiles here runs once on tiny arrays: the compiler's optimisations cost more than they save.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Test programs run a few times on tiny arrays: without optimisation a training step compiles in a fifth of the time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 VISION = config.Vision(tile_px=8, patch_px=2, dim=16, n_layers=2, n_heads=2, ffn_dim=24, adapter_dim=12)
 # Every feature acts within 24 tokens: several chunks (of a length that does not divide the row), several steps of the
@@ -37,7 +38,7 @@ TINY = config.Model(
     chunk_len=5,
     attn_temperature=0.3,
     attn_temperature_floor=4,
-    rope=config.Rope(theta=100.0, scaling="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_len=64),
+    rope=config.Rope(100.0, "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_len=64),
 )
 PATCH = 39  # the id of `<|patch|>`
 SEGMENTS = np.array([[1] * 9 + [2] * 7 + [3] * 5 + [0] * 3, [1] * 24], np.int32)
@@ -78,7 +79,9 @@ def bind(graph: nnx.GraphDef, tree: dict) -> nnx.Module:
 
 
 def float64(tree):
-    return {key: float64(value) for key, value in tree.items()} if isinstance(tree, dict) else np.asarray(tree, np.float64)
+    if isinstance(tree, dict):
+        return {key: float64(value) for key, value in tree.items()}
+    return np.asarray(tree, np.float64)
 
 
 def layer_of(stacked: dict, repeat: int):
@@ -91,10 +94,6 @@ def layer_of(stacked: dict, repeat: int):
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
-
-
-def silu(x):
-    return x * sigmoid(x)
 
 
 def gelu(x):
@@ -112,12 +111,12 @@ def rms(x, eps):
 
 
 def layer_norm(x, w, eps):
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + eps) * w["weight"] + w["bias"]
+    return rms(x - x.mean(axis=-1, keepdims=True), eps) * w["weight"] + w["bias"]
 
 
 def swiglu(x, w):
-    return (silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+    gate = x @ w["gate"]
+    return (gate * sigmoid(gate) * (x @ w["up"])) @ w["down"]
 
 
 # ------------------------------------------------------------------------------------------------------------- RoPE
@@ -147,11 +146,9 @@ def turn(vector, angles):
 
 
 def grid_angles(patch: int, grid: int, head_dim: int, theta: float) -> list[float]:
-    """2D RoPE of the vision encoder: the first half of the pairs by column + 1, the second by row + 1; class token: 0."""
+    """2D RoPE of the encoder: the first half of the pairs by column + 1, the second by row + 1; class token: 0."""
     w = [theta ** (-2 * j / (head_dim / 2)) for j in range(head_dim // 4)]
-    if patch == grid * grid:
-        return [0.0] * (head_dim // 2)
-    row, column = patch // grid, patch % grid
+    row, column = (-1, -1) if patch == grid * grid else divmod(patch, grid)
     return [(column + 1) * w_j for w_j in w] + [(row + 1) * w_j for w_j in w]
 
 
@@ -212,25 +209,21 @@ def moe(w, x_ND, model: config.Model):
 
 def patch_vectors(tile_HWC, patch_px: int):
     """Patches row by row; inside one colour by colour, then row, then column."""
-    grid, result = tile_HWC.shape[0] // patch_px, []
-    for row in range(grid):
-        for column in range(grid):
-            patch = tile_HWC[row * patch_px :, column * patch_px :][:patch_px, :patch_px]
-            result.append([patch[i, j, c] for c in range(3) for i in range(patch_px) for j in range(patch_px)])
-    return np.array(result)
+    grid, vectors = tile_HWC.shape[0] // patch_px, []
+    for row, column in np.ndindex(grid, grid):
+        patch = tile_HWC[row * patch_px :, column * patch_px :]
+        vectors.append([patch[i, j, c] for c, i, j in np.ndindex(3, patch_px, patch_px)])
+    return np.array(vectors)
 
 
 def shuffled(x_PW, shuffle: int):
     """Output (r, c) is the concatenation of the patches (s r + i, s c + j), i then j."""
     grid = math.isqrt(len(x_PW))
-    side, inside = range(grid // shuffle), range(shuffle)
-    return np.array(
-        [
-            np.concatenate([x_PW[(shuffle * r + i) * grid + shuffle * c + j] for i in inside for j in inside])
-            for r in side
-            for c in side
-        ]
-    )
+    joined = []
+    for r, c in np.ndindex(grid // shuffle, grid // shuffle):
+        inside = np.ndindex(shuffle, shuffle)
+        joined.append(np.concatenate([x_PW[(shuffle * r + i) * grid + shuffle * c + j] for i, j in inside]))
+    return np.array(joined)
 
 
 def vision(w, pixels_HWC, cfg: config.Vision):
@@ -286,10 +279,8 @@ def decode(tree: dict, model: config.Model, batch: Batch) -> Decoded:
         for slot, kind in enumerate(period)
     ]
     rows = []
-    for tokens, tiles, positions, segments in zip(
-        batch.tokens, batch.tiles, batch.positions, batch.segment_ids, strict=True
-    ):
-        x, routings = embed(w, tokens, tiles, model), []
+    for b, (positions, segments) in enumerate(zip(batch.positions, batch.segment_ids, strict=True)):
+        x, routings = embed(w, batch.tokens[b], batch.tiles[b], model), []
         for kind, layer in layers:
             attention_kind, ffn = kind.split("+")
             h = rms(x, model.norm_eps) * layer["attention_norm"]["weight"]

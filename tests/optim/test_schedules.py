@@ -34,4 +34,5 @@ def test_schedule_matches_the_formula(optim):
 
 def test_no_warmup_starts_at_the_peak():
     optim = config.Optim(PEAK, warmup_steps=0, end_lr_ratio=0.1)
-    np.testing.assert_allclose([schedule(optim, 100)(step) for step in (0, 50, 100)], [PEAK, (PEAK + END) / 2, END], rtol=1e-5)
+    lr = schedule(optim, 100)
+    np.testing.assert_allclose([lr(0), lr(50), lr(100)], [PEAK, (PEAK + END) / 2, END], rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from llamax import config
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
-from llamax.sample.engine import Prompt, generate
+from llamax.sample.engine import Prompt, generate, pack
 from tests import goldens
 from tests.model import twins
 
@@ -29,16 +29,16 @@ def tiny():
 
 
 def ask(tiny, *prompts, max_tokens=6, stop=(), **how):
-    skel, params = tiny
-    return generate(skel, params, {}, [Prompt(p, NO_TILES) for p in prompts], max_tokens=max_tokens, stop=set(stop), **how)
+    prompts = [Prompt(tokens, NO_TILES) for tokens in prompts]
+    return generate(*tiny, {}, prompts, max_tokens=max_tokens, stop=set(stop), **how)
 
 
 def slow_greedy(params, prompt: list[int], max_tokens: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(max_tokens):
-        T = len(tokens)
         row = np.array([tokens], np.int32)
-        batch = twins.batch()._replace(tokens=row, tiles=NO_TILES[None], positions=np.arange(T)[None], segment_ids=row * 0 + 1)
+        at = np.arange(len(tokens))[None]
+        batch = twins.batch()._replace(tokens=row, tiles=NO_TILES[None], positions=at, segment_ids=row * 0 + 1)
         tokens.append(int(twins.decode(params, MODEL, batch).logits[0, -1].argmax()))
     return tokens[len(prompt) :]
 
@@ -61,6 +61,22 @@ def test_generation_ends_before_a_stop_token(tiny):
 def test_sampling_is_reproducible_by_seed(tiny):
     draws = [ask(tiny, *PROMPTS, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_packing_gives_every_prompt_its_own_pictures_and_room():
+    rng = np.random.default_rng(0)
+    counts = (2, 0, 1)
+    prompts = [
+        Prompt(p, rng.integers(1, 256, (n, 8, 8, 3), dtype=np.uint8)) for p, n in zip(PROMPTS, counts, strict=True)
+    ]
+    batch, lengths = pack(prompts, max_tokens=60)
+    assert batch.tokens.shape[1] >= 60 + 8 and batch.tiles.shape[1:] == (2, 8, 8, 3)
+    for row, prompt in enumerate(prompts):
+        assert lengths[row] == len(prompt.tokens)
+        np.testing.assert_array_equal(batch.tokens[row, : lengths[row]], prompt.tokens)
+        assert not batch.tokens[row, lengths[row] :].any()
+        np.testing.assert_array_equal(batch.tiles[row, : counts[row]], prompt.tiles)
+        assert not batch.tiles[row, counts[row] :].any()
 
 
 @pytest.mark.parametrize("case", ["scout_like", "maverick_like"])

@@ -25,21 +25,19 @@ def record(pieces: list[str | bytes], **meta: str) -> dict:
 
 
 def one_shape(rng: random.Random, side: int) -> dict:
-    """Half of these ask what the drawing shows; the rest describe it or ask for one attribute after another."""
+    """Most of these ask what the drawing shows or describe it; the rest ask for one attribute after another."""
     shape = scene.draw_one(rng)
     png = draw.png_of(rng, [shape], side)
-    where = question("where is it", shape.position)
-    size = question("what size is it", shape.size)
     form = rng.random()
-    if form < 0.35:
+    if form < 0.55:
         text = words.what_is_this(shape)
-    elif form < 0.5:
-        text = f"{words.what_is_this(shape)} {rng.choice((where, size))}"
-    elif form < 0.8:
+    elif form < 0.9:
         text = f"{words.caption(shape)}."
     else:
         colour = question("what colour is the shape", shape.colour)
         kind = question("what shape is it", shape.shape)
+        where = question("where is it", shape.position)
+        size = question("what size is it", shape.size)
         text = " ".join(rng.sample((colour, kind, where, size), 2))
     return record([png, text])
 
