@@ -114,10 +114,12 @@ def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path):
-    """An infinite learning rate makes every parameter non-finite after the first update."""
-    broken = tiny_run(20, optim=dict(peak_lr=1e30, warmup_steps=0, clip_norm=1e30), train=dict(max_bad_steps=3))
-    with pytest.raises(hooks.Diverged, match="non-finite"):
+    """A learning rate that warms up from 0 to 1e30: the second update ruins the parameters, the third step is NaN."""
+    ruin = dict(peak_lr=1e30, warmup_steps=4)
+    broken = tiny_run(20, optim=ruin, train=dict(max_bad_steps=3), checkpoint=dict(every_steps=1))
+    with pytest.raises(hooks.Diverged, match="steps up to .* were not finite. The last good checkpoint is step 2"):
         train(broken, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
 
 def test_a_workdir_of_another_run_is_refused(unbroken):

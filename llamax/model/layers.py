@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nn
     return nnx.merge(graph, state)
 
 
-def scan(layers: nnx.Module, x: Array, *args, remat: bool) -> tuple[Array, object]:
+def scan(layers: nnx.Module, x: Array, *args, remat: bool) -> tuple[Array, Any]:
     """x through the stacked `layers` in order, as one `jax.lax.scan`; also what each layer returned beside x, stacked.
 
     `remat` recomputes a layer in the backward pass and keeps its input only.

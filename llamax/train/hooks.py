@@ -11,6 +11,7 @@ import numpy as np
 
 from llamax import config
 from llamax.checkpoint.manager import Checkpoints
+from llamax.config import ConfigError
 from llamax.evals import EVALS, Report
 from llamax.evals.report import Context
 from llamax.model import count
@@ -23,7 +24,7 @@ from llamax.train.loop import Event
 LOAD_EVERY = 10  # logged steps between two heat maps of the experts
 
 
-class Diverged(RuntimeError):
+class Diverged(ConfigError):
     """Too many non-finite steps in a row."""
 
 
@@ -86,15 +87,13 @@ class Log:
         self.steps, self.flops, self.logged = 0, 0.0, self.logged + 1
         bad = int(event.metrics.bad_in_row)
         if bad >= self.run.train.max_bad_steps:
-            raise Diverged(
-                f"train.max_bad_steps={self.run.train.max_bad_steps} ends a run of non-finite steps, and the last "
-                f"{bad} steps up to {event.step} had a non-finite loss or gradient. {self.last_good()}"
-            )
+            asked = f"--config.train.max_bad_steps={self.run.train.max_bad_steps}"
+            raise Diverged(asked, f"the last {bad} steps up to {event.step} were not finite", self.last_good())
 
 
 @dataclass
 class Save:
-    """A checkpoint every `every_steps` and at the end, written while training goes on."""
+    """A checkpoint every `every_steps` and at the end, written while training goes on; none after a non-finite step."""
 
     checkpoints: Checkpoints
     every: int
@@ -106,6 +105,8 @@ class Save:
             return
         state = event.state
         with self.clock.aside():
+            if int(state.bad_in_row) and not event.last:
+                return  # what made it non-finite may be in these parameters already
             self.checkpoints.save(
                 event.step,
                 params=state.params,

@@ -19,7 +19,7 @@ RING_HOLE = 0.55  # of the radius
 CROSS_ARM = 0.36  # half an arm's width, of the radius
 SQUARE_SIDE = 0.86  # half a side, of the radius
 
-RGB = tuple[int, int, int]
+RGB = tuple[int, ...]  # three channels
 
 
 def tint(rng: random.Random, rgb: RGB) -> RGB:
@@ -80,7 +80,7 @@ def png_of(rng: random.Random, shapes: Iterable[Shape], side: int) -> bytes:
 
 
 @functools.cache
-def font(pixels: int) -> ImageFont.FreeTypeFont:
+def font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(pixels)
 
 

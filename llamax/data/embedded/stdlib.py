@@ -18,6 +18,8 @@ from pathlib import Path
 
 from llamax.config import ConfigError
 
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TOPICS = "pydoc_data/topics.py"  # data in the shape of code: read as documentation only
 HELD_OUT_EVERY = 50  # 2% of the files
@@ -106,7 +108,7 @@ def docstrings(name: str, source: str) -> str:
     return "\n\n".join(f"{title}\n\n{text}" for title, text in parts) + "\n" if parts else ""
 
 
-def _documented(node: ast.AST, title: str, prefix: str) -> Iterator[tuple[str, str]]:
+def _documented(node: ast.Module | Definition, title: str, prefix: str) -> Iterator[tuple[str, str]]:
     """(title, docstring) of a module, class or function and of those inside it, in the order of the source."""
     if text := (ast.get_docstring(node) or "").strip():
         yield title, text
