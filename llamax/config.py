@@ -232,7 +232,7 @@ def tiny(run: ConfigDict, model: Model) -> ConfigDict:
         "clips": {"path": built("clips"), "weight": 0.04},
     }
     run.mesh = {"data": -1}
-    run.optim.update(peak_lr=1e-3, schedule="wsd", warmup_steps=30, decay_steps=200, end_lr_ratio=0.05)
+    run.optim.update(peak_lr=2e-3, schedule="wsd", warmup_steps=80, decay_steps=200, end_lr_ratio=0.05)
     run.train.update(steps=640, accumulate=1, compute_dtype="float32", remat="none")
     run.evals = {
         "python": {"path": built("python_heldout"), "every_steps": 0, "max_docs": 64},

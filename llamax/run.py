@@ -41,6 +41,7 @@ from llamax.parallel import place, rules
 from llamax.parallel.mesh import make_mesh
 from llamax.train import hooks
 from llamax.train.loop import fit
+from llamax.train.programs import Programs, abstract_batch
 from llamax.train.state import State, init
 from llamax.train.step import make_step
 
@@ -75,20 +76,27 @@ def train(run: config.Run, workdir: str | Path, *, overrides: Sequence[str] = ()
         donate_argnums=0,
     )
     provenance.record(workdir, config.to_dict(run), overrides)
+    shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, run.seed)), shardings)
+    kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
+    peak = metrics.peak(jax.devices())  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
+        programs = open_things.enter_context(Programs(step, shapes, kinds))
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
         batches = iter(data)
         open_things.callback(batches.close)
-        state, first = start(run, bones, tx, shardings, checkpoints, batches)
+        state, first = start(partial(init, bones, tx, run.seed), shapes, checkpoints, batches)
         put = partial(place.put_batch, mesh=mesh)
-        around, evaluate = make_hooks(run, workdir, tokenizer, bones, put, checkpoints, batches, first, open_things)
+        clock = metrics.Clock(peak.flops_per_s)
+        around, evaluate = make_hooks(
+            run, workdir, tokenizer, bones, put, checkpoints, batches, first, clock, open_things
+        )
         state, finished = fit(
             state,
-            lambda state, batch: step(state, put(batch)),
+            lambda state, batch: programs(state, put(batch)),
             batches,
             first=first,
             steps=run.train.steps,
-            clock=around[0].clock,
+            clock=clock,
             hooks=around,
         )
     report(run, workdir, evaluate.reports, finished)
@@ -151,17 +159,18 @@ def state_shardings(bones: Skeleton, tx: Any, run: config.Run, mesh: Mesh) -> St
     return whole._replace(params=params, opt=opt)
 
 
-def start(
-    run: config.Run, bones: Skeleton, tx: Any, shardings: State, checkpoints: Checkpoints, batches: Any
-) -> tuple[State, int]:
+def shape_at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, batches: Any) -> tuple[State, int]:
     """The newest checkpoint's state, and the data iterator moved to it; a fresh state where there is none."""
-    fresh = partial(init, bones, tx, run.seed)
     latest = checkpoints.latest()
     if latest is None:
-        return jax.jit(fresh, out_shardings=shardings)(), 0
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(fresh), shardings
-    )
+        # Random numbers take long to compile well, and this program runs once.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        return jax.jit(fresh, out_shardings=shardings, compiler_options=options)(), 0
     found = checkpoints.restore(
         latest,
         params=shapes.params,
@@ -171,7 +180,7 @@ def start(
         data_iterator=batches,
     )
     logger.info("resumed from step %d in %s", latest, checkpoints.folder)
-    counts = {name: jax.device_put(np.int32(found["extra"][name]), shardings.step) for name in COUNTS}
+    counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
     trees = {name: found[name] for name in ("params", "router_bias", "opt")}
     return State(rng=found["rng"]["key"], **trees, **counts), latest
 
@@ -185,10 +194,10 @@ def make_hooks(
     checkpoints: Checkpoints,
     batches: Any,
     first: int,
+    clock: metrics.Clock,
     open_things: ExitStack,
 ) -> tuple[list, hooks.Evaluate]:
     """Log, save, evaluate, in this order; the files they write are closed with `open_things`."""
-    clock = metrics.Clock(metrics.peak(jax.devices()).flops_per_s)
     file = open_things.enter_context(log.MetricsFile(workdir / "metrics.jsonl", first))
     board = open_things.enter_context(TensorBoard(workdir / "tensorboard", first))
     progress = open_things.enter_context(Progress(run.train.steps, first))

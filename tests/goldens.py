@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import load_file
 
 from llamax import config
 from llamax.batch import Batch
-from llamax.model.llama import Llama
 from llamax.model.seam import Seam
+from llamax.model.skeleton import Skeleton, skeleton
 
 FOLDER = Path(__file__).parent / "golden" / "llama4"
 
@@ -110,20 +112,18 @@ def model_config(text: dict, vision: dict | None) -> config.Model:
     )
 
 
-def build(golden: Golden, seam: Seam | None = None, **changes) -> Llama:
-    """The case as a llamax model; `changes` replace fields of its configuration."""
-    import dataclasses
-
-    model = dataclasses.replace(golden.model, **changes)
-    llama = Llama(model, seam or Seam(), patch_id=golden.patch_id, dtype=np.float32, remat=False, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(llama)
-    tree = nnx.to_pure_dict(state)
-    for name, value in text_tree(golden.model, golden.weights).items():
-        put(tree, name, value)
+def build(golden: Golden, seam: Seam | None = None, *, remat: str = "none", **changes) -> tuple[Skeleton, dict, dict]:
+    """The case as (skeleton, params, router_bias); `changes` replace fields of its configuration."""
+    model, train = dataclasses.replace(golden.model, **changes), config.Train(remat=remat)
+    skel = skeleton(model, seam or Seam(), patch_id=golden.patch_id, train=train)
+    params, bias = skel.shapes()
+    weights = text_tree(golden.model, golden.weights)
     if golden.model.vision:
-        for name, value in vision_tree(golden.model.vision, golden.weights).items():
-            put(tree, name, value)
-    return nnx.merge(graph, nnx.State(tree))
+        weights |= vision_tree(golden.model.vision, golden.weights)
+    for name, value in weights.items():
+        put(params, name, value)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))  # the case names every parameter
+    return skel, jax.tree.map(jnp.asarray, params), jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), bias)
 
 
 def put(tree: dict, dotted: str, value: np.ndarray) -> None:

@@ -89,6 +89,14 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
     return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=data.prefetch_batches)
 
 
+def tile_slots(data: config.Data) -> list[int]:
+    """Picture slots a row of the kinds of batch that `build` yields: 0, `tiles_per_row`, or both."""
+    weights = {name: source.weight for name, source in data.sources.items()}
+    pictures = [name for name, source in data.sources.items() if read_manifest(source.path).kind == "multimodal"]
+    shares = two_streams(weights, pictures, data.multimodal_steps)
+    return [0] * bool(shares.text) + [data.tiles_per_row] * bool(shares.multimodal)
+
+
 def _mean_tokens(manifest: Manifest, reader: Sequence[Document], encoder: Encoder) -> float:
     """Mean places that a document takes in a row: its tokens, less the last one, which is only a target.
 

@@ -2,7 +2,8 @@
 
 For a token x: z = x W_r (no bias); the top-k of z choose the experts; the gate of a chosen expert is sigmoid(z_e), each
 on its own, not renormalised; the gate scales the expert's INPUT: y = shared(x) + sum_e SwiGLU_e(sigmoid(z_e) x). SwiGLU
-is not homogeneous, so scaling the output instead would be another model. Router logits and gates are float32.
+is not homogeneous, so scaling the output instead would be another model. Router logits, the choice
+and the sigmoid are float32.
 """
 
 from __future__ import annotations

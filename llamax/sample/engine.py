@@ -54,7 +54,7 @@ def until(ids: Sequence[int], stop: set[int]) -> Iterator[int]:
 
 
 def pack(prompts: Sequence[Prompt], max_tokens: int) -> tuple[Batch, np.ndarray]:
-    """One prompt a row, with room for its continuation; and the prompts' lengths [B]."""
+    """One prompt a row, with room for its continuation; and the prompts' lengths [B], 0 for a row without one."""
     longest = max(len(p.tokens) for p in prompts) + max_tokens
     B, T = len(prompts), -(-longest // ROUND) * ROUND
     B = 1 if B == 1 else -(-B // ROUND) * ROUND
@@ -62,7 +62,7 @@ def pack(prompts: Sequence[Prompt], max_tokens: int) -> tuple[Batch, np.ndarray]
     tokens = np.zeros((B, T), np.int32)
     side = max(p.tiles.shape[1] for p in prompts)
     tiles = np.zeros((B, M, side, side, 3), np.uint8)
-    lengths = np.ones(B, np.int32)
+    lengths = np.zeros(B, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.tokens)] = prompt.tokens
         tiles[row, : len(prompt.tiles)] = prompt.tiles if len(prompt.tiles) else 0
@@ -106,5 +106,5 @@ def decode(how: Decoder, params, router_bias, batch: Batch, lengths_B: Array, ke
         return step + 1, tokens_BT, new_BS.at[:, step].set(drawn_B), done_B
 
     B = batch.tokens.shape[0]
-    start = (0, jnp.asarray(batch.tokens), jnp.zeros((B, how.max_tokens), jnp.int32), jnp.zeros(B, bool))
+    start = (0, jnp.asarray(batch.tokens), jnp.zeros((B, how.max_tokens), jnp.int32), lengths_B == 0)
     return jax.lax.while_loop(unfinished, one, start)[2]

@@ -97,7 +97,7 @@ def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTran
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         grads, (loss, terms, by_source, loads) = gradient(state.params, state.router_bias, batch)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)

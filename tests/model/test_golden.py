@@ -7,8 +7,6 @@ and remat included.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,6 @@ from llamax.batch import Batch
 from llamax.model import layers, stack
 from llamax.model.score import score
 from llamax.model.seam import Seam
-from llamax.model.skeleton import Skeleton, skeleton
 from tests import goldens
 from tests.model.twins import layer_of, quick_jit
 from tests.tolerances import GOLDEN
@@ -29,26 +26,12 @@ from tests.tolerances import GOLDEN
 CASES = ("scout_like", "maverick_like", "vision")
 
 
-def build(golden: goldens.Golden, seam: Seam, remat: str, **changes) -> tuple[Skeleton, dict, dict]:
-    """The case's (skeleton, params, router_bias); `changes` replace fields of its configuration."""
-    model = dataclasses.replace(golden.model, **changes)
-    skel = skeleton(model, seam, patch_id=golden.patch_id, train=config.Train(remat=remat))
-    params, bias = skel.shapes()
-    weights = goldens.text_tree(golden.model, golden.weights)
-    if golden.model.vision:
-        weights |= goldens.vision_tree(golden.model.vision, golden.weights)
-    for name, value in weights.items():
-        goldens.put(params, name, value)
-    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))  # the case names every parameter
-    return skel, jax.tree.map(jnp.asarray, params), jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), bias)
-
-
 def forward(case: str, batch: Batch | None = None, constrained: list | None = None, **changes):
     """(hidden, router logits [L_moe, B, T, E], logits). Of the arrays that the model constrains, collected in
     `constrained`, every second is the stack's input or a layer's output: with the final norm's, these are `hidden`."""
     golden = goldens.load(case)
     seen = [] if constrained is None else constrained
-    skel, params, bias = build(golden, Seam(constrain=lambda x, names: seen.append(x) or x), "none", **changes)
+    skel, params, bias = goldens.build(golden, Seam(constrain=lambda x, names: seen.append(x) or x), **changes)
 
     def program(params):
         llama = skel.bind(params, bias)
@@ -123,7 +106,7 @@ def test_the_golden_is_sensitive(toggle):
 def test_gradients_match():
     """d loss / d parameter through every part: routers, experts, vision encoder, projector."""
     golden = goldens.load("vision")
-    skel, params, bias = build(golden, Seam(), "period")
+    skel, params, bias = goldens.build(golden, remat="period")
     weights = golden.batch.loss_weights
 
     def loss(params):

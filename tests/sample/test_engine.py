@@ -11,7 +11,7 @@ import pytest
 from llamax import config
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
-from llamax.sample.engine import Prompt, generate, pack
+from llamax.sample.engine import Decoder, Prompt, decode, generate, pack
 from tests import goldens
 from tests.model import twins
 
@@ -58,6 +58,15 @@ def test_generation_ends_before_a_stop_token(tiny):
     assert ask(tiny, *PROMPTS, stop={stop}) == cut
 
 
+def test_decoding_ends_when_every_prompt_has(tiny):
+    """Rows that only fill the batch up do not keep it going."""
+    skel, params = tiny
+    first = tuple(sorted({ids[0] for ids in ask(tiny, *PROMPTS)}))
+    batch, lengths = pack([Prompt(p, NO_TILES) for p in PROMPTS], 6)
+    new = decode(Decoder(skel, 6, first, 0.0), params, {}, batch, lengths, jax.random.key(0))
+    assert not np.asarray(new)[:, 1:].any()
+
+
 def test_sampling_is_reproducible_by_seed(tiny):
     draws = [ask(tiny, *PROMPTS, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
@@ -82,16 +91,8 @@ def test_packing_gives_every_prompt_its_own_pictures_and_room():
 @pytest.mark.parametrize("case", ["scout_like", "maverick_like"])
 def test_greedy_text_of_another_implementation_is_reproduced(case):
     golden = goldens.load(case)
-    skel, params, bias = golden_params(golden)
+    skel, params, bias = goldens.build(golden)
     expected = golden.outputs["greedy.tokens"]
     prompts = [Prompt(row[:14].tolist(), NO_TILES) for row in expected]
     for row, prompt in zip(expected, prompts, strict=True):
         assert generate(skel, params, bias, [prompt], max_tokens=12, stop=set()) == [row[14:].tolist()]
-
-
-def golden_params(golden):
-    skel = skeleton(golden.model, Seam(), patch_id=golden.patch_id, train=config.Train(remat="none"))
-    params, bias = skel.shapes()
-    for name, value in goldens.text_tree(golden.model, golden.weights).items():
-        goldens.put(params, name, value)
-    return skel, params, jax.tree.map(lambda b: np.zeros(b.shape, b.dtype), bias)

@@ -1,0 +1,59 @@
+"""The training step compiled ahead of time, once for each kind of batch, while the run is still starting.
+
+A batch has picture slots or none, and each kind has a program of its own. A program refuses arrays of another shape or
+sharding, so a run cannot compile a second time without anyone noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.train.state import State
+
+
+class Programs:
+    """Called like the step; waits for the program that a batch needs. A context manager: leaving drops what waits."""
+
+    def __init__(self, step: Any, state: State, batches: Iterable[Batch]):
+        """`step` is a jitted step(state, batch); `state` and `batches` hold ShapeDtypeStructs with their shardings."""
+        self._pool = ThreadPoolExecutor(1, "compile")  # compiling releases the interpreter: the start goes on beside it
+        self._programs = {slots(batch): self._pool.submit(_compile, step, state, batch) for batch in batches}
+
+    def __enter__(self) -> Programs:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, state: State, batch: Batch) -> tuple[State, Any]:
+        return self._programs[slots(batch)].result()(state, batch)
+
+
+def slots(batch: Batch) -> int:
+    """Picture tiles that a row can hold."""
+    return batch.tiles.shape[1]
+
+
+def _compile(step: Any, state: State, batch: Batch) -> Callable:
+    return step.lower(state, batch).compile()
+
+
+def abstract_batch(run: config.Run, tiles_per_row: int, shardings: Batch) -> Batch:
+    """The shapes of a run's batch with so many picture slots a row."""
+    vision = run.model.vision
+    side = vision.tile_px if vision else 0
+    text = (run.data.rows, run.data.seq_len)
+    shapes = {name: text for name in Batch._fields} | {"tiles": (text[0], tiles_per_row, side, side, 3)}
+    kinds = {name: np.int32 for name in Batch._fields} | {"loss_weights": np.float32, "tiles": np.uint8}
+    structs = {
+        name: jax.ShapeDtypeStruct(shape, kinds[name], sharding=getattr(shardings, name))
+        for name, shape in shapes.items()
+    }
+    return Batch(**structs)
