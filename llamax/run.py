@@ -57,15 +57,26 @@ class Result(NamedTuple):
     finished: bool  # False: a stop was asked for; the same command goes on
 
 
-def train(run: config.Run, workdir: str | Path, *, overrides: Sequence[str] = ()) -> Result:
-    """Trains `run` in `workdir`, or goes on where it stopped. Errors of a person come before a device is touched."""
+def train(
+    run: config.Run,
+    workdir: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    devices: Sequence[jax.Device] | None = None,
+) -> Result:
+    """Trains `run` in `workdir`, or goes on where it stopped, on all devices of all processes unless told otherwise.
+
+    Raises:
+        ConfigError: a person's input is wrong; nothing has been compiled, allocated or written then.
+    """
     log.setup()
     workdir = Path(workdir)
     provenance.check_same_run(workdir, config.to_dict(run))
     tokenizer = check_tokenizer(run)
     run = with_paths(run)
     data = pipeline.build(run.data, run.model.vision, run.seed)
-    mesh = make_mesh(config.check_devices(run, jax.device_count()))
+    devices = list(devices or jax.devices())
+    mesh = make_mesh(config.check_devices(run, len(devices)), devices)
     bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     shardings = state_shardings(bones, tx, run, mesh)
@@ -78,7 +89,7 @@ def train(run: config.Run, workdir: str | Path, *, overrides: Sequence[str] = ()
     provenance.record(workdir, config.to_dict(run), overrides)
     shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, run.seed)), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
-    peak = metrics.peak(jax.devices())  # measured on a CPU, so before compiling keeps the cores busy
+    peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
         programs = open_things.enter_context(Programs(step, shapes, kinds))
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))

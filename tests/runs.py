@@ -50,7 +50,8 @@ def tiny_run(steps: int = 4, **sections) -> config.Run:
         checkpoint=config.Checkpoint(every_steps=2),
     )
     for name, changes in sections.items():
-        changed = dataclasses.replace(getattr(run, name), **changes) if isinstance(changes, dict) else changes
+        section = getattr(run, name)
+        changed = dataclasses.replace(section, **changes) if dataclasses.is_dataclass(section) else changes
         run = dataclasses.replace(run, **{name: changed})
     return run
 

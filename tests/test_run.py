@@ -14,7 +14,8 @@ import pytest
 
 from llamax import config
 from llamax.config import ConfigError
-from llamax.run import generate, train
+from llamax.run import Result, generate
+from llamax.run import train as train_on_all
 from llamax.train import hooks, loop
 from tests.runs import FIXTURES, tiny_run
 from tests.tolerances import CURVE
@@ -25,6 +26,11 @@ CURVE_FILE = Path(__file__).parent / "golden" / "loss_curve.json"
 def same_bits(a, b) -> bool:
     """Every array equal to the last bit; NaN equals nothing."""
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
+
+
+def train(run: config.Run, workdir: Path) -> Result:
+    """On as many of the simulated devices as the run's mesh has."""
+    return train_on_all(run, workdir, devices=jax.devices()[: run.mesh.data * run.mesh.fsdp])
 
 
 def losses(workdir: Path, after: int = 0) -> list[float]:
@@ -49,7 +55,7 @@ def test_the_golden_loss_curve(unbroken):
     workdir, result = unbroken
     golden = json.loads(CURVE_FILE.read_text())
     np.testing.assert_allclose(losses(workdir), golden["loss"], **CURVE)
-    assert golden["loss"][-1] < golden["loss"][0] - 1.5
+    assert golden["loss"][-1] < golden["loss"][0] - 1.5, "it learns"
 
 
 def test_evaluations_report(unbroken):
@@ -134,7 +140,7 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path):
     missing = {"text": config.Source(str(tmp_path / "nothing.toml"))}
     for run in (
         tiny_run(2, data=dict(sources=missing)),
-        tiny_run(2, mesh=dict(data=3)),
+        tiny_run(2, mesh=dict(data=3)),  # 8 rows
         dataclasses.replace(tiny_run(2), evals={"x": config.Eval(path="nothing.toml")}),
         tiny_run(2, model=dict(vocab_size=5000)),
     ):

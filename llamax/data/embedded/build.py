@@ -24,7 +24,7 @@ from llamax.config import ConfigError
 from llamax.data.embedded import drawings, sequences, shards, stdlib
 from llamax.data.tokenizer import Tokenizer
 
-VERSION = 2  # raise it when the same parameters make other data
+VERSION = 3  # raise it when the same parameters make other data
 STAMP = "stamp.json"
 MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
     "one_shape": drawings.one_shape,

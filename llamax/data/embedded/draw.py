@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from llamax.data.embedded.scene import COLOURS, Shape
 
 OVERSAMPLE = 4
+PAPER = (240, 240, 240)  # light: every colour is darker in some channel, so that a silhouette is one direction
 TINT = 12  # greatest change of a channel, of the background and of a shape's colour
 STAR_INNER = 0.45  # of the outer radius
 RING_HOLE = 0.55  # of the radius
@@ -33,7 +34,7 @@ class Canvas:
     def __init__(self, rng: random.Random, side: int):
         self.rng = rng
         self.pixels = side * OVERSAMPLE
-        self._image = Image.new("RGB", (self.pixels, self.pixels), tint(rng, (240, 240, 240)))
+        self._image = Image.new("RGB", (self.pixels, self.pixels), tint(rng, PAPER))
         self._draw = ImageDraw.Draw(self._image)
 
     def shape(self, shape: Shape) -> None:

@@ -1,8 +1,8 @@
 """The scene graph: shapes with exact attributes, from which both the pixels and the words of a drawing are made.
 
 Lengths and coordinates are fractions of the drawing's side, x to the right, y down. A shape's tuple (colour, shape,
-size, position) is one of 8 x 6 x 3 x 9; three of the 27 (size, position) of each colour and shape are held out, so that
-a held-out drawing is new although its colour and shape were seen together.
+size, position) is one of 8 x 6 x 3 x 9. Of the 18 (size, position) that a colour and shape can have alone in a drawing,
+three are held out: such a drawing is new, although its colour and shape were seen together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ COLOURS = {  # RGB; far apart from each other and from the light background
     "black": (25, 25, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.17, "medium": 0.23, "large": 0.32}  # radius
+SIZES = {"small": 0.17, "medium": 0.24, "large": 0.32}  # radius
+LONE_SIZES = ("medium", "large")  # of a shape that is alone in its drawing; small ones stand among others
 POSITIONS = (
     *("top left", "top", "top right"),
     *("left", "centre", "right"),
@@ -30,7 +31,7 @@ POSITIONS = (
 )
 MARGIN = 0.03  # between a shape and the drawing's edge
 JITTER = 0.02  # a centre's greatest distance from its place, along each side
-HELD_OUT_PLACES = 3  # of the 27 (size, position) of each colour and shape
+HELD_OUT_PLACES = 3  # of the 18 (size, position) of each colour and shape that stands alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Shape:
 
 def _held_out() -> frozenset[tuple[str, str, str, str]]:
     rng = random.Random("llamax held-out scenes")  # one fixed choice, whatever seed a build has
-    places = list(itertools.product(SIZES, POSITIONS))
+    places = list(itertools.product(LONE_SIZES, POSITIONS))
     return frozenset(
         (colour, shape, *place)
         for colour, shape in itertools.product(COLOURS, SHAPES)
@@ -83,7 +84,7 @@ def put(rng: random.Random, colour: str, shape: str, size: str, position: str) -
     return Shape(colour, shape, size, position, x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER))
 
 
-def draw_one(rng: random.Random, *, sizes: tuple[str, ...] = tuple(SIZES)) -> Shape:
+def draw_one(rng: random.Random, *, sizes: tuple[str, ...] = LONE_SIZES) -> Shape:
     """A shape of a tuple that is not held out, uniformly."""
     while True:
         key = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(sizes), rng.choice(POSITIONS)
