@@ -223,17 +223,17 @@ def tiny(run: ConfigDict, model: Model) -> ConfigDict:
     """The laptop size of a pretraining recipe: `model`, the data that `llamax data build` makes, minutes on 2 cores."""
     built = "data/built/{}.toml".format
     run.model = to_dict(model)
-    run.data.update(seq_len=512, batch_tokens=8 * 512, multimodal_steps=0.6, tiles_per_row=24, window_docs=64)
+    run.data.update(seq_len=512, batch_tokens=8 * 512, multimodal_steps=0.65, tiles_per_row=24, window_docs=64)
     run.data.sources = {
-        "python": {"path": built("python"), "weight": 0.35},
-        "docs": {"path": built("docs"), "weight": 0.13},
-        "drawings": {"path": built("drawings"), "weight": 0.40},
-        "interleaved": {"path": built("interleaved"), "weight": 0.08},
+        "python": {"path": built("python"), "weight": 0.30},
+        "docs": {"path": built("docs"), "weight": 0.15},
+        "drawings": {"path": built("drawings"), "weight": 0.45},
+        "interleaved": {"path": built("interleaved"), "weight": 0.06},
         "clips": {"path": built("clips"), "weight": 0.04},
     }
     run.mesh = {"data": -1}
     run.optim.update(peak_lr=2e-3, schedule="wsd", warmup_steps=80, decay_steps=200, end_lr_ratio=0.05)
-    run.train.update(steps=640, accumulate=1, compute_dtype="float32", remat="none")
+    run.train.update(steps=700, accumulate=1, compute_dtype="float32", remat="none")
     run.evals = {
         "python": {"path": built("python_heldout"), "every_steps": 0, "max_docs": 64},
         "docs": {"path": built("docs_heldout"), "every_steps": 0, "max_docs": 64},
