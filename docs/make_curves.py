@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-PANELS = ("loss/next_token loss/source/*", "eval/* evals/*", "experts/layer_*/max_over_mean")
+PANELS = ("loss/next_token loss/source/*", "experts/layer_*/max_over_mean")
 
 
 def read(path: Path) -> dict[str, list[tuple[int, float]]]:
