@@ -43,7 +43,6 @@ $(STAMP): pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/llamax data build
 	$(BIN)/llamax train recipes/scout_pretrain.py:tiny --workdir runs/quickstart
-	@echo "Curves and pictures: $(BIN)/tensorboard --logdir runs/quickstart   then open http://localhost:6006"
 
 test: $(STAMP)
 	$(PYTEST)

@@ -1,7 +1,8 @@
 """The command line: parse, then call the function that does the work. Imports of the work are inside the handlers, so
 that `llamax --help` and a wrong configuration answer at once, without jax.
 
-Exit codes: 0 done, 2 a person's input is wrong (one line on stderr, no traceback), 130 stopped by Ctrl-C.
+Exit codes: 0 done; 2 a person's input is wrong (one line on stderr, no traceback); 3 too many non-finite steps in a
+row; 130 stopped by Ctrl-C or SIGTERM (a training run has saved then, and the same command goes on).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import llamax
 
-Handler = Callable[[argparse.Namespace], None]
+STOPPED = 130
+Handler = Callable[[argparse.Namespace], int | None]
 OVERRIDES = ("--config.", "--noconfig.")
 
 
@@ -30,17 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llamax.config import ConfigError
 
     try:
-        args.handler(args)
+        code = args.handler(args)
         sys.stdout.flush()
     except ConfigError as error:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}llamax: {error}{plain}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        return 130
+        return STOPPED
     except BrokenPipeError:  # `llamax show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return code or 0
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -64,13 +67,13 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 # ------------------------------------------------------------------------------------------------------ the handlers
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from llamax import config
 
     run = config.freeze(config.load(args.recipe, args.overrides))  # before jax is imported
     from llamax.run import train
 
-    train(run, args.workdir, overrides=args.overrides)
+    return 0 if train(run, args.workdir, overrides=args.overrides).finished else STOPPED
 
 
 def _show(args: argparse.Namespace) -> None:

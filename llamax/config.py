@@ -144,7 +144,8 @@ class Optim:
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay)
     warmup_steps: int = 2000
     decay_steps: int = 0  # wsd only: steps of the final linear decay
-    end_lr_ratio: float = 0.1  # of peak_lr, at the last step
+    end_lr_ratio: float = 0.1  # of peak_lr, reached after the last step
+    vision_lr_ratio: float = 1.0  # learning rate of vision encoder, adapter and projector, as a share of the others'
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -176,7 +177,7 @@ class Eval:
     kind: str = "perplexity"  # a key of llamax.evals.EVALS
     path: str = ""  # a manifest of held-out data
     every_steps: int = 1000  # 0: only at the end
-    max_docs: int = 512
+    max_docs: int = 512  # at most, spread evenly over the manifest
 
 
 @dataclass(frozen=True)
@@ -223,21 +224,23 @@ def tiny(run: ConfigDict, model: Model) -> ConfigDict:
     """The laptop size of a pretraining recipe: `model`, the data that `llamax data build` makes, minutes on 2 cores."""
     built = "data/built/{}.toml".format
     run.model = to_dict(model)
-    run.data.update(seq_len=512, batch_tokens=8 * 512, multimodal_steps=0.65, tiles_per_row=24, window_docs=64)
+    run.data.update(seq_len=512, batch_tokens=8 * 512, multimodal_steps=0.68, tiles_per_row=24, window_docs=64)
     run.data.sources = {
-        "python": {"path": built("python"), "weight": 0.30},
-        "docs": {"path": built("docs"), "weight": 0.15},
-        "drawings": {"path": built("drawings"), "weight": 0.45},
+        "python": {"path": built("python"), "weight": 0.28},
+        "docs": {"path": built("docs"), "weight": 0.14},
+        "drawings": {"path": built("drawings"), "weight": 0.48},
         "interleaved": {"path": built("interleaved"), "weight": 0.06},
         "clips": {"path": built("clips"), "weight": 0.04},
     }
     run.mesh = {"data": -1}
-    run.optim.update(peak_lr=2e-3, schedule="wsd", warmup_steps=80, decay_steps=200, end_lr_ratio=0.05)
+    run.optim.update(peak_lr=2e-3, schedule="wsd", warmup_steps=40, decay_steps=250, end_lr_ratio=0.05)
+    run.optim.vision_lr_ratio = 0.25  # at the full rate the decoder never comes to look at the pictures
     run.train.update(steps=700, accumulate=1, compute_dtype="float32", remat="none")
     run.evals = {
+        "text": {"path": built("text_heldout"), "every_steps": 0, "max_docs": 64},
         "python": {"path": built("python_heldout"), "every_steps": 0, "max_docs": 64},
         "docs": {"path": built("docs_heldout"), "every_steps": 0, "max_docs": 64},
-        "drawings": {"kind": "drawings", "path": built("drawings_heldout"), "every_steps": 0, "max_docs": 600},
+        "drawings": {"kind": "drawings", "path": built("drawings_heldout"), "every_steps": 0, "max_docs": 720},
     }
     run.checkpoint.update(every_steps=200, keep=2)
     return run

@@ -6,8 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import math
+import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +25,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from llamax import config
-from llamax.batch import Batch
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from llamax.data import pipeline
@@ -64,18 +68,21 @@ def train(
     overrides: Sequence[str] = (),
     devices: Sequence[jax.Device] | None = None,
 ) -> Result:
-    """Trains `run` in `workdir`, or goes on where it stopped, on all devices of all processes unless told otherwise.
+    """Trains `run` in `workdir`, or goes on where it stopped, on all devices unless told otherwise. One process.
 
     Raises:
         ConfigError: a person's input is wrong; nothing has been compiled, allocated or written then.
     """
     log.setup()
-    workdir = Path(workdir)
-    provenance.check_same_run(workdir, config.to_dict(run))
+    workdir, asked = Path(workdir), config.to_dict(run)
+    provenance.check_same_run(workdir, asked)
     tokenizer = check_tokenizer(run)
     run = with_paths(run)
     data = pipeline.build(run.data, run.model.vision, run.seed)
+    files = data_files(run)
+    provenance.check_same_files(workdir, files)
     devices = list(devices or jax.devices())
+    check_one_process()
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
     bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
@@ -86,21 +93,22 @@ def train(
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    provenance.record(workdir, config.to_dict(run), overrides)
+    provenance.record(workdir, asked, overrides, files)
     shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, run.seed)), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
-        programs = open_things.enter_context(Programs(step, shapes, kinds))
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
+        done = check_steps_left(run, checkpoints.latest() or 0)
+        programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds))
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = start(partial(init, bones, tx, run.seed), shapes, checkpoints, batches)
         put = partial(place.put_batch, mesh=mesh)
+        row_multiple = math.prod(mesh.shape[axis] for axis in rules.ROWS if axis in mesh.shape)
         clock = metrics.Clock(peak.flops_per_s)
-        around, evaluate = make_hooks(
-            run, workdir, tokenizer, bones, put, checkpoints, batches, first, clock, open_things
-        )
+        context = Context(run, bones, tokenizer, put, row_multiple)
+        around, evaluate = make_hooks(run, workdir, context, checkpoints, batches, first, clock, open_things)
         state, finished = fit(
             state,
             lambda state, batch: programs(state, put(batch)),
@@ -110,6 +118,8 @@ def train(
             clock=clock,
             hooks=around,
         )
+        if done:
+            evaluate.all(first, state.params, state.router_bias)
     report(run, workdir, evaluate.reports, finished)
     return Result(state, evaluate.reports, finished)
 
@@ -140,6 +150,38 @@ def with_paths(run: config.Run) -> config.Run:
     for evaluation in evals.values():
         read_manifest(evaluation.path)  # a missing one should not be met after hours of training
     return dataclasses.replace(run, data=data, evals=evals)
+
+
+def data_files(run: config.Run) -> dict[str, str]:
+    """What tells whether data is still the same: the tokenizer's SHA-256, and each source's hashes or file sizes."""
+    files = {"tokenizer": hashlib.sha256(Path(run.data.tokenizer).read_bytes()).hexdigest()}
+    for name, source in sorted(run.data.sources.items()):
+        manifest = read_manifest(source.path)
+        sizes = {path.name: path.stat().st_size for path in manifest.files}
+        content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
+        files[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return files
+
+
+def check_steps_left(run: config.Run, latest: int) -> bool:
+    """Whether all steps are taken. ConfigError if the workdir has gone further than the run asks for."""
+    if latest > run.train.steps:
+        raise ConfigError(
+            f"--config.train.steps={run.train.steps}",
+            f"the run in this workdir has taken {latest} steps already",
+            f"Set it to {latest} or more, or choose another --workdir.",
+        )
+    return latest == run.train.steps
+
+
+def check_one_process() -> None:
+    """ConfigError in a job of several processes: the data stream does not divide its rows among them yet."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"training on {jax.process_count()} processes",
+            "this version reads its data in one",
+            "Start it on one host, with all of that host's devices.",
+        )
 
 
 def make_seam(mesh: Mesh) -> Seam:
@@ -179,8 +221,9 @@ def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, b
     latest = checkpoints.latest()
     if latest is None:
         # Random numbers take long to compile well, and this program runs once.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        platform = next(iter(shapes.step.sharding.device_set)).platform
+        options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)(), 0
     found = checkpoints.restore(
         latest,
@@ -199,9 +242,7 @@ def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, b
 def make_hooks(
     run: config.Run,
     workdir: Path,
-    tokenizer: Tokenizer,
-    bones: Skeleton,
-    put: Callable[[Batch], Batch],
+    context: Context,
     checkpoints: Checkpoints,
     batches: Any,
     first: int,
@@ -215,15 +256,13 @@ def make_hooks(
     board.config(config.to_dict(run), first)
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
 
-    def last_good() -> str:
-        latest = checkpoints.latest()
-        where = f"The last good checkpoint is step {latest} in {checkpoints.folder}" if latest else "None was saved yet"
-        return f"{where}: lower --config.optim.peak_lr, or look at the data, and start again."
+    def last_good(before: int) -> str:
+        good = max((step for step in checkpoints.steps() if step < before), default=None)
+        where = f"The last good checkpoint is step {good} in {checkpoints.folder}" if good else "None was saved before"
+        return f"{where}. Look at the data, or start anew in another --workdir with a lower --config.optim.peak_lr."
 
-    def context(params: Any, router_bias: Any) -> Context:
-        return Context(run, bones, tokenizer, put, params, router_bias)
-
-    writer = hooks.Log(run, langs, tokenizer.patch, clock, progress, file, board, last_good)
+    left_out, patch_id = partial(pipeline.skipped, batches, run.data), context.tokenizer.patch
+    writer = hooks.Log(run, langs, patch_id, clock, progress, file, board, last_good, left_out, logger.warning)
     saver = hooks.Save(checkpoints, run.checkpoint.every_steps, batches, clock)
     evaluate = hooks.Evaluate(run, context, clock, file, board, logger.info)
     return [writer, saver, evaluate], evaluate
@@ -242,7 +281,14 @@ def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished:
         for row in rows:
             shown.add_row(*row)
         log.CONSOLE.print(shown)
-    log.CONSOLE.print(f"Learning curves: tensorboard --logdir {workdir}")
+    log.CONSOLE.print(f"Learning curves and pictures: {tensorboard()} --logdir {workdir}, then http://localhost:6006")
+
+
+def tensorboard() -> str:
+    """The command as it can be typed here: an environment's own need not be on the path."""
+    if shutil.which("tensorboard"):
+        return "tensorboard"
+    return os.path.relpath(Path(sys.executable).with_name("tensorboard"))
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -263,10 +309,15 @@ def generate(
     from llamax.sample import engine
 
     log.setup()
-    path = Path(workdir) / "run.json"
-    if not path.is_file():
+    if max_tokens < 1 or temperature < 0:
+        wanted = f"--max-tokens {max_tokens} --temperature {temperature:g}"
+        raise ConfigError(wanted, "there is at least 1 token and no temperature below 0", "Raise it.")
+    found = provenance.read(workdir)
+    if found is None:
         raise ConfigError(f"--workdir {workdir}", "it holds no run.json", "Give the --workdir of a training run.")
-    run = config.from_dict(config.Run, json.loads(path.read_text())["config"])
+    run = config.from_dict(config.Run, found["config"])
+    if image and run.model.vision is None:
+        raise ConfigError(f"--image {image}", f"{run.name} has no vision encoder", "Leave --image out.")
     tokenizer = check_tokenizer(run)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)

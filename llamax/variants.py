@@ -44,6 +44,7 @@ def _tiny(**differences) -> Model:
         expert_ffn_dim=256,
         chunk_len=64,
         attn_temperature_floor=64,
+        init_std=0.3,  # as large as what the other embeddings, the pictures', begin with
         vision=Vision(
             tile_px=56, patch_px=14, max_tiles=4, dim=96, n_layers=3, n_heads=4, ffn_dim=384, adapter_dim=192, shuffle=2
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import pytest
 from llamax import cli, config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "launch").glob("*.md")])
+FOLDERS = ("*.md", "docs/**/*.md", "launch/*.md", "data/*.md")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(folder))
 SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))  # their docstrings show commands too
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-# In an indented or fenced block, perhaps behind variables.
-COMMAND = re.compile(r"^(?:    |\$ )+\s*(?:\w+=\S+ +)*(?:\.venv/bin/)?llamax (.+)$", re.MULTILINE)
+FENCED = re.compile(r"^ *```.*?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+# A line of an indented block, perhaps behind variables; fenced blocks are indented before.
+COMMAND = re.compile(r"^ {4}\s*(?:\$ )?(?:\w+=\S+ +)*(?:\.venv/bin/)?llamax (.+)$", re.MULTILINE)
 
 
 def dead_links(text: str, folder: Path) -> list[str]:
@@ -24,7 +27,8 @@ def dead_links(text: str, folder: Path) -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The words after `llamax` of each command of a code block, joined over continued lines, without comments."""
-    joined = re.sub(r"\\\n\s*", "", text)
+    indented = FENCED.sub(lambda block: "\n" + textwrap.indent(block[1], "    "), text)
+    joined = re.sub(r"\\\n\s*", "", indented)
     return [shlex.split(command, comments=True) for command in COMMAND.findall(joined)]
 
 
@@ -47,6 +51,10 @@ def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in commands(page.read_text(encoding="utf-8")):
         check(words)
+
+
+def test_the_readme_has_commands():
+    assert len(commands((ROOT / "README.md").read_text(encoding="utf-8"))) >= 3
 
 
 def test_checks_notice(monkeypatch, tmp_path):

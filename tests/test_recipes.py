@@ -63,7 +63,7 @@ def test_tiny_trains_two_steps(path, built, tmp_path):
     for source in cfg.data.sources.values():
         source.path = str(built / Path(source.path).name)
     cfg.evals = {}
-    cfg.data.update(seq_len=128, batch_tokens=8 * 128, multimodal_steps=0.55)  # text first, then pictures
+    cfg.data.update(seq_len=128, batch_tokens=8 * 128, multimodal_steps=0.6)  # text first, then pictures
     cfg.optim.update(schedule="cosine", warmup_steps=1)
     cfg.train.update(steps=2, log_every_steps=1)
     result = train(config.freeze(cfg), tmp_path)

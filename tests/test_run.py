@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -39,15 +40,51 @@ def losses(workdir: Path, after: int = 0) -> list[float]:
     return [line["loss/next_token"] for line in lines if "loss/next_token" in line and line["step"] > after]
 
 
+SECTIONS = [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+NO_READERS = ("checks", "config_dict", "config_file", "model.count", "show", "variants")  # they check, count or print
+READ: set[str] = set()  # "Section.field" of every setting that the run of `unbroken` looked at
+
+
+def noting(cls: type):
+    """A `__getattribute__` that notes which fields of a section the code of llamax reads."""
+    names = {f.name for f in dataclasses.fields(cls)}
+
+    def get(self, name):
+        caller = sys._getframe(1)
+        module = caller.f_globals.get("__name__", "")
+        generated = caller.f_code.co_name.startswith("__")  # a dataclass compares and hashes all its fields
+        if name in names and module.startswith("llamax.") and not module.endswith(NO_READERS) and not generated:
+            READ.add(f"{cls.__name__}.{name}")
+        return object.__getattribute__(self, name)
+
+    return get
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Twenty steps in one go, with an evaluation of each kind at the end."""
     workdir = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        for section in SECTIONS:
+            patch.setattr(section, "__getattribute__", noting(section))
+        return workdir, twenty_steps(workdir)
+
+
+def twenty_steps(workdir: Path) -> Result:
     evals = {
         "text": config.Eval(path=str(FIXTURES / "text.toml"), max_docs=8),
         "drawings": config.Eval(kind="drawings", path=str(FIXTURES / "pictures.toml")),
     }
-    return workdir, train(tiny_run(20, evals=evals), workdir)
+    return train(tiny_run(20, evals=evals), workdir)
+
+
+def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
+    """No setting is there in name only."""
+    by_check_devices = {"Mesh.data", "Mesh.fsdp"}  # it resolves them for the run, which is not this section's reader
+    fields = {f"{c.__name__}.{f.name}" for c in SECTIONS for f in dataclasses.fields(c)}
+    assert len(SECTIONS) == 12 and "Mesh.data" in fields
+    only_of_another_schedule = {"Optim.decay_steps"}  # tests/optim/test_schedules.py
+    assert sorted(fields - READ - by_check_devices - only_of_another_schedule) == []
 
 
 def test_the_golden_loss_curve(unbroken):
@@ -55,7 +92,8 @@ def test_the_golden_loss_curve(unbroken):
     workdir, result = unbroken
     golden = json.loads(CURVE_FILE.read_text())
     np.testing.assert_allclose(losses(workdir), golden["loss"], **CURVE)
-    assert golden["loss"][-1] < golden["loss"][0] - 1.5, "it learns"
+    learnt = losses(workdir)
+    assert learnt[-1] < learnt[0] - 1.5
 
 
 def test_evaluations_report(unbroken):
@@ -119,11 +157,43 @@ def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
     np.testing.assert_allclose(losses(tmp_path, after=8), losses(unbroken[0], after=8), rtol=2e-4)
 
 
+def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):
+    workdir, result = unbroken
+    again = twenty_steps(workdir)
+    assert again.finished and same_bits(again.state, result.state)
+    assert {name: r.scalars for name, r in again.reports.items()} == {n: r.scalars for n, r in result.reports.items()}
+    with pytest.raises(ConfigError, match="has taken 20 steps already"):
+        train(tiny_run(10), workdir)
+
+
+def test_a_run_with_relative_paths_resumes_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(20, data=dict(tokenizer="data/tokenizer.model"))
+    stop_at(2, lambda: train(run, tmp_path / "run"))
+    stop_at(4, lambda: train(run, tmp_path / "run"))
+
+
+def test_documents_left_out_are_told_and_other_data_is_refused(tmp_path, capsys):
+    lines = (FIXTURES / "text.jsonl").read_text() + 100 * (json.dumps({"text": "  "}) + "\n")
+    (tmp_path / "text.jsonl").write_text(lines)
+    (tmp_path / "text.toml").write_text((FIXTURES / "text.toml").read_text().split("documents")[0])
+    sources = tiny_run().data.sources | {"text": config.Source(str(tmp_path / "text.toml"), 0.5)}
+    run = tiny_run(20, data=dict(sources=sources))
+    stop_at(8, lambda: train(run, tmp_path / "run"))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["data/left_out/text/empty"] >= 1
+    assert "documents of text left out so far: the document has neither a picture" in capsys.readouterr().err
+    (tmp_path / "text.jsonl").write_text(lines + lines)
+    with pytest.raises(ConfigError, match="not the same: text"):
+        train(run, tmp_path / "run")
+
+
 def test_too_many_bad_steps_stop_the_run(tmp_path):
-    """A learning rate that warms up from 0 to 1e30: the second update ruins the parameters, the third step is NaN."""
-    ruin = dict(peak_lr=1e30, warmup_steps=4)
+    """A learning rate that warms up from 0 to 1e16: the second update ruins the parameters, the third step is NaN. What
+    step 2 saved is the ruin."""
+    ruin = dict(peak_lr=1e16, warmup_steps=4)
     broken = tiny_run(20, optim=ruin, train=dict(max_bad_steps=3), checkpoint=dict(every_steps=1))
-    with pytest.raises(hooks.Diverged, match="steps up to .* were not finite. The last good checkpoint is step 2"):
+    with pytest.raises(hooks.Diverged, match="3 to 6, were not finite.* last good checkpoint is step 1"):
         train(broken, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 

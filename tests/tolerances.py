@@ -28,3 +28,6 @@ BF16 = dict(rtol=2e-2, atol=2e-2)
 
 # A golden loss curve, twenty steps on the same platform: drift between library versions.
 CURVE = dict(rtol=2e-3, atol=2e-3)
+
+# ||difference|| / ||gradient|| of one parameter, the whole model's gradient on a mesh beside one device, float32.
+MESH_PARAMETER = 1e-4

@@ -70,6 +70,11 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All steps on disk, in order; waits for a save under way."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
     def save(
         self, step: int, *, params: Tree, router_bias: Tree, opt: Tree, rng: Tree, data_iterator, extra: Mapping
     ) -> bool:
@@ -133,8 +138,7 @@ class Checkpoints:
     # ----------------------------------------------------------------------------------------------------- what is true
 
     def _existing(self, step: int | None) -> int:
-        self.wait()
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if not steps:
             raise self._nothing_found()
         if step is not None and step not in steps:

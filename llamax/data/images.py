@@ -55,7 +55,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F":
             raise ValueError("floating-point pixels have no agreed range")
         if not image.has_transparency_data:
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, WHITE)
         canvas.paste(image, mask=image.getchannel("A"))
@@ -108,9 +108,12 @@ def tile_image(image: Image.Image, vision: Vision) -> tuple[np.ndarray, tuple[in
     new_height, new_width = _fit(
         height, width, min(max(height, P), rows * P), min(max(width, P), cols * P)
     )  # a side shorter than a tile may grow to one tile, no further
-    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)  # antialiased when it shrinks
-    canvas = np.zeros((rows * P, cols * P, 3), np.uint8)
-    canvas[:new_height, :new_width] = np.asarray(resized)
+    if (width, height) == (cols * P, rows * P):  # as large as its canvas, like most generated drawings
+        canvas = np.array(image)
+    else:
+        resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)  # antialiased when it shrinks
+        canvas = np.zeros((rows * P, cols * P, 3), np.uint8)
+        canvas[:new_height, :new_width] = np.asarray(resized)
     tiles = canvas.reshape(rows, P, cols, P, 3).swapaxes(1, 2).reshape(rows * cols, P, P, 3)
     if len(tiles) > 1:
         stretched = np.asarray(image.resize((P, P), Image.Resampling.BILINEAR))

@@ -2,8 +2,8 @@
 
     share of documents of source i  ~  (its token weight) / (its mean tokens a document)
 
-The shares become counts c_i of a cycle of `CYCLE` documents, in which every source is spread evenly; cycle k takes each
-source's next c_i documents of its own shuffled, endlessly repeated order.
+The shares become counts c_i of a cycle of 10,000 to a million documents, in which every source is spread evenly; cycle
+k takes each source's next c_i documents of its own shuffled, endlessly repeated order.
 
 When there are pictures, there are two streams. A share f of the steps (`data.multimodal_steps`) is multimodal and draws
 from the picture sources plus just enough text that, with W the picture sources' share of all tokens,
@@ -18,6 +18,7 @@ within an epoch each document still comes once.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -27,7 +28,9 @@ import numpy as np
 
 from llamax.config import ConfigError
 
-CYCLE = 10_000  # documents; the resolution of the shares
+CYCLE = 10_000  # documents at least in a cycle
+LEAST_COUNT = 100  # documents of the rarest source in a cycle: its share is right to half a per cent
+MAX_CYCLE = 1_000_000
 ENDLESS = 2**62  # a length that no run reaches
 TABLE = 2**16  # documents of a source whose order is kept as a table, 128 KiB at most
 
@@ -43,8 +46,8 @@ class Shares(NamedTuple):
 def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimodal_steps: float) -> Shares:
     """Splits token weights (any positive scale) into the two streams; sources of weight 0 are left out.
 
-    `multimodal_steps` is ignored when there are only text sources, or only picture sources. ConfigError if the picture
-    sources weigh more than that share of steps could carry.
+    With only text sources `multimodal_steps` is ignored; with only pictures all steps are multimodal. ConfigError
+    if the latter is asked to be 0, or if the picture sources weigh more than that share of steps could carry.
     """
     total = sum(weights.values())
     if not weights or min(weights.values()) < 0 or total <= 0:
@@ -57,13 +60,16 @@ def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimo
     if not pictures:
         return Shares(text, {}, Fraction(0))
     if not text:
+        if not multimodal_steps:
+            asked, true = "--config.data.multimodal_steps=0", f"all sources carry pictures ({', '.join(pictures)})"
+            raise ConfigError(asked, true, "Set --config.data.multimodal_steps=1, or add a source of text.")
         return Shares({}, pictures, Fraction(1))
     W, f = sum(pictures.values()), Fraction(multimodal_steps).limit_denominator(10_000)
     if f + 1e-9 < W:
         raise ConfigError(
-            f"config.data.multimodal_steps={multimodal_steps:g}",
+            f"--config.data.multimodal_steps={multimodal_steps:g}",
             f"the sources with pictures ({', '.join(pictures)}) weigh {W:.3f} of all tokens",
-            f"Set it to {W:.3f} or more, or lower their weights.",
+            f"Set --config.data.multimodal_steps={math.ceil(W * 1000) / 1000:g} or more, or lower their weights.",
         )
     mixed = {name: w / float(f) for name, w in pictures.items()}
     rest = 1 - W / float(f)
@@ -140,7 +146,18 @@ class Mixture:
 
     def __init__(self, token_weights: Sequence[float], mean_tokens: Sequence[float], deals: Sequence[Deal]):
         documents = np.array(token_weights, float) / np.array(mean_tokens, float)
-        self.counts = np.maximum(np.rint(documents / documents.sum() * CYCLE), 1).astype(np.int64)  # a cycle, by source
+        documents /= documents.sum()
+        if documents.min() * MAX_CYCLE < 1:
+            rare = int(documents.argmin())
+            raise ConfigError(
+                f"data sources with token weights {[float(f'{w:.3g}') for w in token_weights]}",
+                f"number {rare + 1} (documents of {mean_tokens[rare]:,.0f} tokens) would come less often than once in "
+                f"{MAX_CYCLE:,} documents",
+                "Raise its weight, or drop it.",
+            )
+        rarest = min(LEAST_COUNT, int(documents.min() * MAX_CYCLE))  # of a cycle in which its count is no fraction
+        cycle = max(CYCLE, rarest / documents.min())
+        self.counts = np.maximum(np.rint(documents * cycle), 1).astype(np.int64)  # a cycle, by source
         # The k-th of a source's c documents belongs at (k + 1/2) / c of the cycle.
         source = np.repeat(np.arange(len(self.counts)), self.counts)
         rank = np.concatenate([np.arange(count) for count in self.counts])

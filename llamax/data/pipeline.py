@@ -26,7 +26,7 @@ from llamax.batch import Batch
 from llamax.config import ConfigError
 from llamax.data.encode import Encoded, Encoder
 from llamax.data.mixture import Deal, Mixture, Shuffled, deal_text, is_multimodal, two_streams
-from llamax.data.packing import Window, collate, pack_window
+from llamax.data.packing import Window, collate, pack_window, split
 from llamax.data.sources import Document, Manifest, open_source, read_manifest
 
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
@@ -252,10 +252,10 @@ def skipped(iterator: grain.DatasetIterator, data: config.Data) -> dict[str, dic
 
 
 class HeldOut:
-    """The documents of one manifest, once and in order, as Batches of the training shapes; the last one is padded.
+    """The documents of one manifest, once each, as Batches of the training shapes; the last one is padded.
 
-    Takes at most `max_docs` documents (0: all), spread evenly. `skipped` has the last pass's left-out documents by
-    reason.
+    Takes at most `max_docs` documents (0: all), spread evenly. Of the last pass, `taken` has the documents in those
+    batches, and `skipped` the number of those left out, by reason.
     """
 
     def __init__(
@@ -264,15 +264,25 @@ class HeldOut:
         self.manifest, self.data, self.source_id = read_manifest(path), data, source_id
         self.vision = vision if self.manifest.kind == "multimodal" else None
         self.max_docs = max_docs
+        self.taken: list[Document] = []
         self.skipped: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         data, vision = self.data, self.vision
         reader = open_source(self.manifest)
         n = min(self.max_docs or len(reader), len(reader))
-        spread = grain.MapDataset.range(n).map(lambda i: reader[i * len(reader) // n])
-        encoded = spread.map(Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path)))
+        encode = Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path))
         tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
+        self.taken = []
+
+        def take(i: int) -> Encoded:
+            document = reader[i * len(reader) // n]
+            encoded = encode(document)
+            if not encoded.skip and split(encoded, data.seq_len, tiles[0]) is not None:
+                self.taken.append(document)
+            return encoded
+
+        encoded = grain.MapDataset.range(n).map(take)
         rows = Rows(_pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0)), workers=0)
         while batch := list(itertools.islice(rows, data.rows)):
             yield collate(batch, data.rows, data.seq_len, tiles)

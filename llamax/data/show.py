@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llamax import config
 from llamax.data.images import PictureError, open_image, to_rgb
 from llamax.data.sources import SKIP_REASONS, Document, Picture, open_source, read_manifest
 from llamax.data.tokenizer import Tokenizer
@@ -29,12 +30,12 @@ def show(
 ) -> Path | None:
     """Prints what a manifest says and n of its documents, evenly spaced.
 
-    Their pictures go to `out_dir`/<manifest>.png, a document a row (default folder: beside the manifest, `show/`).
+    Their pictures go to `out_dir`/<manifest>.png, a document a row (default folder: `runs/show`).
     Returns that file, or None if there were no pictures. ConfigError for a wrong manifest or tokenizer file.
     """
     console = console or Console()
     about = read_manifest(manifest)
-    source, reader = open_source(about), Tokenizer(tokenizer)
+    source, reader = open_source(about), Tokenizer(config.resolve_path(tokenizer))
     _print_manifest(console, about, len(source))
     n = min(n, len(source))
     rows = []
@@ -45,7 +46,7 @@ def show(
             rows.append(pictures)
     if not rows:
         return None
-    folder = Path(out_dir) if out_dir else about.path.parent / "show"
+    folder = Path(out_dir or "runs/show")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{about.path.stem}.png"
     contact_sheet(rows).save(path)

@@ -110,11 +110,14 @@ def _resolve(manifest: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
     """The files that the patterns name, in order; each must match something."""
     found: list[Path] = []
     for pattern in patterns:
-        matches = sorted(manifest.parent / name for name in glob.glob(pattern, root_dir=manifest.parent))
+        if not isinstance(pattern, str):
+            raise ConfigError(f"data manifest {manifest}", f"one of its files is {pattern!r}", "Give names as strings.")
+        names = sorted(manifest.parent / name for name in glob.glob(pattern, root_dir=manifest.parent))
+        matches = [path for path in names if path.is_file() and path not in found]
         if not matches:
             raise ConfigError(
                 f"data manifest {manifest}",
-                f"it names {pattern!r} and {manifest.parent} has no such file",
+                f"it names {pattern!r} and {manifest.parent} has no such file that is not named before",
                 "Correct the name, copy the file there, or build the data again.",
             )
         found += matches
@@ -199,7 +202,7 @@ class Shards(Sequence[Document]):
             record = self.decode(shard[number])
         except UnicodeDecodeError:
             return Document((), self.lang, skip="invalid_utf8")
-        except (ValueError, msgpack.UnpackException) as error:
+        except (ValueError, RuntimeError, OSError, msgpack.UnpackException) as error:  # RuntimeError: array_record's
             raise ConfigError(where, f"it cannot be decoded: {error}", "Correct or build the file again.") from None
         return parse(record, self.lang, where, None if self.pictures_inside else path.parent)
 

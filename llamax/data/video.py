@@ -27,12 +27,14 @@ def sample(n_frames: int, budget: int) -> list[int]:
 def read_frames(data: bytes | str | Path, budget: int = FRAME_BUDGET) -> list[Image.Image]:
     """The sampled frames of an encoded clip, as RGB pictures. PictureError if it is missing or unreadable."""
     clip = open_image(data)
-    frames = []
-    for number in sample(getattr(clip, "n_frames", 1), budget):
-        try:
-            clip.seek(number)
-            frame = clip.copy()  # decodes it; the clip itself goes on to the next
-        except Exception as error:  # Pillow raises nearly anything on damaged bytes
-            raise PictureError("image_unreadable", f"frame {number}: {error}") from None
-        frames.append(to_rgb(frame))
-    return frames
+    try:
+        return [_frame(clip, number) for number in sample(getattr(clip, "n_frames", 1), budget)]
+    except PictureError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on damaged bytes, counting the frames included
+        raise PictureError("image_unreadable", f"{type(error).__name__}: {error}") from None
+
+
+def _frame(clip: Image.Image, number: int) -> Image.Image:
+    clip.seek(number)
+    return to_rgb(clip.copy())  # a copy decodes it; the clip itself goes on to the next

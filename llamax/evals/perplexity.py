@@ -2,8 +2,10 @@
 
     bits per byte = sum of -log2 p(token) over the text's tokens / bytes of the text
 
+over the documents that the packer takes; those that it leaves out count in neither.
+
 The unigram is fitted on the held-out text itself, which no real one could beat; zlib compresses all of it as one
-stream. Tokens of the frame (begin and end of a document) are predicted too and count against the model.
+stream. The end of a document is predicted too and counts against the model.
 """
 
 from __future__ import annotations
@@ -18,20 +20,23 @@ import jax.numpy as jnp
 
 from llamax import config
 from llamax.batch import Batch
-from llamax.data.pipeline import HeldOut
-from llamax.evals.held_out import documents
+from llamax.config import ConfigError
+from llamax.data.pipeline import HeldOut, text_bytes
 from llamax.evals.report import Context, Report
 from llamax.model.score import score
 from llamax.model.skeleton import Skeleton
 
 
 def run(ctx: Context, cfg: config.Eval) -> Report:
-    nats = tokens = 0.0
-    for batch in HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs):
+    nats = tokens = size = 0.0
+    held_out = HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs)
+    for batch in held_out:
+        size += text_bytes(batch, ctx.tokenizer.byte_lengths).sum()
         batch_nats, batch_tokens = sums(ctx.skeleton, ctx.params, ctx.router_bias, ctx.put(batch))
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
-    texts = [piece for d in documents(cfg.path, cfg.max_docs) for piece in d.pieces if isinstance(piece, str)]
-    size = sum(len(text.encode()) for text in texts)
+    if not size:
+        raise ConfigError(f"perplexity evaluation of {cfg.path}", "no document has text", "Name another manifest.")
+    texts = [piece for document in held_out.taken for piece in document.pieces if isinstance(piece, str)]
     bits = nats / math.log(2) / size
     unigram, packed = unigram_bits(ctx, texts) / size, zlib_bits(texts) / size
     scalars = {"bits_per_byte": bits, "nats_per_token": nats / tokens}

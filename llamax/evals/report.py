@@ -15,14 +15,15 @@ from llamax.model.skeleton import Skeleton
 
 
 class Context(NamedTuple):
-    """The run that is evaluated."""
+    """The run that is evaluated; without weights, all but them."""
 
     run: config.Run
     skeleton: Skeleton
     tokenizer: Tokenizer
     put: Callable[[Batch], Batch]  # a host batch onto the mesh
-    params: Any
-    router_bias: Any
+    row_multiple: int  # the rows of a batch divide by it
+    params: Any = None
+    router_bias: Any = None
 
 
 @dataclass

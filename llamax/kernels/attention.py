@@ -88,7 +88,9 @@ def _first_tile(seg_BnC):
     begins_BT = jnp.pad(seg_BT[:, 1:] != seg_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     start_BnC = jnp.where(begins_BT, jnp.arange(n * C), 0).reshape(B, n, C)
     in_earlier_tiles_Bn = jnp.pad(jax.lax.cummax(start_BnC.max(-1), axis=1)[:, :-1], ((0, 0), (1, 0)))
-    return jnp.maximum(in_earlier_tiles_Bn, start_BnC[:, :, 0]) // C
+    first_Bn = jnp.maximum(in_earlier_tiles_Bn, start_BnC[:, :, 0]) // C
+    # Padding would be one long segment: a tile that begins with it has no use for earlier ones.
+    return jnp.where(seg_BnC[:, :, 0] == 0, jnp.arange(n), first_Bn)
 
 
 @jax.custom_vjp
@@ -221,5 +223,5 @@ def triton_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, l
 
 
 def pick_attention(platform: str) -> Callable:
-    """The fastest of the functions above on "cpu", "gpu" or "tpu"."""
-    return {"cpu": blocked_attention, "gpu": triton_attention, "tpu": splash_attention}[platform]
+    """The fastest of the functions above on "gpu" or "tpu"; the one in plain JAX everywhere else."""
+    return {"gpu": triton_attention, "tpu": splash_attention}.get(platform, blocked_attention)

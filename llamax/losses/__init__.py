@@ -1,17 +1,49 @@
-"""Losses: pure maths on arrays. Each returns `Sum(num, den)`; the step divides once."""
+"""Losses: pure maths on arrays. Each returns `Sum(num, den)`; the step divides once.
+
+`TERMS` says how a term of the training loss is taken from a batch and what the model made of it: one line for each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from jax import Array
+
+from llamax.batch import Batch
 from llamax.losses import next_token, router
 from llamax.losses.sum import Sum
 
-__all__ = ["LOSSES", "Sum", "next_token", "router"]
+__all__ = ["TERMS", "Sum", "Term", "next_token", "router"]
+
+
+class Term(NamedTuple):
+    """`of(scored, batch)` is the Sum of some rows; `den(batch)` its denominator, known before any forward pass."""
+
+    of: Callable[[Any, Batch], Sum]  # scored: llamax.model.score.Score
+    den: Callable[[Batch], Array]
+    needs_experts: bool = False
+
+
+def real(batch: Batch) -> Array:
+    """bool [B, T]: not padding."""
+    return batch.segment_ids > 0
+
 
 # The terms that `config.Losses` weighs, by the names of its fields.
-LOSSES: dict[str, Callable[..., Sum]] = {
-    "next_token": next_token.next_token,
-    "router_balance": router.balance,
-    "router_z": router.z_loss,
+TERMS: dict[str, Term] = {
+    "next_token": Term(
+        lambda scored, batch: next_token.next_token(scored.logp, batch.loss_weights),
+        lambda batch: batch.loss_weights.sum(),
+    ),
+    "router_balance": Term(
+        lambda scored, batch: router.balance(scored.routing.logits, scored.routing.index, real(batch)),
+        lambda batch: real(batch).sum(),
+        needs_experts=True,
+    ),
+    "router_z": Term(
+        lambda scored, batch: router.z_loss(scored.routing.logits, real(batch)),
+        lambda batch: real(batch).sum(),
+        needs_experts=True,
+    ),
 }

@@ -48,7 +48,8 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> tuple[Array, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        z_NE = x_ND.astype(jnp.float32) @ self.router[...]
+        # HIGHEST: left to themselves, TPUs multiply float32 in bfloat16 passes and GPUs in TF32, which moves choices.
+        z_NE = jnp.matmul(x_ND.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
         _, index_NK = jax.lax.top_k(jax.lax.stop_gradient(z_NE) + self.router_bias[...], self.model.top_k)
         gate_NK = jax.nn.sigmoid(jnp.take_along_axis(z_NE, index_NK, axis=1)).astype(x_ND.dtype)
         weights = Experts(*(w[...].astype(x_ND.dtype) for w in (self.gate, self.up, self.down)))

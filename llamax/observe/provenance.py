@@ -1,7 +1,7 @@
 """Where a run came from: `run.json` in its workdir, and the check that a workdir belongs to the run that asks for it.
 
-    {"config": {...}, "overrides": [...], "git": {"commit", "dirty"}, "versions": {...}, "devices": {...},
-     "started": ["2026-11-21T08:26:23+00:00", ...]}
+    {"config": {...}, "overrides": [...], "files": {name: hash}, "git": {"commit", "dirty"}, "versions": {...},
+     "devices": {...}, "started": ["2026-11-21T08:26:23+00:00", ...]}
 
 Everything but `started` is of the latest start. jax is imported late: the check comes before the backend starts.
 """
@@ -34,6 +34,22 @@ MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
 SHOWN = 8  # differing keys that an error names
 
 
+def read(workdir: str | Path) -> dict[str, Any] | None:
+    """What `run.json` says; None if there is none. ConfigError if it cannot be read, or `workdir` is a file."""
+    path = Path(workdir) / "run.json"
+    asked, change = f"--workdir {workdir}", "Choose another --workdir, or delete this one to start afresh."
+    if Path(workdir).is_file():
+        raise ConfigError(asked, "that is a file", change)
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found["config"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(asked, f"its run.json cannot be read ({type(error).__name__}: {error})", change) from error
+    return found
+
+
 def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
     """Refuses a workdir that belongs to another run.
 
@@ -43,14 +59,10 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: `run.json` has another value for a key outside MAY_CHANGE, or cannot be read.
     """
-    path = Path(workdir) / "run.json"
-    if not path.exists():
+    found = read(workdir)
+    if found is None:
         return
-    try:
-        old = flat(json.loads(path.read_text())["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        asked, true = f"Training in {workdir}", f"its run.json cannot be read ({type(error).__name__}: {error})"
-        raise ConfigError(asked, true, "Choose another --workdir, or delete this one to start afresh.") from error
+    old = flat(found["config"])
     new = flat(json.loads(json.dumps(config)))
     keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
     keys = [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]
@@ -65,18 +77,40 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def record(workdir: str | Path, config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def check_same_files(workdir: str | Path, files: Mapping[str, str]) -> None:
+    """Refuses to go on with other data than the run started with; `files` is name -> hash.
+
+    Raises:
+      ConfigError: `run.json` has another hash for one of them.
+    """
+    old = (read(workdir) or {}).get("files", {})
+    changed = [name for name, digest in files.items() if old.get(name, digest) != digest]
+    if changed:
+        raise ConfigError(
+            f"Going on with the run in {workdir}",
+            f"its data was made anew since it started and is not the same: {', '.join(changed)}",
+            "Bring the old files back, or choose another --workdir and start afresh.",
+        )
+
+
+def record(
+    workdir: str | Path,
+    config: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Writes `run.json`, or adds this start to it; returns its content. Starts jax's backend."""
     import jax
 
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
-    started = json.loads(path.read_text())["started"] if path.exists() else []
+    started = (read(folder) or {}).get("started", [])
     devices = jax.devices()
     run = {
         "config": config,
         "overrides": list(overrides),
+        "files": dict(files or {}),
         "git": git_state(Path(__file__).parent),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "devices": {

@@ -2,8 +2,9 @@
 
 Every dimension of a parameter or activation has a logical name, such as ("layers", "embed", "heads", "head_dim"), or
 None. A table maps a name to the mesh axis, or axes, along which that dimension is split; None means each device has it
-whole. FSDP is the row "embed": parameters and optimizer state are split over `fsdp` at rest, and the compiler gathers
-them at use because activations, split by rows over the same axis, leave it no other way.
+whole. FSDP is the row "embed": parameters and optimizer state are split over `fsdp` at rest; activations are split by
+rows over the same axis, so the compiler gathers a weight where it is used (kernels run per shard gather theirs in
+`place.py`).
 """
 
 from __future__ import annotations

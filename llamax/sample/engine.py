@@ -5,7 +5,8 @@ Letters: B prompts, T room in a row, M tiles a row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from jax import Array
 from llamax.batch import Batch
 from llamax.model.skeleton import Skeleton
 
-ROUND = 64  # row lengths and batch sizes are rounded up, so that few shapes compile
+ROUND = 64  # row lengths, and numbers of rows above 1, are rounded up, so that few shapes compile
 
 
 class Prompt(NamedTuple):
@@ -35,14 +36,22 @@ def generate(
     stop: set[int],
     temperature: float = 0.0,
     seed: int = 0,
+    row_multiple: int = 1,
+    allowed: Collection[int] = (),
 ) -> list[list[int]]:
     """At most `max_tokens` new ids for each prompt, without the stop id that ended it.
 
+    `row_multiple`: the rows of a batch divide by it (on a mesh, the devices that split rows). `allowed`: the only ids
+    that may be drawn; none stands for all but `<|patch|>`, which would take a picture's next feature.
     Temperature 0 takes the likeliest token; above, samples from softmax(logits / temperature).
     """
-    rows, lengths = pack(prompts, max_tokens)
-    how = Decoder(skeleton, max_tokens, tuple(sorted(stop)), temperature)
-    new = np.asarray(decode(how, params, router_bias, rows, lengths, jax.random.key(seed)))
+    rows, lengths = pack(prompts, max_tokens, row_multiple)
+    how = DecodeSettings(skeleton, max_tokens, tuple(sorted(stop)), temperature)
+    model = skeleton.bind(params, router_bias)
+    may_V = np.zeros(model.model.vocab_size, bool)
+    may_V[list(allowed) or slice(None)] = True
+    may_V[model.patch_id] = False
+    new = np.asarray(decode(how, params, router_bias, rows, lengths, may_V, jax.random.key(seed)))
     return [list(until(row.tolist(), stop)) for row in new[: len(prompts)]]
 
 
@@ -53,11 +62,12 @@ def until(ids: Sequence[int], stop: set[int]) -> Iterator[int]:
         yield token
 
 
-def pack(prompts: Sequence[Prompt], max_tokens: int) -> tuple[Batch, np.ndarray]:
+def pack(prompts: Sequence[Prompt], max_tokens: int, row_multiple: int = 1) -> tuple[Batch, np.ndarray]:
     """One prompt a row, with room for its continuation; and the prompts' lengths [B], 0 for a row without one."""
     longest = max(len(p.tokens) for p in prompts) + max_tokens
     B, T = len(prompts), -(-longest // ROUND) * ROUND
-    B = 1 if B == 1 else -(-B // ROUND) * ROUND
+    step = row_multiple if B == 1 else math.lcm(ROUND, row_multiple)
+    B = -(-B // step) * step
     M = max(len(p.tiles) for p in prompts)
     tokens = np.zeros((B, T), np.int32)
     side = max(p.tiles.shape[1] for p in prompts)
@@ -72,7 +82,7 @@ def pack(prompts: Sequence[Prompt], max_tokens: int) -> tuple[Batch, np.ndarray]
     return Batch(tokens, zeros, zeros.astype(np.float32), zeros + 1, positions, zeros, tiles), lengths
 
 
-class Decoder(NamedTuple):
+class DecodeSettings(NamedTuple):
     """The static part of a decode program; `stop` is sorted."""
 
     skeleton: Skeleton
@@ -82,8 +92,8 @@ class Decoder(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def decode(how: Decoder, params, router_bias, batch: Batch, lengths_B: Array, key: Array) -> Array:
-    """New ids int32 [B, max_tokens]; what follows a stop id is meaningless."""
+def decode(how: DecodeSettings, params, router_bias, batch: Batch, lengths_B: Array, may_V: Array, key: Array) -> Array:
+    """New ids int32 [B, max_tokens], out of those that may be drawn; what follows a stop id is meaningless."""
     model = how.skeleton.bind(params, router_bias)
     rows = jnp.arange(batch.tokens.shape[0])
     stops = jnp.asarray(how.stop, jnp.int32)
@@ -95,7 +105,7 @@ def decode(how: Decoder, params, router_bias, batch: Batch, lengths_B: Array, ke
     def one(carry):
         step, tokens_BT, new_BS, done_B = carry
         hidden_BTD, _ = model(batch._replace(tokens=tokens_BT))
-        logits_BV = model.logits(hidden_BTD[rows, lengths_B + step - 1])
+        logits_BV = jnp.where(may_V, model.logits(hidden_BTD[rows, lengths_B + step - 1]), -jnp.inf)
         if how.temperature:
             drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / how.temperature)
         else:

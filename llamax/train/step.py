@@ -1,7 +1,7 @@
 """The training step: loss -> gradient -> update, one pure function for one jit.
 
-A non-finite loss or gradient leaves parameters and optimizer as they were and is counted; the loop stops a run that
-meets too many in a row.
+A non-finite loss, gradient or update leaves parameters and optimizer as they were and is counted; the loop stops a run
+that meets too many in a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import Array
 
 from llamax import config
 from llamax.batch import Batch
-from llamax.losses import LOSSES, Sum, next_token, router
+from llamax.losses import TERMS, Sum, next_token, router
 from llamax.model.score import score
 from llamax.model.skeleton import Skeleton
 from llamax.optim.schedules import schedule
@@ -27,7 +27,7 @@ class Metrics(NamedTuple):
     """Arrays of one step; fetched only when they are logged."""
 
     loss: Array  # the weighted total
-    terms: dict[str, Array]  # the mean of each loss term, unweighted
+    terms: dict[str, Sum]  # each loss term, unweighted
     by_source: Sum  # next-token nats and tokens, [n_sources] each
     loads: Array | None  # tokens given to each expert, [L_moe, E]
     grad_norm: Array
@@ -36,38 +36,26 @@ class Metrics(NamedTuple):
     bad_in_row: Array
 
 
-def losses(batch: Batch, scored, weights: config.Losses) -> dict[str, Sum]:
-    """The terms with a non-zero weight."""
-    terms = {"next_token": LOSSES["next_token"](scored.logp, batch.loss_weights)}
-    if scored.routing is not None:
-        real_BT = batch.segment_ids > 0
-        terms["router_balance"] = LOSSES["router_balance"](scored.routing.logits, scored.routing.index, real_BT)
-        terms["router_z"] = LOSSES["router_z"](scored.routing.logits, real_BT)
-    return {name: term for name, term in terms.items() if getattr(weights, name)}
-
-
-def denominators(batch: Batch) -> dict[str, Array]:
-    """What each term is divided by, known before any forward pass: of the whole batch, all accumulation steps."""
-    real = (batch.segment_ids > 0).sum().astype(jnp.float32)
-    return {"next_token": batch.loss_weights.sum(), "router_balance": real, "router_z": real}
-
-
 def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
     """gradient(params, router_bias, batch) -> (grads, (loss, terms, by_source, loads)) over all of the batch's rows."""
     n_sources = len(run.data.sources)
+    has_experts = any(kind.endswith("+moe") for kind in run.model.layers)
+    weights = {name: getattr(run.losses, name) for name, t in TERMS.items() if has_experts or not t.needs_experts}
+    weights = {name: weight for name, weight in weights.items() if weight}
 
     def loss(params, router_bias, batch: Batch, dens: dict[str, Array]):
         scored = score(skeleton.bind(params, router_bias), batch)
-        means = {name: t.num / jnp.maximum(dens[name], 1.0) for name, t in losses(batch, scored, run.losses).items()}
-        total = sum(getattr(run.losses, name) * mean for name, mean in means.items())
+        terms = {name: TERMS[name].of(scored, batch) for name in weights}
+        # Divided by what the whole batch counts, of which these rows may be a part.
+        total = sum(weights[name] * Sum(term.num, dens[name]).mean() for name, term in terms.items())
         per_source = next_token.by_source(scored.logp, batch.loss_weights, batch.source_ids, n_sources)
         loads = None
         if scored.routing is not None:
             loads = router.loads(scored.routing.index, batch.segment_ids > 0, run.model.n_experts)
-        return total, (total, means, per_source, loads)
+        return total, (total, terms, per_source, loads)
 
     def gradient(params, router_bias, batch: Batch):
-        dens = denominators(batch)
+        dens = {name: TERMS[name].den(batch) for name in weights}
         grad = jax.grad(loss, has_aux=True)
         if run.train.accumulate == 1:
             return grad(params, router_bias, batch, dens)
@@ -98,8 +86,8 @@ def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTran
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         grads, (loss, terms, by_source, loads) = gradient(state.params, state.router_bias, batch)
         grad_norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt = optimizer.update(grads, state.opt, state.params)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         bad = (~good).astype(jnp.int32)
         new = State(

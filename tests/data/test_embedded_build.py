@@ -95,11 +95,18 @@ def test_manifests_are_true(built):
         assert manifest.description == build.DESCRIPTIONS[name]
         if manifest.kind == "text":
             assert manifest.licence == "PSF-2.0"
-            assert manifest.tokens == sum(len(reader.encode(piece)) + 2 for pieces in texts for piece in pieces)
+            assert manifest.tokens == sum(len(reader.encode(piece)) for pieces in texts for piece in pieces)
         else:
             assert manifest.licence == "CC0-1.0"
             assert manifest.tokens == 0
             assert all(any(isinstance(piece, Picture) for piece in document.pieces) for document in documents)
+
+
+def test_held_out_text_is_both_kinds(built):
+    both, python, docs = (
+        open_source(read_manifest(built / f"{name}_heldout.toml")) for name in ("text", "python", "docs")
+    )
+    assert [d.id for d in both] == [d.id for d in python] + [d.id for d in docs]
 
 
 def test_several_shards_hold_every_document_once(tmp_path, monkeypatch):

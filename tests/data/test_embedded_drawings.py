@@ -77,7 +77,8 @@ def seen_shape(image: np.ndarray) -> tuple[str, str, str, str]:
         / {"square": draw.SQUARE_SIDE, "triangle": 0.866, "star": 0.95}.get(shape, 1)
     )
     size = min(scene.SIZES, key=lambda size: abs(scene.SIZES[size] - radius))
-    y = {"triangle": rows[0] / len(image) + radius}.get(shape, (rows[0] + rows[-1] + 1) / 2 / len(image))
+    stands_low = shape in ("triangle", "star")  # their lowest points are nearer to the centre than the top
+    y = rows[0] / len(image) + radius if stands_low else (rows[0] + rows[-1] + 1) / 2 / len(image)
     x = (columns[0] + columns[-1] + 1) / 2 / len(image)
     return nearest_colour(np.median(image[figure], axis=0)), shape, size, scene.nearest_position(size, x, y)
 
@@ -95,6 +96,12 @@ def answers(text: str) -> list[tuple[str, str]]:
 def test_every_colour_and_shape_has_three_held_out_places():
     pairs = collections.Counter((colour, shape) for colour, shape, _, _ in scene.HELD_OUT)
     assert len(pairs) == 8 * 6 and set(pairs.values()) == {3}
+
+
+def test_no_shape_can_be_ruled_out_by_colour_and_place():
+    """Where a colour and place is held out, it is held out with every shape."""
+    cells = collections.Counter((colour, size, position) for colour, _, size, position in scene.HELD_OUT)
+    assert len(cells) == 8 * 3 and set(cells.values()) == {len(scene.SHAPES)}
 
 
 def test_held_out_scenes_are_new_and_their_pairs_are_not(drawn):

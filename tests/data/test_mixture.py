@@ -40,8 +40,12 @@ def test_only_one_kind_of_source_makes_one_stream():
 
 
 def test_impossible_weights_are_refused():
-    with pytest.raises(ConfigError, match="Set it to 0.600 or more"):
+    with pytest.raises(ConfigError, match="Set --config.data.multimodal_steps=0.6 or more"):
         two_streams(dict(a=0.4, b=0.6), ["b"], 0.5)
+    with pytest.raises(ConfigError, match="all sources carry pictures"):
+        two_streams(dict(b=1.0), ["b"], 0.0)
+    with pytest.raises(ConfigError, match="less often than once in 1,000,000 documents"):
+        Mixture([0.99, 0.01], [50, 5e6], [Deal()] * 2)
     for weights in ({}, {"a": 0.0}, {"a": -1.0, "b": 2.0}):
         with pytest.raises(ConfigError, match="positive weights"):
             two_streams(weights, [], 0.5)
@@ -61,6 +65,12 @@ def test_mixture_holds_the_shares_of_documents_everywhere():
     for start in (0, 777, 3 * CYCLE - 5, 10**12):
         taken = Counter(mixture[n][0] for n in range(start, start + 4000))
         assert [taken[i] / 4000 for i in range(3)] == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_few_long_documents_get_their_weight_in_tokens():
+    mixture = Mixture([0.99, 0.01], [50, 500_000], [Deal()] * 2)
+    tokens = mixture.counts * [50, 500_000]
+    assert tokens[1] / tokens.sum() == pytest.approx(0.01, rel=5e-3)
 
 
 def test_mixture_takes_every_document_once_and_in_order():

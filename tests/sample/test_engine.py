@@ -11,7 +11,7 @@ import pytest
 from llamax import config
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
-from llamax.sample.engine import Decoder, Prompt, decode, generate, pack
+from llamax.sample.engine import DecodeSettings, Prompt, decode, generate, pack
 from tests import goldens
 from tests.model import twins
 
@@ -50,6 +50,12 @@ def test_greedy_text_is_that_of_full_forward_passes_of_the_slow_twin(tiny):
     assert together == [ask(tiny, prompt)[0] for prompt in PROMPTS]
 
 
+def test_rows_divide_as_asked():
+    for n, multiple in ((1, 1), (1, 8), (3, 8), (70, 96)):
+        rows, lengths = pack([Prompt([1, 2], NO_TILES)] * n, 4, multiple)
+        assert len(rows.tokens) % multiple == 0 and (lengths > 0).sum() == n
+
+
 def test_generation_ends_before_a_stop_token(tiny):
     free = ask(tiny, *PROMPTS)
     stop = free[0][2]
@@ -63,8 +69,19 @@ def test_decoding_ends_when_every_prompt_has(tiny):
     skel, params = tiny
     first = tuple(sorted({ids[0] for ids in ask(tiny, *PROMPTS)}))
     batch, lengths = pack([Prompt(p, NO_TILES) for p in PROMPTS], 6)
-    new = decode(Decoder(skel, 6, first, 0.0), params, {}, batch, lengths, jax.random.key(0))
+    may = np.ones(MODEL.vocab_size, bool)
+    new = decode(DecodeSettings(skel, 6, first, 0.0), params, {}, batch, lengths, may, jax.random.key(0))
     assert not np.asarray(new)[:, 1:].any()
+
+
+def test_only_what_is_allowed_is_drawn(tiny):
+    """Greedy or not; and never the patch token, although it may be the likeliest."""
+    few = {7, 11, 13}
+    for temperature in (0.0, 3.0):
+        drawn = ask(tiny, *PROMPTS, allowed=few, temperature=temperature)
+        assert {id for ids in drawn for id in ids} <= few
+    free = ask(tiny, *PROMPTS, temperature=100.0, max_tokens=40)
+    assert twins.PATCH not in {id for ids in free for id in ids}
 
 
 def test_sampling_is_reproducible_by_seed(tiny):

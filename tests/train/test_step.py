@@ -14,6 +14,7 @@ import pytest
 
 from llamax import config
 from llamax.batch import Batch
+from llamax.losses import TERMS
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
@@ -101,7 +102,10 @@ def test_loss_is_that_of_the_slow_twin(tiny, whole):
     next_token, router_z = np.average(nll, weights=ROWS.loss_weights), z[ROWS.segment_ids > 0].mean()
     _, (loss, terms, by_source, loads) = whole
     assert terms.keys() == {"next_token", "router_z"}
-    np.testing.assert_allclose([terms["next_token"], terms["router_z"]], [next_token, router_z], **ORACLE)
+    means = [terms["next_token"].mean(), terms["router_z"].mean()]
+    np.testing.assert_allclose(means, [next_token, router_z], **ORACLE)
+    for name, term in terms.items():
+        np.testing.assert_allclose(TERMS[name].den(ROWS), term.den, **MESH_LOSS)
     np.testing.assert_allclose(loss, next_token + 1e-2 * router_z, **ORACLE)
     of_source = [np.average(nll, weights=ROWS.loss_weights * (ROWS.source_ids == source)) for source in (0, 1)]
     np.testing.assert_allclose(by_source.mean(), of_source, **ORACLE)
@@ -120,7 +124,7 @@ def test_loss_falls_on_a_fixed_batch(tiny):
     for number in range(10):
         state, metrics = tiny.step(state, ROWS)
         assert state.step == number + 1 and metrics.skipped == 0
-        losses.append(float(metrics.terms["next_token"]))
+        losses.append(float(metrics.terms["next_token"].mean()))
     assert losses[-1] < losses[0] - 0.5, losses
 
 

@@ -24,7 +24,7 @@ from llamax.config import ConfigError
 from llamax.data.embedded import drawings, sequences, shards, stdlib
 from llamax.data.tokenizer import Tokenizer
 
-VERSION = 3  # raise it when the same parameters make other data
+VERSION = 4  # raise it when the same parameters make other data
 STAMP = "stamp.json"
 MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
     "one_shape": drawings.one_shape,
@@ -45,6 +45,7 @@ DESCRIPTIONS = {
     "docs": "Python's language reference, docstrings and notes, from the interpreter's standard library.",
     "python_heldout": "2% of the standard library's source files, by path hash; in no training manifest.",
     "docs_heldout": "Documentation of the held-out 2% of the standard library; in no training manifest.",
+    "text_heldout": "All held-out text: the files of python_heldout and docs_heldout.",
     "drawings": "Generated drawings (shapes, writing, bar charts) with captions or questions and answers.",
     "interleaved": "Generated documents of text and one to four drawings.",
     "clips": "Generated clips: three to six frames of a moving shape, with questions on direction and order.",
@@ -162,6 +163,13 @@ def _write_all(
             documents = ({"pieces": [{"text": text}], "id": id_} for id_, text in texts)
             lang = "python" if name.startswith("python") else "en"
             write(name, documents, len(texts), lang=lang, kind="text", licence="PSF-2.0")
+    manifests["text_heldout"] = shards.write_union(
+        folder,
+        "text_heldout",
+        [manifests["python_heldout"], manifests["docs_heldout"]],
+        lang="mul",
+        description=DESCRIPTIONS["text_heldout"],
+    )
     skipped = ", ".join(f"{n} {why}" for why, n in read.skipped.items())
     console.print(f"Library files left out: {skipped}.", highlight=False)
     return manifests

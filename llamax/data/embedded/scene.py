@@ -1,8 +1,9 @@
 """The scene graph: shapes with exact attributes, from which both the pixels and the words of a drawing are made.
 
 Lengths and coordinates are fractions of the drawing's side, x to the right, y down. A shape's tuple (colour, shape,
-size, position) is one of 8 x 6 x 3 x 9. Of the 18 (size, position) that a colour and shape can have alone in a drawing,
-three are held out: such a drawing is new, although its colour and shape were seen together.
+size, position) is one of 8 x 6 x 3 x 9. Of the 18 (size, position) that a colour can have alone in a drawing, three are
+held out with every shape: such a drawing is new, although its colour and shape were seen together. With every shape,
+because a model that has seen five of six shapes at such a place learns that the sixth is never the answer there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ COLOURS = {  # RGB; far apart from each other and from the light background
     "black": (25, 25, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.17, "medium": 0.24, "large": 0.32}  # radius
+SIZES = {"small": 0.17, "medium": 0.24, "large": 0.32}  # mean radius
+SIZE_JITTER = 0.08  # greatest change of a radius, as a share of it
 LONE_SIZES = ("medium", "large")  # of a shape that is alone in its drawing; small ones stand among others
 POSITIONS = (
     *("top left", "top", "top right"),
@@ -30,8 +32,8 @@ POSITIONS = (
     *("bottom left", "bottom", "bottom right"),
 )
 MARGIN = 0.03  # between a shape and the drawing's edge
-JITTER = 0.02  # a centre's greatest distance from its place, along each side
-HELD_OUT_PLACES = 3  # of the 18 (size, position) of each colour and shape that stands alone
+JITTER = 0.4  # a centre's greatest distance from its place along each side, of the distance between two places
+HELD_OUT_PLACES = 3  # of the 18 (size, position) of each colour that stands alone
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,7 @@ class Shape:
     position: str
     x: float  # centre
     y: float
-
-    @property
-    def radius(self) -> float:
-        return SIZES[self.size]
+    radius: float
 
     @property
     def name(self) -> str:
@@ -62,26 +61,31 @@ def _held_out() -> frozenset[tuple[str, str, str, str]]:
     places = list(itertools.product(LONE_SIZES, POSITIONS))
     return frozenset(
         (colour, shape, *place)
-        for colour, shape in itertools.product(COLOURS, SHAPES)
+        for colour in COLOURS
         for place in rng.sample(places, HELD_OUT_PLACES)
+        for shape in SHAPES
     )
 
 
 HELD_OUT = _held_out()
 
 
+def spacing(size: str) -> float:
+    """Distance between two neighbouring places of a size: as far apart as the margin and the jitters allow."""
+    return (0.5 - MARGIN - SIZES[size] * (1 + SIZE_JITTER)) / (1 + JITTER)
+
+
 def place(size: str, position: str) -> tuple[float, float]:
-    """The centre of a shape of a size at a position: as far out as the margin allows, or the middle."""
-    near = SIZES[size] + MARGIN + JITTER
-    along = (near, 0.5, 1 - near)
+    """The mean centre of a shape of a size at a position."""
     row, column = divmod(POSITIONS.index(position), 3)
-    return along[column], along[row]
+    return 0.5 + (column - 1) * spacing(size), 0.5 + (row - 1) * spacing(size)
 
 
 def put(rng: random.Random, colour: str, shape: str, size: str, position: str) -> Shape:
-    """A shape at its place, moved a little."""
-    x, y = place(size, position)
-    return Shape(colour, shape, size, position, x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER))
+    """A shape near its place and about its size: what is learnt of a few places should hold between them."""
+    (x, y), far = place(size, position), JITTER * spacing(size)
+    radius = SIZES[size] * (1 + rng.uniform(-SIZE_JITTER, SIZE_JITTER))
+    return Shape(colour, shape, size, position, x + rng.uniform(-far, far), y + rng.uniform(-far, far), radius)
 
 
 def draw_one(rng: random.Random, *, sizes: tuple[str, ...] = LONE_SIZES) -> Shape:

@@ -96,7 +96,8 @@ def _crossing(rng: random.Random, direction: str, colours: list[str]) -> list[sc
     """A shape from one edge to the other, in as many steps as there are colours."""
     size, kind = rng.choice(list(scene.SIZES)), rng.choice(scene.SHAPES)
     start, end = scene.place(size, "top left")[0], scene.place(size, "bottom right")[0]
-    across = rng.choice((start, 0.5, end)) + rng.uniform(-scene.JITTER, scene.JITTER)
+    far = scene.JITTER * scene.spacing(size)
+    across = rng.choice((start, 0.5, end)) + rng.uniform(-far, far)
     dx, dy = DIRECTIONS[direction]
     if dx + dy < 0:
         start, end = end, start
@@ -104,5 +105,5 @@ def _crossing(rng: random.Random, direction: str, colours: list[str]) -> list[sc
     for i, colour in enumerate(colours):
         along = start + (end - start) * i / (len(colours) - 1)
         x, y = (along, across) if dx else (across, along)
-        frames.append(scene.Shape(colour, kind, size, scene.nearest_position(size, x, y), x, y))
+        frames.append(scene.Shape(colour, kind, size, scene.nearest_position(size, x, y), x, y, scene.SIZES[size]))
     return frames

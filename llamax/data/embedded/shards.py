@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llamax.data.sources import write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
 
 DOCUMENTS_PER_SHARD = 8192
-FRAME = 2  # tokens around a document: begin and end
 
 
 def write(
@@ -40,13 +39,25 @@ def write(
     return manifest
 
 
+def write_union(folder: Path, name: str, manifests: Sequence[dict], **about: str) -> dict:
+    """Writes the manifest folder/name.toml over the files of several, which stay where they are; returns it.
+
+    `about` replaces what the first of them says.
+    """
+    files = [file for manifest in manifests for file in manifest["files"]]
+    totals = {key: sum(m[key] for m in manifests) for key in ("documents", "bytes", "tokens") if key in manifests[0]}
+    manifest = {**manifests[0], **about, "files": files, **totals}
+    write_manifest(folder / f"{name}.toml", manifest)
+    return manifest
+
+
 def _counted(documents: Iterable[dict], tokenizer: Tokenizer | None, totals: dict[str, int]) -> Iterator[dict]:
     for document in documents:
         texts = [piece["text"] for piece in document["pieces"] if "text" in piece]
         totals["documents"] += 1
         totals["bytes"] += sum(len(text.encode()) for text in texts)
         if tokenizer:
-            totals["tokens"] += sum(len(tokenizer.encode(text)) for text in texts) + FRAME
+            totals["tokens"] += sum(len(tokenizer.encode(text)) for text in texts)
         yield document
 
 

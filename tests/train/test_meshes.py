@@ -1,0 +1,72 @@
+"""The gradient on a mesh is that on one device, parameter by parameter: the real model, packed rows, pictures."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.data import pipeline
+from llamax.data.tokenizer import Tokenizer
+from llamax.model.skeleton import skeleton
+from llamax.optim.build import optimizer
+from llamax.parallel import place
+from llamax.parallel.mesh import make_mesh
+from llamax.run import make_seam, state_shardings
+from llamax.train.state import init
+from llamax.train.step import make_gradient
+from tests.runs import tiny_run
+from tests.tolerances import MESH_LOSS, MESH_PARAMETER
+
+RUN = tiny_run()
+
+
+def gradient_on(run: config.Run):
+    """(loss, gradients by path, expert loads) of the first batch with pictures, on the run's mesh, as numpy."""
+    shape = {"data": run.mesh.data, "fsdp": run.mesh.fsdp}
+    mesh = make_mesh(shape, jax.devices()[: run.mesh.data * run.mesh.fsdp])
+    bones = skeleton(run.model, make_seam(mesh), patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train)
+    tx = optimizer(run.optim, run.train.steps, bones.kinds)
+    state = jax.device_put(host_state(), state_shardings(bones, tx, run, mesh))
+    batch = place.put_batch(first_with_pictures(), mesh=mesh)
+    gradient = jax.jit(make_gradient(run, bones))
+    grads, (loss, _, _, loads) = gradient(state.params, state.router_bias, batch)
+    paths = jax.tree_util.tree_leaves_with_path(grads)
+    return float(loss), {jax.tree_util.keystr(path): np.asarray(g) for path, g in paths}, np.asarray(loads)
+
+
+def host_state():
+    """The same initial state for every mesh."""
+    mesh = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+    bones = skeleton(RUN.model, make_seam(mesh), patch_id=Tokenizer(RUN.data.tokenizer).patch, train=RUN.train)
+    return jax.device_get(jax.jit(lambda: init(bones, optimizer(RUN.optim, 4, bones.kinds), 0))())
+
+
+@functools.cache
+def first_with_pictures() -> Batch:
+    batches = iter(pipeline.build(RUN.data, RUN.model.vision, RUN.seed))
+    batch = next(b for b in batches if b.tiles.shape[1])
+    batches.close()
+    return batch
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return gradient_on(RUN)
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(data=8), dict(data=2, fsdp=4), pytest.param(dict(data=1, fsdp=8), marks=pytest.mark.slow)]
+)
+def test_loss_routes_and_every_gradient_are_those_of_one_device(mesh, one_device):
+    loss, grads, loads = gradient_on(tiny_run(mesh=mesh))
+    expected_loss, expected, expected_loads = one_device
+    np.testing.assert_allclose(loss, expected_loss, **MESH_LOSS)
+    np.testing.assert_array_equal(loads, expected_loads)
+    far = {path: np.linalg.norm(g - expected[path]) / np.linalg.norm(expected[path]) for path, g in grads.items()}
+    assert all(np.linalg.norm(g) > 0 for g in expected.values()), "every parameter is reached"
+    assert {path: d for path, d in far.items() if not d <= MESH_PARAMETER} == {}
