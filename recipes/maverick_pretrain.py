@@ -2,11 +2,14 @@
 
     llamax train recipes/maverick_pretrain.py:tiny --workdir runs/maverick   # a laptop; after `llamax data build`
     llamax show  recipes/maverick_pretrain.py                                # every setting, parameters, FLOPs
-    llamax train recipes/maverick_pretrain.py --workdir DIR                  # a cluster; the same command resumes
+    llamax train recipes/maverick_pretrain.py --workdir DIR                  # see below
 
 Unlike Scout: dense layers alternate with MoE layers, no RoPE scaling, no QK norm. The data of the full size is yours:
 write a manifest for each of the sources below (docs/how-to/add-a-dataset.md), and put a tokenizer of 202,048 ids, for
 instance Llama 4's own tokenizer.model, at data/llama4.model.
+
+The full size asks for 512 devices and more. This version trains on the devices of one host, so it is a
+plan to look at with `llamax show`; several hosts are still to come (CHANGELOG.md).
 
 Expected of :tiny: as of Scout's, at about the same cost a step.
 """

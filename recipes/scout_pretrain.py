@@ -2,10 +2,13 @@
 
     llamax train recipes/scout_pretrain.py:tiny --workdir runs/scout   # a laptop, minutes; after `llamax data build`
     llamax show  recipes/scout_pretrain.py                             # every setting, parameters, FLOPs
-    llamax train recipes/scout_pretrain.py --workdir DIR               # a cluster; the same command resumes
+    llamax train recipes/scout_pretrain.py --workdir DIR               # see below
 
 The data of the full size is yours: write a manifest for each of the sources below (docs/how-to/add-a-dataset.md), and
 put a tokenizer of 202,048 ids, for instance Llama 4's own tokenizer.model, at data/llama4.model.
+
+The full size asks for 256 devices and more. This version trains on the devices of one host, so it is a
+plan to look at with `llamax show`; several hosts are still to come (CHANGELOG.md).
 
 Expected of :tiny: it learns Python and English (bits per byte well under a unigram's), and names colour and shape of
 drawings that it has never seen; `make quickstart` prints the table.
