@@ -26,6 +26,12 @@ MESH_GRAD = dict(rtol=1e-3, atol=1e-5)
 # bfloat16 beside float32: eight bits of mantissa.
 BF16 = dict(rtol=2e-2, atol=2e-2)
 
+# ||difference|| / ||gradient|| of the whole model, bfloat16 beside float32: rounding, and tokens that change expert.
+BF16_GRADIENT = 0.1
+
+# Twenty training steps on another mesh: the rounding of each step goes into the next.
+MESH_CURVE = dict(rtol=2e-4)
+
 # A golden loss curve, twenty steps on the same platform: drift between library versions.
 CURVE = dict(rtol=2e-3, atol=2e-3)
 

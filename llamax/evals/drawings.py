@@ -47,8 +47,8 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
         blank = [p._replace(tokens=p.tokens + ctx.tokenizer.encode(f" {t}")) for p, t in zip(blank, truth, strict=True)]
         noise = 3 * math.sqrt(chance * (1 - chance) / len(truth))
         report.scalars |= {f"{what}_accuracy": with_picture, f"{what}_accuracy_blank": without}
-        compared = f"{without:.1%} with the picture blanked; chance {chance:.1%} ± {noise:.1%} (3 sigma)"
-        report.rows.append((f"{what} of {len(found)} held-out drawings", f"{with_picture:.1%}", compared))
+        compared = f"{without:.1%} with the picture blanked, chance {chance:.1%} ± {noise:.1%} (3σ)"
+        report.rows.append((f"{what} of {len(found)}", f"{with_picture:.1%}", compared))
     for prompt, answer in list(zip(prompts, seen, strict=True))[:SHOWN]:
         report.pictures.append((prompt.tiles[0], answer.strip()))
     return report

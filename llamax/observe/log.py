@@ -16,7 +16,8 @@ from rich.logging import RichHandler
 
 from llamax.observe.provenance import write_whole
 
-CONSOLE = Console(highlight=False)  # one console: the live line and the log have to know of each other
+# One console: the live line and the log have to know of each other. A file has no width; tables take this one.
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 LOUD = ("jax", "orbax", "grain", "etils", "tensorboardX", "PIL", "asyncio", "fsspec")  # libraries that chat at INFO
 
 

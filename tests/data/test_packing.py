@@ -16,7 +16,7 @@ P = 2  # pixels of a tile
 
 def document(layout, source_id=0, seed=0, skip=""):
     """An Encoded from a list of text lengths (int) and pictures ([tiles]); text tokens are drawn, tiles too."""
-    rng = np.random.default_rng((seed, len(layout)))
+    rng = np.random.default_rng([*np.ravel(seed), len(layout)])
     tokens, pictures, tiles = [BOS], [], []
     for part in layout:
         if isinstance(part, int):

@@ -81,3 +81,19 @@ def test_clip_bounds_the_global_norm():
         _, state = run(replace(OPTIM, clip_norm=clip), grads)
         moment = optax.tree.get(state, "mu")
         np.testing.assert_allclose(optax.tree.norm(moment), clip * (1 - OPTIM.b1), rtol=1e-5)
+
+
+def test_the_vision_side_has_a_rate_of_its_own():
+    kinds = {"embed": "embedding", "projector": "matrix", "vision": {"w": "matrix"}}
+    params = jax.tree.map(lambda kind: np.ones((3, 2), np.float32), kinds)
+    grads = jax.tree.map(lambda x: np.full_like(x, 0.5), params)
+
+    def update(**changes):
+        tx = optimizer(replace(OPTIM, warmup_steps=0, **changes), STEPS, kinds)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    alike, slower = update(), update(vision_lr_ratio=0.25)
+    np.testing.assert_allclose(slower["embed"], alike["embed"], **TWIN)
+    np.testing.assert_allclose(slower["projector"], 0.25 * alike["projector"], **TWIN)
+    np.testing.assert_allclose(slower["vision"]["w"], 0.25 * alike["vision"]["w"], **TWIN)
+    assert np.abs(alike["projector"]).min() > 0
