@@ -102,6 +102,14 @@ def _data_show(args: argparse.Namespace) -> None:
     show(args.manifest, n=args.documents)
 
 
+def _data_verify(args: argparse.Namespace) -> None:
+    from llamax.data.sources import read_manifest, verify
+
+    manifest = read_manifest(args.manifest)
+    verify(manifest)
+    print(f"{len(manifest.files)} files are what {args.manifest} says.")
+
+
 def _data_tokenizer(args: argparse.Namespace) -> None:
     from llamax.data.train_tokenizer import train_tokenizer
 
@@ -145,6 +153,8 @@ def parser() -> argparse.ArgumentParser:
     look = _command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
     look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
     look.add_argument("-n", "--documents", type=int, default=3, metavar="N", help="how many (%(default)s)")
+    verify = _command(verbs, "verify", _data_verify, "compare a manifest's files with its hashes", VERIFY)
+    verify.add_argument("manifest", metavar="MANIFEST", help="a .toml file with a [sha256] table")
     tokenizer = _command(
         verbs, "tokenizer", _data_tokenizer, "train the small tokenizer on the embedded data", TOKENIZER
     )
@@ -209,6 +219,9 @@ BUILD = """
 DATA_SHOW = """
     llamax data show data/built/drawings.toml
     llamax data show data/built/python.toml -n 1
+"""
+VERIFY = """
+    llamax data verify data/built/python.toml
 """
 TOKENIZER = """
     llamax data tokenizer --out data/tokenizer.model --vocab 3968

@@ -20,6 +20,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
 
 from llamax.kernels.varying import full_like, vary_alike
 
@@ -33,7 +35,9 @@ def slow_cross_entropy(hidden_ND, head_DV, targets_N):
     return logz_N - jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0], logz_N
 
 
-def cross_entropy(hidden_ND, head_DV, targets_N, *, chunk: int = CHUNK):
+def cross_entropy(
+    hidden_ND: Float[Array, "N D"], head_DV: Float[Array, "D V"], targets_N: Int[Array, " N"], *, chunk: int = CHUNK
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Negative log-likelihood of the targets and the log of the softmax's normaliser, both float32 [N].
 
     hidden_ND [N, D]; head_DV [D, V]; targets_N int32 [N] in [0, V). `chunk` (columns) need not divide V. Both results

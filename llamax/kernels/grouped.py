@@ -3,8 +3,8 @@
     y_n = sum_k SwiGLU_e(gate[n, k] x_n) with e = index[n, k]
     SwiGLU_e(z) = (silu(z @ gate_e) * (z @ up_e)) @ down_e
 
-The router's gate scales an expert's input (Llama 4), not its output. All three functions have one signature. The two
-fast ones sort the N * K rows by expert (a stable argsort), run every expert on a contiguous stretch, and sort back;
+The router's gate scales an expert's input (Llama 4), not its output. All functions have one signature. The fast
+ones sort the N * K rows by expert (a stable argsort), run every expert on a contiguous stretch, and sort back;
 both sorts are permutations, whose gradients are gathers too, so no sum depends on the order of a scatter.
 
 Letters: N tokens, K experts a token, E experts, D model width, F hidden width, M = N * K rows, m rows a block.
@@ -13,12 +13,15 @@ The fast functions multiply in the dtype of x and add up in float32, the gradien
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
 
 from llamax.kernels.varying import full_like, vary_alike
 
@@ -28,15 +31,17 @@ BLOCK = 128  # rows of an expert that go through its matmuls at once on CPU
 class Experts(NamedTuple):
     """The weights of E feed-forwards."""
 
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+    gate_EDF: Float[Array, "E D F"]
+    up_EDF: Float[Array, "E D F"]
+    down_EFD: Float[Array, "E F D"]
 
 
 # ------------------------------------------------------------------------------------------------------ the slow twin
 
 
-def slow_experts(x_ND, experts: Experts, index_NK, gate_NK):
+def slow_experts(
+    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+) -> Float[Array, "N D"]:
     """Every expert on every token, and then the chosen ones: the definition, E / K times the work.
 
     x_ND [N, D]; index_NK int32 [N, K] in [0, E); gate_NK [N, K]. Returns y_ND in x's dtype.
@@ -55,7 +60,9 @@ def slow_experts(x_ND, experts: Experts, index_NK, gate_NK):
 # ------------------------------------------------------------------------------------------ sort, run, and sort back
 
 
-def sorted_experts(x_ND, experts: Experts, index_NK, gate_NK):
+def sorted_experts(
+    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+) -> Float[Array, "N D"]:
     """`slow_experts` for CPU: one expert after another, m of its rows at a time, as many blocks as the routing needs.
 
     The work is that of the M rows plus at most m - 1 rows an expert, whatever the routing. On several devices, call it
@@ -64,9 +71,23 @@ def sorted_experts(x_ND, experts: Experts, index_NK, gate_NK):
     return _sort_and_run(_run_blocks, x_ND, experts, index_NK, gate_NK)
 
 
-def ragged_experts(x_ND, experts: Experts, index_NK, gate_NK):
-    """`slow_experts` for GPU and TPU, on `jax.lax.ragged_dot`. Correct on CPU, but computes every expert there."""
-    return _sort_and_run(_run_ragged, x_ND, experts, index_NK, gate_NK)
+def ragged_experts(
+    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+) -> Float[Array, "N D"]:
+    """`slow_experts` for TPU, on `jax.lax.ragged_dot`.
+
+    Correct on CPU and GPU, but there XLA computes every expert for every row (jax 0.10 and 0.11, by default).
+    """
+    return _sort_and_run(partial(_run_ragged, jax.lax.ragged_dot), x_ND, experts, index_NK, gate_NK)
+
+
+def tokamax_experts(
+    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+) -> Float[Array, "N D"]:
+    """`slow_experts` for GPU, on tokamax's grouped matmul, which picks a kernel for the card (extra `cuda`)."""
+    import tokamax
+
+    return _sort_and_run(partial(_run_ragged, tokamax.ragged_dot), x_ND, experts, index_NK, gate_NK)
 
 
 def _sort_and_run(run: Callable, x_ND, experts: Experts, index_NK, gate_NK):
@@ -91,8 +112,8 @@ def _permute(x_MD, order_M, inverse_M):
 _permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
 
 
-def _run_ragged(z_MD, experts: Experts, count_E):
-    dot = partial(jax.lax.ragged_dot, group_sizes=count_E, preferred_element_type=jnp.float32)
+def _run_ragged(ragged_dot: Callable, z_MD, experts: Experts, count_E):
+    dot = partial(ragged_dot, group_sizes=count_E, preferred_element_type=jnp.float32)
     gate_EDF, up_EDF, down_EFD = (w.astype(z_MD.dtype) for w in experts)
     h_MF = jax.nn.silu(dot(z_MD, gate_EDF)) * dot(z_MD, up_EDF)
     return dot(h_MF.astype(z_MD.dtype), down_EFD)
@@ -191,4 +212,6 @@ _run_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 def pick_experts(platform: str) -> Callable:
     """The fastest of the functions above on "gpu" or "tpu"; the one in plain JAX everywhere else."""
-    return {"gpu": ragged_experts, "tpu": ragged_experts}.get(platform, sorted_experts)
+    if platform == "gpu":
+        return tokamax_experts if importlib.util.find_spec("tokamax") else ragged_experts
+    return {"tpu": ragged_experts}.get(platform, sorted_experts)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from llamax.losses.sum import Sum
 
 
-def next_token(logp_BT: Array, weights_BT: Array) -> Sum:
+def next_token(logp_BT: Float[Array, "B T"], weights_BT: Float[Array, "B T"]) -> Sum:
     """Weighted negative log-likelihood, in nats."""
     # Where the weight is 0 the log-probability must not count, not even as 0 x inf.
     return Sum(-jnp.sum(jnp.where(weights_BT > 0, logp_BT * weights_BT, 0.0)), jnp.sum(weights_BT))
 
 
-def by_source(logp_BT: Array, weights_BT: Array, source_ids_BT: Array, n_sources: int) -> Sum:
+def by_source(
+    logp_BT: Float[Array, "B T"], weights_BT: Float[Array, "B T"], source_ids_BT: Int[Array, "B T"], n_sources: int
+) -> Sum:
     """The same, one entry per source: [n_sources] each."""
     nll_BT = jnp.where(weights_BT > 0, -logp_BT * weights_BT, 0.0)
     sources_N = source_ids_BT.reshape(-1)

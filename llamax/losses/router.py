@@ -8,17 +8,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
 from llamax.losses.sum import Sum
 
 
-def loads(index_LBTK: Array, mask_BT: Array, n_experts: int) -> Array:
+def loads(index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"], n_experts: int) -> Float[Array, "L E"]:
     """How many real tokens each expert of each layer was given: float32 [L, E]."""
     chosen_LBTE = jax.nn.one_hot(index_LBTK, n_experts, dtype=jnp.float32).sum(axis=3)
     return jnp.einsum("lbte,bt->le", chosen_LBTE, mask_BT.astype(jnp.float32))
 
 
-def balance(logits_LBTE: Array, index_LBTK: Array, mask_BT: Array) -> Sum:
+def balance(
+    logits_LBTE: Float[Array, "L B T E"], index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"]
+) -> Sum:
     """E sum_e f_e P_e, averaged over layers (Switch Transformer, arXiv 2101.03961, eq. 4-6); 1 when balanced.
 
     f_e is the share of tokens sent to expert e, P_e the mean softmax probability that the router gives it. Both are
@@ -34,7 +37,7 @@ def balance(logits_LBTE: Array, index_LBTK: Array, mask_BT: Array) -> Sum:
     return Sum(tokens * n_experts * jnp.sum(share_LE * mean_LE, axis=-1).mean(), tokens)
 
 
-def z_loss(logits_LBTE: Array, mask_BT: Array) -> Sum:
+def z_loss(logits_LBTE: Float[Array, "L B T E"], mask_BT: Bool[Array, "B T"]) -> Sum:
     """Mean of (log sum_e exp z_e)^2 over tokens and layers (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small."""
     squared_LBT = jax.nn.logsumexp(logits_LBTE, axis=-1) ** 2
     mask_BT = mask_BT.astype(jnp.float32)

@@ -68,28 +68,28 @@ class Attention(nnx.Module):
         self.out = matrix(rngs, (heads, head_dim, dim), ("heads", "head_dim", "embed"), **out)
 
     def __call__(self, x_BTD: Array, at: Places) -> Array:
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.query[...].astype(x_BTD.dtype))
-        k_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.key[...].astype(x_BTD.dtype))
-        v_BTGK = jnp.einsum("btd,dgk->btgk", x_BTD, self.value[...].astype(x_BTD.dtype))
+        q_BTHDh = jnp.einsum("btd,dhe->bthe", x_BTD, self.query[...].astype(x_BTD.dtype))
+        k_BTKDh = jnp.einsum("btd,dke->btke", x_BTD, self.key[...].astype(x_BTD.dtype))
+        v_BTKDh = jnp.einsum("btd,dke->btke", x_BTD, self.value[...].astype(x_BTD.dtype))
         if self.kind == "nope_full":
             if self.model.attn_temperature:
-                q_BTHK = (q_BTHK * at.temperature[..., None, None]).astype(x_BTD.dtype)
+                q_BTHDh = (q_BTHDh * at.temperature[..., None, None]).astype(x_BTD.dtype)
         else:
             turn = at.chunk_rotation if self.kind == "rope_chunk" else at.full_rotation
-            q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
+            q_BTHDh, k_BTKDh = rotate(q_BTHDh, turn), rotate(k_BTKDh, turn)
             if self.model.qk_norm:
-                q_BTHK = rms(q_BTHK, self.model.norm_eps).astype(x_BTD.dtype)
-                k_BTGK = rms(k_BTGK, self.model.norm_eps).astype(x_BTD.dtype)
+                q_BTHDh = rms(q_BTHDh, self.model.norm_eps).astype(x_BTD.dtype)
+                k_BTKDh = rms(k_BTKDh, self.model.norm_eps).astype(x_BTD.dtype)
         local = self.kind == "rope_chunk"
         segments = at.chunks if local else at.segments
-        o_BTHK = self.seam.attention(
-            q_BTHK,
-            k_BTGK,
-            v_BTGK,
+        o_BTHDh = self.seam.attention(
+            q_BTHDh,
+            k_BTKDh,
+            v_BTKDh,
             q_pos=at.positions,
             k_pos=at.positions,
             q_seg=segments,
             k_seg=segments,
             local_len=self.model.chunk_len if local else None,
         )
-        return jnp.einsum("bthk,hkd->btd", o_BTHK, self.out[...].astype(x_BTD.dtype))
+        return jnp.einsum("bthe,hed->btd", o_BTHDh, self.out[...].astype(x_BTD.dtype))

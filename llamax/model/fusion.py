@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
 
 
-def fuse(x_BTD: Array, features_BFD: Array, is_patch_BT: Array) -> Array:
+def fuse(
+    x_BTD: Float[Array, "B T D"], features_BFD: Float[Array, "B F D"], is_patch_BT: Bool[Array, "B T"]
+) -> Float[Array, "B T D"]:
     """The f-th patch token of row b becomes features[b, f]; every other embedding stays as it is.
 
     A row must not hold more patch tokens than features; the packer sees to it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jax import Array
+from jaxtyping import Float
 
 from llamax.batch import Batch
 from llamax.model.llama import Llama
@@ -12,8 +13,8 @@ from llamax.model.moe import Routing
 
 
 class Score(NamedTuple):
-    logp: Array  # float32 [B, T]: log-probability of the target at every position
-    logz: Array  # float32 [B, T]: log of the softmax's denominator
+    logp: Float[Array, "B T"]  # float32: log-probability of the target at every position
+    logz: Float[Array, "B T"]  # float32: log of the softmax's denominator
     routing: Routing | None
 
 

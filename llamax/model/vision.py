@@ -3,7 +3,7 @@
 Patches row-major, flattened channel-major (colour, row, column), embedded without bias; the class token comes last;
 learned positions; pre-norm blocks with biases, 2D RoPE, full attention, exact GELU; the class token is dropped at the
 end. Pixel shuffle joins s x s neighbouring patches into one token. The adapter applies GELU after its second layer too.
-Letters: S tiles, P patches a tile + 1, W width, H heads, K head dim.
+Letters: S tiles, P patches a tile + 1, W width, H heads, Dh head dim.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class VisionBlock(nnx.Module):
         head_dim = self.vision.dim // heads
         turn = grid_rotation(self.vision.grid, head_dim, self.vision.rope_theta)
         q, k, v = (f(x_SPW).reshape(*x_SPW.shape[:2], heads, head_dim) for f in (self.query, self.key, self.value))
-        o_SPHK = jax.nn.dot_product_attention(rotate(q, turn), rotate(k, turn), v)
-        return self.out(o_SPHK.reshape(x_SPW.shape))
+        o_SPHDh = jax.nn.dot_product_attention(rotate(q, turn), rotate(k, turn), v)
+        return self.out(o_SPHDh.reshape(x_SPW.shape))
 
 
 class VisionEncoder(nnx.Module):

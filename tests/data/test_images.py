@@ -160,3 +160,22 @@ def test_frames_are_sampled_from_first_to_last():
     assert sample(3, 8) == [0, 1, 2]
     assert sample(100, 4) == [0, 33, 66, 99]
     assert sample(9, 1) == [0]
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_a_damaged_clip_is_a_picture_error_and_nothing_else(form):
+    frames = [Image.new("RGB", (16, 16), (40 * i, 0, 90)) for i in range(4)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    whole, rng = buffer.getvalue(), np.random.default_rng(0)
+    assert len(read_frames(whole)) == 4
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.5 else whole)
+        for at in rng.integers(0, len(damaged), 3):
+            damaged[at] ^= int(rng.integers(1, 256))
+        try:
+            read_frames(bytes(damaged))
+        except PictureError:
+            refused += 1
+    assert refused > 20

@@ -117,8 +117,28 @@ def test_a_wrong_manifest_is_refused_in_three_parts(tmp_path):
     good.write_text("format = ")
     assert "not TOML" in refused(good)
     assert "0 documents" in refused(jsonl(tmp_path, b""))
+    (tmp_path / "folder").mkdir()
+    assert "has no such file" in refused(manifest(tmp_path, format="jsonl", files=["folder"]))
+    assert "not named before" in refused(manifest(tmp_path, format="jsonl", files=["data.jsonl", "*.jsonl"]))
+    assert "is 3" in refused(manifest(tmp_path, format="jsonl", files=[3]))
     (tmp_path / "bad.arrayrecord").write_bytes(b"not an array record")
     assert "cannot be opened" in refused(manifest(tmp_path, format="arrayrecord", files=["bad.arrayrecord"]))
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
+    write_arrayrecord(tmp_path / "d.arrayrecord", [{"text": f"text {i} " * 50} for i in range(40)])
+    path = manifest(tmp_path, format="arrayrecord", files=["d.arrayrecord"])
+    whole = (tmp_path / "d.arrayrecord").read_bytes()
+    seen = set()
+    for at in range(100, len(whole) // 2, 97):
+        (tmp_path / "d.arrayrecord").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            source = open_source(read_manifest(path))
+            seen |= {source[i].skip for i in range(len(source))}
+        except ConfigError as error:
+            assert "d.arrayrecord" in str(error)
+            seen.add("refused")
+    assert "refused" in seen
 
 
 def test_verify_compares_hashes(tmp_path):

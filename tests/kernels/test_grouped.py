@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -101,4 +102,16 @@ def test_a_token_does_not_feel_its_neighbours():
 
 def test_every_platform_has_a_function():
     assert pick_experts("cpu") is sorted_experts
-    assert pick_experts("gpu") is pick_experts("tpu") is ragged_experts
+    assert pick_experts("tpu") is ragged_experts
+    gpu = importlib.util.find_spec("tokamax") and grouped.tokamax_experts or ragged_experts
+    assert pick_experts("gpu") is gpu
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_tokamax_agrees(k):
+    """Its plain implementation; the kernels for cards cannot run here."""
+    pytest.importorskip("tokamax", reason="comes with the extra `cuda`")
+    x, experts, gate, dy = inputs(k)
+    index = routing("skewed", k)
+    fast, slow = (run(f, x, experts, index, gate, dy) for f in (grouped.tokamax_experts, slow_experts))
+    assert_twins(fast, slow, TWIN, TWIN_GRAD)
