@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 import math
 import os
@@ -24,12 +21,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
-from llamax import config
+from llamax import config, preflight
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
-from llamax.data.tokenizer import Tokenizer
 from llamax.evals import Report
 from llamax.evals.report import Context
 from llamax.kernels.attention import pick_attention
@@ -71,18 +67,20 @@ def train(
     """Trains `run` in `workdir`, or goes on where it stopped, on all devices unless told otherwise. One process.
 
     Raises:
-        ConfigError: a person's input is wrong; nothing has been compiled, allocated or written then.
+        ConfigError: a person's input is wrong. What can be known beforehand is told before anything is compiled,
+            allocated or written; a malformed record, or a checkpoint of other shapes, is met later.
+        Diverged: too many non-finite steps in a row.
     """
     log.setup()
     workdir, asked = Path(workdir), config.to_dict(run)
     provenance.check_same_run(workdir, asked)
-    tokenizer = check_tokenizer(run)
-    run = with_paths(run)
+    tokenizer = preflight.check_tokenizer(run)
+    run = preflight.with_paths(run)
     data = pipeline.build(run.data, run.model.vision, run.seed)
-    files = data_files(run)
+    files = preflight.data_files(run)
     provenance.check_same_files(workdir, files)
     devices = list(devices or jax.devices())
-    check_one_process()
+    preflight.check_one_process()
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
     bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
@@ -99,7 +97,7 @@ def train(
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
-        done = check_steps_left(run, checkpoints.latest() or 0)
+        done = preflight.check_steps_left(run, checkpoints.latest() or 0)
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds))
         batches = iter(data)
         open_things.callback(batches.close)
@@ -125,63 +123,6 @@ def train(
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
-
-
-def check_tokenizer(run: config.Run) -> Tokenizer:
-    """The run's tokenizer. ConfigError if the embedding has another number of rows than it has ids."""
-    tokenizer = Tokenizer(config.resolve_path(run.data.tokenizer))
-    if tokenizer.vocab_size != run.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={run.model.vocab_size}",
-            f"{run.data.tokenizer} has {tokenizer.vocab_size} ids",
-            f"Set --config.model.vocab_size={tokenizer.vocab_size}, or name the model's own tokenizer.",
-        )
-    return tokenizer
-
-
-def with_paths(run: config.Run) -> config.Run:
-    """The run with its data paths resolved for this machine."""
-    sources = {
-        name: dataclasses.replace(s, path=str(config.resolve_path(s.path))) for name, s in run.data.sources.items()
-    }
-    evals = {name: dataclasses.replace(e, path=str(config.resolve_path(e.path))) for name, e in run.evals.items()}
-    tokenizer = str(config.resolve_path(run.data.tokenizer))
-    data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
-    for evaluation in evals.values():
-        read_manifest(evaluation.path)  # a missing one should not be met after hours of training
-    return dataclasses.replace(run, data=data, evals=evals)
-
-
-def data_files(run: config.Run) -> dict[str, str]:
-    """What tells whether data is still the same: the tokenizer's SHA-256, and each source's hashes or file sizes."""
-    files = {"tokenizer": hashlib.sha256(Path(run.data.tokenizer).read_bytes()).hexdigest()}
-    for name, source in sorted(run.data.sources.items()):
-        manifest = read_manifest(source.path)
-        sizes = {path.name: path.stat().st_size for path in manifest.files}
-        content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
-        files[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return files
-
-
-def check_steps_left(run: config.Run, latest: int) -> bool:
-    """Whether all steps are taken. ConfigError if the workdir has gone further than the run asks for."""
-    if latest > run.train.steps:
-        raise ConfigError(
-            f"--config.train.steps={run.train.steps}",
-            f"the run in this workdir has taken {latest} steps already",
-            f"Set it to {latest} or more, or choose another --workdir.",
-        )
-    return latest == run.train.steps
-
-
-def check_one_process() -> None:
-    """ConfigError in a job of several processes: the data stream does not divide its rows among them yet."""
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"training on {jax.process_count()} processes",
-            "this version reads its data in one",
-            "Start it on one host, with all of that host's devices.",
-        )
 
 
 def make_seam(mesh: Mesh) -> Seam:
@@ -318,7 +259,7 @@ def generate(
     run = config.from_dict(config.Run, found["config"])
     if image and run.model.vision is None:
         raise ConfigError(f"--image {image}", f"{run.name} has no vision encoder", "Leave --image out.")
-    tokenizer = check_tokenizer(run)
+    tokenizer = preflight.check_tokenizer(run)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
     pieces = (*((Picture(Path(image)),) if image else ()), prompt)

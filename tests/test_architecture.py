@@ -25,7 +25,7 @@ ROOMS = (
     {"checkpoint", "sample"},
     {"evals"},
     {"train"},
-    {"post"},
+    {"post", "preflight"},
     {"run", "plan", "show"},
     {"cli", "__main__"},
 )

@@ -1,0 +1,72 @@
+"""What `run.train` makes sure of before it compiles or writes anything: paths, tokenizer, data, devices, steps left."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from llamax import config
+from llamax.config import ConfigError
+from llamax.data.sources import read_manifest
+from llamax.data.tokenizer import Tokenizer
+
+
+def check_tokenizer(run: config.Run) -> Tokenizer:
+    """The run's tokenizer. ConfigError if the embedding has another number of rows than it has ids."""
+    tokenizer = Tokenizer(config.resolve_path(run.data.tokenizer))
+    if tokenizer.vocab_size != run.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={run.model.vocab_size}",
+            f"{run.data.tokenizer} has {tokenizer.vocab_size} ids",
+            f"Set --config.model.vocab_size={tokenizer.vocab_size}, or name the model's own tokenizer.",
+        )
+    return tokenizer
+
+
+def with_paths(run: config.Run) -> config.Run:
+    """The run with its data paths resolved for this machine."""
+    sources = {
+        name: dataclasses.replace(s, path=str(config.resolve_path(s.path))) for name, s in run.data.sources.items()
+    }
+    evals = {name: dataclasses.replace(e, path=str(config.resolve_path(e.path))) for name, e in run.evals.items()}
+    tokenizer = str(config.resolve_path(run.data.tokenizer))
+    data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
+    for evaluation in evals.values():
+        read_manifest(evaluation.path)  # a missing one should not be met after hours of training
+    return dataclasses.replace(run, data=data, evals=evals)
+
+
+def data_files(run: config.Run) -> dict[str, str]:
+    """What tells whether data is still the same: the tokenizer's SHA-256, and each source's hashes or file sizes."""
+    files = {"tokenizer": hashlib.sha256(Path(run.data.tokenizer).read_bytes()).hexdigest()}
+    for name, source in sorted(run.data.sources.items()):
+        manifest = read_manifest(source.path)
+        sizes = {path.name: path.stat().st_size for path in manifest.files}
+        content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
+        files[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return files
+
+
+def check_steps_left(run: config.Run, latest: int) -> bool:
+    """Whether all steps are taken. ConfigError if the workdir has gone further than the run asks for."""
+    if latest > run.train.steps:
+        raise ConfigError(
+            f"--config.train.steps={run.train.steps}",
+            f"the run in this workdir has taken {latest} steps already",
+            f"Set it to {latest} or more, or choose another --workdir.",
+        )
+    return latest == run.train.steps
+
+
+def check_one_process() -> None:
+    """ConfigError in a job of several processes: the data stream does not divide its rows among them yet."""
+    import jax
+
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"training on {jax.process_count()} processes",
+            "this version reads its data in one",
+            "Start it on one host, with all of that host's devices.",
+        )
