@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{red}llamax: {error}{plain}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
+        print("llamax: interrupted; what was saved before stays as it is", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:  # `llamax show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -128,7 +129,9 @@ def parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", _train, "train a recipe, or go on where it stopped", TRAIN)
     _recipe(train)
-    train.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, TensorBoard and run.json go here")
+    train.add_argument(
+        "--workdir", required=True, type=_named, metavar="DIR", help="checkpoints, TensorBoard and run.json go here"
+    )
 
     show = _command(commands, "show", _show, "print a resolved recipe, its parameters and FLOPs; start nothing", SHOW)
     _recipe(show)
@@ -152,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--force", action="store_true", help="build again even if it is there")
     look = _command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
     look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
-    look.add_argument("-n", "--documents", type=int, default=3, metavar="N", help="how many (%(default)s)")
+    look.add_argument("-n", "--documents", type=_count, default=3, metavar="N", help="how many (%(default)s)")
     verify = _command(verbs, "verify", _data_verify, "compare a manifest's files with its hashes", VERIFY)
     verify.add_argument("manifest", metavar="MANIFEST", help="a .toml file with a [sha256] table")
     tokenizer = _command(
@@ -166,6 +169,20 @@ def parser() -> argparse.ArgumentParser:
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
     return top
+
+
+def _named(path: str) -> str:
+    """A path that is not empty, as that of a shell variable without a value would be."""
+    if not path.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a folder, or . for this one")
+    return path
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 up")
+    return int(text)
 
 
 def _recipe(command: argparse.ArgumentParser) -> None:

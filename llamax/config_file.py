@@ -83,7 +83,7 @@ def _import(path: Path) -> ModuleType:
 def _get_config(recipe: ModuleType, size: str) -> ConfigDict:
     """`recipe.get_config(size)`; what ml_collections refuses inside it is a person's slip, with a file and a line."""
     try:
-        return recipe.get_config(size)
+        cfg = recipe.get_config(size)
     except (AttributeError, KeyError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if not Path(frames[-1].filename).is_relative_to(Path(ml_collections.__file__).parent):
@@ -98,6 +98,12 @@ def _get_config(recipe: ModuleType, size: str) -> ConfigDict:
             change = unknown_key(asked, (), Run).change.replace("--config.", "run.")
             true = f"there is no field {asked} in that place"
         raise ConfigError(where, true, change) from error
+    if not isinstance(cfg, ConfigDict):
+        true = f"get_config({size!r}) returned {type(cfg).__name__}, not a ConfigDict"
+        raise ConfigError(
+            f"recipe {recipe.__file__}", true, "End it with `return run`, as in recipes/scout_pretrain.py."
+        )
+    return cfg
 
 
 def _parse(cfg: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -70,3 +70,12 @@ def check_one_process() -> None:
             "this version reads its data in one",
             "Start it on one host, with all of that host's devices.",
         )
+
+
+def check_evals(run: config.Run) -> None:
+    """ConfigError if an evaluation's manifest is not what its kind needs."""
+    from llamax.evals import EVALS, drawings
+
+    for evaluation in run.evals.values():
+        if EVALS[evaluation.kind] is drawings.run:
+            drawings.scored_documents(evaluation)

@@ -91,13 +91,14 @@ def train(
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+    done = preflight.check_steps_left(run, provenance.latest_step(workdir))
+    preflight.check_evals(run)
     provenance.record(workdir, asked, overrides, files)
     shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, run.seed)), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
-        done = preflight.check_steps_left(run, checkpoints.latest() or 0)
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds))
         batches = iter(data)
         open_things.callback(batches.close)
@@ -246,13 +247,16 @@ def generate(
 ) -> str:
     """The continuation of a picture (if any) and a prompt by the newest checkpoint of a training run."""
     from llamax.data.encode import Encoder
-    from llamax.data.sources import Document, Picture
+    from llamax.data.sources import SKIP_REASONS, Document, Picture
     from llamax.sample import engine
 
     log.setup()
-    if max_tokens < 1 or temperature < 0:
-        wanted = f"--max-tokens {max_tokens} --temperature {temperature:g}"
-        raise ConfigError(wanted, "there is at least 1 token and no temperature below 0", "Raise it.")
+    if max_tokens < 1:
+        raise ConfigError(f"--max-tokens {max_tokens}", "that leaves nothing to say", "Give 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(
+            f"--temperature {temperature:g}", "it is a number from 0 up", "Give 0 for the likeliest text."
+        )
     found = provenance.read(workdir)
     if found is None:
         raise ConfigError(f"--workdir {workdir}", "it holds no run.json", "Give the --workdir of a training run.")
@@ -265,7 +269,7 @@ def generate(
     pieces = (*((Picture(Path(image)),) if image else ()), prompt)
     encoded = Encoder(tokenizer.path, run.model.vision, where="the prompt")(Document(pieces))
     if encoded.skip:
-        raise ConfigError(f"--image {image} --prompt {prompt!r}", f"it cannot be used: {encoded.skip}", "Give another.")
+        raise ConfigError(f"--image {image} --prompt {prompt!r}", SKIP_REASONS[encoded.skip], "Give another.")
     shapes, bias_shapes = bones.shapes()
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         params, router_bias = checkpoints.restore_weights(None, params=shapes, router_bias=bias_shapes)

@@ -90,10 +90,10 @@ def test_the_line_is_red_on_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("llamax: recipe qqqq")
 
 
-def test_ctrl_c_is_quiet(monkeypatch, capsys):
+def test_ctrl_c_says_one_line(monkeypatch, capsys):
     called(monkeypatch, "llamax.data.show.show", side_effect=KeyboardInterrupt)
     assert cli.main(["data", "show", "x.toml"]) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "llamax: interrupted; what was saved before stays as it is\n")
 
 
 def test_our_own_errors_keep_their_traceback(monkeypatch):

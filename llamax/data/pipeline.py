@@ -27,7 +27,7 @@ from llamax.config import ConfigError
 from llamax.data.encode import Encoded, Encoder
 from llamax.data.mixture import Deal, Mixture, Shuffled, deal_text, is_multimodal, two_streams
 from llamax.data.packing import Window, collate, pack_window, split
-from llamax.data.sources import Document, Manifest, open_source, read_manifest
+from llamax.data.sources import SKIP_REASONS, Document, Manifest, open_source, read_manifest
 
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
@@ -170,8 +170,9 @@ class Rows(Iterator[tuple[Window, int]]):
             self._window += 1
         raise ConfigError(
             "the data sources",
-            f"{MAX_EMPTY_WINDOWS} windows of documents in a row hold nothing usable: {dict(self._skipped)}",
-            "Repair the documents, or drop the source; the reasons are listed in llamax/data/sources.py.",
+            f"{MAX_EMPTY_WINDOWS} windows of documents in a row hold nothing usable: "
+            + "; ".join(sorted({SKIP_REASONS[key.split("/")[1]] for key in self._skipped})),
+            "Look at them with `llamax data show MANIFEST`, and repair them or drop the source.",
         )
 
     def __next__(self) -> tuple[Window, int]:

@@ -42,7 +42,16 @@ def show(
     for number in (i * len(source) // n for i in range(n)):
         document = source[number]
         _print_document(console, document, number, reader)
-        if pictures := [image for piece in document.pieces if isinstance(piece, Picture) for image in images(piece)]:
+        try:
+            pictures = [image for piece in document.pieces if isinstance(piece, Picture) for image in images(piece)]
+        except PictureError as error:
+            console.print(
+                f"[red]skipped: {SKIP_REASONS[error.reason]}: {escape(str(error.args[1]))}[/red]", highlight=False
+            )
+            continue
+        if pictures and about.kind == "text":
+            console.print('[red]a picture, and the manifest says kind = "text": training refuses it[/red]')
+        if pictures:
             rows.append(pictures)
     if not rows:
         return None
@@ -60,7 +69,8 @@ def _print_manifest(console: Console, about, documents: int) -> None:
     table.add_row("kind, language", f"{about.kind}, {about.lang}")
     table.add_row("licence", escape(about.licence))
     table.add_row("documents", f"{documents:,} in {len(about.files)} {about.format} files")
-    table.add_row("text", f"{about.bytes:,} bytes" + (f", {about.tokens:,} tokens" if about.tokens else ""))
+    stated = [f"{n:,} {what}" for n, what in ((about.bytes, "bytes"), (about.tokens, "tokens")) if n]
+    table.add_row("text", ", ".join(stated) or "amount not stated")
     console.print(table)
 
 
@@ -87,11 +97,8 @@ def _shown(piece: str | Picture) -> str:
 
 
 def images(picture: Picture) -> list[Image.Image]:
-    """A picture as one image, a clip as its frames; what cannot be read as a red square."""
-    try:
-        return list(read_frames(picture.data)) if picture.video else [to_rgb(open_image(picture.data))]
-    except PictureError:
-        return [Image.new("RGB", (CELL, CELL), (200, 0, 0))]
+    """A picture as one image, a clip as its frames. PictureError if it cannot be read."""
+    return list(read_frames(picture.data)) if picture.video else [to_rgb(open_image(picture.data))]
 
 
 def contact_sheet(rows: list[list[Image.Image]]) -> Image.Image:

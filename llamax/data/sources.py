@@ -100,6 +100,8 @@ def read_manifest(path: str | Path) -> Manifest:
             raise ConfigError(asked, f"it has an unknown key {key!r}", hint)
         if type(value).__name__ != types[key]:
             raise ConfigError(asked, f"its {key} is {value!r}, not a {types[key]}", f"Give {key} as a {types[key]}.")
+        if types[key] == "int" and value < 0:
+            raise ConfigError(asked, f"its {key} is {value}", f"Correct {key}, or leave it out.")
     for key, allowed in (("format", tuple(FORMATS)), ("kind", KINDS)):
         if table.get(key, "text") not in allowed:
             raise ConfigError(asked, f"its {key} is {table.get(key)!r}", f"Use one of {', '.join(allowed)}.")
@@ -142,7 +144,7 @@ def verify(manifest: Manifest) -> None:
 def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Document:
     """A decoded record to a Document; with a folder, pictures are paths in it. ConfigError if it is no such record."""
     parts = record.get("pieces", [{"text": record.get("text")}]) if isinstance(record, dict) else None
-    if not isinstance(parts, list):
+    if not isinstance(parts, list) or {"text", "pieces"} <= record.keys():
         raise _malformed(record, where)
     pieces: list[str | Picture] = []
     for piece in parts:
@@ -230,7 +232,7 @@ class JsonLines(Shards):
 
     @staticmethod
     def decode(line: bytes) -> Any:
-        return json.loads(line.decode())
+        return json.loads(line.decode("utf-8-sig"))  # some editors put a mark before the first line
 
     @staticmethod
     def open(path: Path) -> Sequence[bytes]:

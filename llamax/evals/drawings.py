@@ -28,13 +28,19 @@ SHOWN = 8  # pictures in the report
 BLANK = 255  # white paper
 
 
-def run(ctx: Context, cfg: config.Eval) -> Report:
+def scored_documents(cfg: config.Eval) -> list[Document]:
+    """The documents that state a prompt and a truth. ConfigError if there is none."""
     found = [d for d in documents(cfg.path, cfg.max_docs) if {"prompt", *ASKED} <= d.meta.keys()]
     if not found:
         change = "Point the evaluation's path at drawings_heldout.toml, which `llamax data build` makes."
         raise ConfigError(
             f"drawings evaluation of {cfg.path}", "no document has a prompt, a colour and a shape", change
         )
+    return found
+
+
+def run(ctx: Context, cfg: config.Eval) -> Report:
+    found = scored_documents(cfg)
     prompts = [prompt_of(ctx, document) for document in found]
     blank = [p._replace(tiles=np.full_like(p.tiles, BLANK)) for p in prompts]
     seen = answers(ctx, prompts)

@@ -37,7 +37,7 @@ SHOWN = 8  # differing keys that an error names
 def read(workdir: str | Path) -> dict[str, Any] | None:
     """What `run.json` says; None if there is none. ConfigError if it cannot be read, or `workdir` is a file."""
     path = Path(workdir) / "run.json"
-    asked, change = f"--workdir {workdir}", "Choose another --workdir, or delete this one to start afresh."
+    asked, change = f"--workdir {workdir}", "Choose another --workdir, or delete the whole folder to start afresh."
     if Path(workdir).is_file():
         raise ConfigError(asked, "that is a file", change)
     if not path.exists():
@@ -50,6 +50,12 @@ def read(workdir: str | Path) -> dict[str, Any] | None:
     return found
 
 
+def latest_step(workdir: str | Path) -> int:
+    """The newest checkpoint's step, told by the names of the folders alone; 0 if there is none."""
+    folder = Path(workdir) / "checkpoints"
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+
 def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
     """Refuses a workdir that belongs to another run.
 
@@ -60,8 +66,14 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
       ConfigError: `run.json` has another value for a key outside MAY_CHANGE, or cannot be read.
     """
     found = read(workdir)
+    if not latest_step(workdir):
+        return  # nothing has been learnt that another run could spoil
     if found is None:
-        return
+        true, change = (
+            "it holds checkpoints and no run.json that says whose",
+            "Bring it back, or choose another --workdir.",
+        )
+        raise ConfigError(f"Training {config.get('name')} in {workdir}", true, change)
     old = flat(found["config"])
     new = flat(json.loads(json.dumps(config)))
     keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
@@ -83,7 +95,7 @@ def check_same_files(workdir: str | Path, files: Mapping[str, str]) -> None:
     Raises:
       ConfigError: `run.json` has another hash for one of them.
     """
-    old = (read(workdir) or {}).get("files", {})
+    old = (read(workdir) or {}).get("files", {}) if latest_step(workdir) else {}
     changed = [name for name, digest in files.items() if old.get(name, digest) != digest]
     if changed:
         raise ConfigError(
@@ -103,7 +115,10 @@ def record(
     import jax
 
     folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir}", f"it cannot be made: {error}", "Choose another --workdir.") from None
     path = folder / "run.json"
     started = (read(folder) or {}).get("started", [])
     devices = jax.devices()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ class Log:
 
     def __call__(self, event: Event) -> None:
         got = event.metrics
-        values = {"loss": got.by_source, "optim/grad_norm": got.grad_norm, "optim/lr": got.lr, "loss/total": got.loss}
+        values = {"loss": got.by_source, "optim/grad_norm": got.grad_norm, "optim/lr": got.lr}
         values |= {f"loss/{name}": term for name, term in got.terms.items()}
         values |= {"loads": got.loads} if got.loads is not None else {}
         self.window.add(values)
@@ -89,6 +90,8 @@ class Log:
             shown |= metrics.expert_load(values["loads"], layers)
             if self.logged % LOAD_EVERY == 0 or event.last:
                 self.board.expert_loads(values["loads"], layers, event.step)
+        weights = dataclasses.asdict(self.run.losses)
+        shown["loss/total"] = sum(weight * shown.get(f"loss/{name}", 0.0) for name, weight in weights.items())
         shown["steps/skipped"] = float(event.metrics.skipped)
         shown |= self.documents_left_out(last=event.last)
         shown |= self.clock.lap(steps=self.steps, tokens=self.tokens, flops=self.flops)

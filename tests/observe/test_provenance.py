@@ -40,6 +40,7 @@ def changed(**leaves):
 @pytest.fixture
 def workdir(tmp_path):
     provenance.record(tmp_path / "run", CONFIG, ["--config.seed=0"])
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     return tmp_path / "run"
 
 
@@ -50,7 +51,28 @@ def test_record(workdir):
     assert len(run["started"]) == 2 and run["started"][0] <= run["started"][1]
     assert run["devices"] == {"platform": "cpu", "kind": jax.devices()[0].device_kind, "count": 8, "processes": 1}
     assert run["versions"]["jax"] == jax.__version__ and run["versions"]["python"].startswith("3.")
-    assert [p.name for p in workdir.iterdir()] == ["run.json"]
+    assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints", "run.json"]
+
+
+def test_a_workdir_without_a_checkpoint_may_become_another_run(workdir):
+    (workdir / "checkpoints" / "5").rename(workdir / "checkpoints" / "5.orbax-checkpoint-tmp")
+    assert provenance.latest_step(workdir) == 0
+    provenance.check_same_run(workdir, changed(seed=5))
+    provenance.check_same_files(workdir, {"text": "another hash"})
+
+
+def test_checkpoints_of_nobody_are_refused(workdir):
+    (workdir / "run.json").unlink()
+    with pytest.raises(ConfigError, match="no run.json that says whose"):
+        provenance.check_same_run(workdir, CONFIG)
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="that is a file"):
+        provenance.check_same_run(tmp_path / "file", CONFIG)
+    with pytest.raises(ConfigError, match="cannot be made"):
+        provenance.record(tmp_path / "file" / "below", CONFIG)
 
 
 def test_the_same_run_and_what_may_change_pass(workdir):
