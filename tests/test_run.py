@@ -237,8 +237,13 @@ def test_generate_asks_the_newest_checkpoint_with_the_picture(unbroken, monkeypa
     assert same_bits(asked["params"], result.state.params)
     assert len(asked["prompt"].tiles) == asked["prompt"].tokens.count(tokenizer.image) == 1
     assert tokenizer.decode(asked["prompt"].tokens).endswith("Question: what is this? Answer:")
-    for wrong in (dict(image=FIXTURES / "nothing.png"), dict(max_tokens=0), dict(temperature=-1.0)):
-        with pytest.raises(ConfigError, match="image_missing|at least 1 token"):
+    for wrong, said in (
+        (dict(image=FIXTURES / "nothing.png"), "a picture's file does not exist"),
+        (dict(max_tokens=0), "nothing to say"),
+        (dict(temperature=-1.0), "a number from 0 up"),
+        (dict(temperature=float("nan")), "number from 0 up"),
+    ):
+        with pytest.raises(ConfigError, match=said):
             generate(workdir, "What?", **wrong)
 
 
