@@ -23,7 +23,7 @@ from llamax.observe.provenance import flat
 CELL_PX = 18  # of the heat map
 TILE_PX = 200  # width of a picture with its caption
 COLUMNS = 4  # of pictures
-FONT_PX = 12
+FONT_PX = 22  # TensorBoard shows a sheet at a third of its size
 # Load relative to an even share -> colour: nothing is black, too little blue, an even share white, too much red.
 RAMP_LEVELS = (0.0, 0.05, 1.0, 3.0)
 RAMP_COLOURS = ((0, 0, 0), (20, 60, 160), (255, 255, 255), (200, 20, 20))
