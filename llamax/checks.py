@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from llamax.config import (
+    BIAS_UPDATES,
     COMPUTE_DTYPES,
     EVAL_KINDS,
     LAYER_KINDS,
+    ON_NONFINITE,
+    ON_SPIKE,
     REMATS,
     ROPE_SCALINGS,
     SCHEDULES,
@@ -29,7 +32,8 @@ from llamax.config_dict import ConfigError, nearest
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
-    *("losses.router_balance", "losses.router_z", "evals.*.every_steps"),
+    *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
+    *("health.max_roll_backs", "evals.*.every_steps"),
 )
 # which some are bounded from above too,
 AT_MOST = {
@@ -45,6 +49,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": SCHEDULES,
     "train.compute_dtype": COMPUTE_DTYPES,
     "train.remat": REMATS,
+    "router_bias.update": BIAS_UPDATES,
+    "health.on_nonfinite": ON_NONFINITE,
+    "health.on_spike": ON_SPIKE,
     "evals.*.kind": EVAL_KINDS,
 }
 

@@ -2,21 +2,25 @@
 that `llamax --help` and a wrong configuration answer at once, without jax.
 
 Exit codes: 0 done; 2 a person's input is wrong (one line on stderr, no traceback); 3 too many non-finite steps in a
-row; 130 stopped by Ctrl-C or SIGTERM (a training run has saved then, and the same command goes on).
+row; 130 stopped by Ctrl-C, 143 by SIGTERM (a training run has saved then, and the same command goes on).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import llamax
 
-STOPPED = 130
+STARTED = time.time()
+INTERRUPTED = 128 + signal.SIGINT
 Handler = Callable[[argparse.Namespace], int | None]
 OVERRIDES = ("--config.", "--noconfig.")
 
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("llamax: interrupted; what was saved before stays as it is", file=sys.stderr)
-        return STOPPED
+        return INTERRUPTED
     except BrokenPipeError:  # `llamax show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,7 +78,14 @@ def _train(args: argparse.Namespace) -> int:
     run = config.freeze(config.load(args.recipe, args.overrides))  # before jax is imported
     from llamax.run import train
 
-    return 0 if train(run, args.workdir, overrides=args.overrides).finished else STOPPED
+    result = train(run, args.workdir, overrides=args.overrides, began=STARTED)
+    code = 0 if result.finished else 128 + (result.signal or signal.SIGINT)
+    if any(thread.name.startswith("compile") for thread in threading.enumerate()):
+        # A compiler cannot be interrupted, and the interpreter would wait for it. All files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _show(args: argparse.Namespace) -> None:

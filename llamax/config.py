@@ -28,6 +28,9 @@ ROPE_SCALINGS = ("none", "llama3")
 SCHEDULES = ("cosine", "wsd")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "period")
+BIAS_UPDATES = ("sign", "proportional")
+ON_NONFINITE = ("skip", "roll_back")
+ON_SPIKE = ("warn", "skip", "roll_back")
 EVAL_KINDS = ("perplexity", "drawings")  # the keys of llamax.evals.EVALS
 
 
@@ -158,8 +161,31 @@ class Losses:
     """Weights of the training loss's terms."""
 
     next_token: float = 1.0
-    router_balance: float = 1e-2  # Switch balance
+    router_balance: float = 1e-2  # Switch balance, a statistic of the micro-batch
+    router_balance_seq: float = 0.0  # the same of every document; exact under any split of the batch
     router_z: float = 1e-3
+
+
+@dataclass(frozen=True)
+class RouterBias:
+    """Balance without a loss: after every step, idle experts' biases rise and busy ones' fall (DeepSeek-V3)."""
+
+    rate: float = 0.0  # of router logits a step; 0 turns it off
+    update: str = "sign"  # sign | proportional (to the load's distance from an even share)
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a run does about bad steps and stalls. The update of a step that is not finite is never applied."""
+
+    on_nonfinite: str = "skip"  # skip | roll_back (to the last good checkpoint, past the batches seen since)
+    on_spike: str = "warn"  # warn | skip | roll_back
+    spike_sigmas: float = 8.0  # a spike is a loss so many robust standard deviations above the last steps' median
+    spike_window: int = 64  # steps, those with pictures and those without each
+    max_bad_steps: int = 10  # this many steps in a row without an update stop the run
+    max_roll_backs: int = 3  # without a new checkpoint; one more stops the run
+    norms_every_steps: int = 100  # gradient and activation norms of every block
+    stall_s: float = 600.0  # seconds in one phase after which the watchdog writes down every thread's stack
 
 
 @dataclass(frozen=True)
@@ -168,7 +194,6 @@ class Train:
     accumulate: int = 1  # micro-batches a step
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights are float32
     remat: str = "period"  # none | period: what backward recomputes
-    max_bad_steps: int = 10  # this many non-finite steps in a row stop the run
     log_every_steps: int = 10
 
 
@@ -195,6 +220,8 @@ class Run:
     mesh: Mesh = field(default_factory=Mesh)
     optim: Optim = field(default_factory=Optim)
     losses: Losses = field(default_factory=Losses)
+    router_bias: RouterBias = field(default_factory=RouterBias)
+    health: Health = field(default_factory=Health)
     train: Train = field(default_factory=Train)
     evals: dict[str, Eval] = field(default_factory=dict)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -34,27 +34,31 @@ from llamax.kernels.grouped import Experts, pick_experts
 from llamax.model.seam import Seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.observe import log, metrics, provenance
-from llamax.observe.progress import Progress
+from llamax.observe.goodput import Goodput, Ledger
+from llamax.observe.progress import Progress, duration
 from llamax.observe.tensorboard import TensorBoard
+from llamax.observe.watchdog import Watchdog
 from llamax.optim.build import optimizer
 from llamax.parallel import place, rules
 from llamax.parallel.mesh import make_mesh
 from llamax.train import hooks
-from llamax.train.loop import fit
+from llamax.train.health import Health
+from llamax.train.loop import RollBack, StopRequest, fit
 from llamax.train.programs import Programs, abstract_batch
-from llamax.train.state import State, init
+from llamax.train.routing import RoutingLog
+from llamax.train.state import COUNTS, State, init
 from llamax.train.step import make_step
 
 logger = logging.getLogger("llamax")
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
-COUNTS = ("step", "bad_in_row", "skipped")  # the state's numbers, kept in the checkpoint's `extra`
 
 
 class Result(NamedTuple):
     state: State
     reports: dict[str, Report]
     finished: bool  # False: a stop was asked for; the same command goes on
+    signal: int | None  # which asked for it
 
 
 def train(
@@ -63,15 +67,19 @@ def train(
     *,
     overrides: Sequence[str] = (),
     devices: Sequence[jax.Device] | None = None,
+    began: float | None = None,
 ) -> Result:
     """Trains `run` in `workdir`, or goes on where it stopped, on all devices unless told otherwise. One process.
+
+    `began`: when the process did, by `time.time()`, if its start is to count in the ledger of wall time.
 
     Raises:
         ConfigError: a person's input is wrong. What can be known beforehand is told before anything is compiled,
             allocated or written; a malformed record, or a checkpoint of other shapes, is met later.
-        Diverged: too many non-finite steps in a row.
+        Diverged: too many bad steps in a row.
     """
     log.setup()
+    ledger = Ledger(began)
     workdir, asked = Path(workdir), config.to_dict(run)
     provenance.check_same_run(workdir, asked)
     tokenizer = preflight.check_tokenizer(run)
@@ -94,33 +102,42 @@ def train(
     done = preflight.check_steps_left(run, provenance.latest_step(workdir))
     preflight.check_evals(run)
     provenance.record(workdir, asked, overrides, files)
-    shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, run.seed)), shardings)
+    fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
+    shapes = jax.tree.map(shape_at, jax.eval_shape(fresh), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
+        stop = open_things.enter_context(StopRequest())
+        open_things.enter_context(Watchdog(ledger, run.health.stall_s, workdir, logger.error))
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
-        programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds))
+        programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, ledger, stop))
         batches = iter(data)
         open_things.callback(batches.close)
-        state, first = start(partial(init, bones, tx, run.seed), shapes, checkpoints, batches)
+        state, first = start(fresh, shapes, checkpoints, batches)
         put = partial(place.put_batch, mesh=mesh)
         row_multiple = math.prod(mesh.shape[axis] for axis in rules.ROWS if axis in mesh.shape)
-        clock = metrics.Clock(peak.flops_per_s)
-        context = Context(run, bones, tokenizer, put, row_multiple)
-        around, evaluate = make_hooks(run, workdir, context, checkpoints, batches, first, clock, open_things)
+        clock = metrics.Clock(peak.flops_per_s, ledger)
+        goodput = Goodput(workdir / "goodput.json", ledger, first)
+        context = Context(run, bones, tokenizer, put, row_multiple, stop.check)
+        around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
         state, finished = fit(
             state,
             lambda state, batch: programs(state, put(batch)),
             batches,
             first=first,
             steps=run.train.steps,
-            clock=clock,
+            ledger=ledger,
+            stop=stop,
             hooks=around,
+            save=around.save.save,
+            go_back=partial(go_back, shapes, checkpoints, around.log, ledger),
         )
         if done:
-            evaluate.all(first, state.params, state.router_bias)
-    report(run, workdir, evaluate.reports, finished)
-    return Result(state, evaluate.reports, finished)
+            finished = around.evaluate.all(first, state.params, state.router_bias)
+        ledger.enter("idle")
+    goodput.write(int(state.step))
+    report(run, workdir, around.evaluate.reports, finished, goodput)
+    return Result(state, around.evaluate.reports, finished, stop.signal)
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
@@ -139,7 +156,7 @@ def make_seam(mesh: Mesh) -> Seam:
 
 def state_shardings(bones: Skeleton, tx: Any, run: config.Run, mesh: Mesh) -> State:
     """Where every array of the state lives: the optimizer's moments with their parameters, the rest everywhere."""
-    shapes = jax.eval_shape(partial(init, bones, tx, run.seed))
+    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
     params = rules.shardings(bones.axes, shapes.params, mesh)
     for line in rules.unsharded(bones.axes, shapes.params, mesh):
         logger.warning(line)
@@ -167,18 +184,46 @@ def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, b
         platform = next(iter(shapes.step.sharding.device_set)).platform
         options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)(), 0
+    state = restore(shapes, checkpoints, latest, batches)
+    logger.info("resumed from step %d in %s", latest, checkpoints.folder)
+    return state, latest
+
+
+def restore(shapes: State, checkpoints: Checkpoints, step: int, batches: Any) -> State:
+    """The state of a step's checkpoint; the data iterator is moved to where it stood, if there is one."""
     found = checkpoints.restore(
-        latest,
+        step,
         params=shapes.params,
         router_bias=shapes.router_bias,
         opt=shapes.opt,
-        rng={"key": shapes.rng},
+        rng={"key": shapes.rng, "recent": shapes.recent},
         data_iterator=batches,
     )
-    logger.info("resumed from step %d in %s", latest, checkpoints.folder)
     counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
     trees = {name: found[name] for name in ("params", "router_bias", "opt")}
-    return State(rng=found["rng"]["key"], **trees, **counts), latest
+    return State(rng=found["rng"]["key"], recent=found["rng"]["recent"], **trees, **counts)
+
+
+def go_back(shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack) -> State:
+    """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
+    logger.warning("%s, past the batches in between", back)
+    for step in checkpoints.steps():
+        if step > back.to:
+            checkpoints.set_aside(step, "rolled-back")
+    state = restore(shapes, checkpoints, back.to, None)
+    written.rewind(back.to)
+    ledger.lose_steps_after(back.to)
+    written.file.write(back.to, {"health/rolled_back_from": back.now, "health/bad_step": back.bad})
+    return state
+
+
+class Hooks(NamedTuple):
+    """In the order in which they are called after every step."""
+
+    log: hooks.Log
+    health: Health
+    save: hooks.Save
+    evaluate: hooks.Evaluate
 
 
 def make_hooks(
@@ -189,29 +234,33 @@ def make_hooks(
     batches: Any,
     first: int,
     clock: metrics.Clock,
+    goodput: Goodput,
     open_things: ExitStack,
-) -> tuple[list, hooks.Evaluate]:
-    """Log, save, evaluate, in this order; the files they write are closed with `open_things`."""
+) -> Hooks:
+    """The files that the hooks write are closed with `open_things`."""
     file = open_things.enter_context(log.MetricsFile(workdir / "metrics.jsonl", first))
     board = open_things.enter_context(TensorBoard(workdir / "tensorboard", first))
     progress = open_things.enter_context(Progress(run.train.steps, first))
     board.config(config.to_dict(run), first)
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
 
-    def last_good(before: int) -> str:
-        good = max((step for step in checkpoints.steps() if step < before), default=None)
-        where = f"The last good checkpoint is step {good} in {checkpoints.folder}" if good else "None was saved before"
-        return f"{where}. Look at the data, or start anew in another --workdir with a lower --config.optim.peak_lr."
+    def newest_before(step: int) -> int | None:
+        return max((saved for saved in checkpoints.steps() if saved < step), default=None)
 
     left_out, patch_id = partial(pipeline.skipped, batches, run.data), context.tokenizer.patch
-    writer = hooks.Log(run, langs, patch_id, clock, progress, file, board, last_good, left_out, logger.warning)
-    saver = hooks.Save(checkpoints, run.checkpoint.every_steps, batches, clock)
-    evaluate = hooks.Evaluate(run, context, clock, file, board, logger.info)
-    return [writer, saver, evaluate], evaluate
+    routing = RoutingLog(run.model, open_things.enter_context(log.MetricsFile(workdir / "experts.jsonl", first)), board)
+    warn, ledger, every = logger.warning, goodput.ledger, run.train.log_every_steps
+    return Hooks(
+        hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, routing, left_out, warn),
+        Health(run.health, every, newest_before, f"{checkpoints.folder}", warn),
+        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, ledger),
+        hooks.Evaluate(run, context, ledger, file, board, logger.info),
+    )
 
 
-def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished: bool) -> None:
-    """What was learnt, and how to look at it."""
+def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished: bool, goodput: Goodput) -> None:
+    """What was learnt, where the time went, and how to look at it."""
+    logger.info("%s", time_line(goodput.total()))
     if not finished:
         logger.info("stopped and saved; the same command goes on")
         return
@@ -224,6 +273,14 @@ def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished:
             shown.add_row(*row)
         log.CONSOLE.print(shown)
     log.CONSOLE.print(f"Learning curves and pictures: {tensorboard()} --logdir {workdir}, then http://localhost:6006")
+
+
+def time_line(seconds: dict[str, float]) -> str:
+    """Where a run's wall time went, the largest part first."""
+    whole = sum(seconds.values())
+    parts = sorted(seconds.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{phase.replace('_', '-')} {s / whole:.1%}" for phase, s in parts if s >= 5e-4 * whole)
+    return f"{duration(whole)} of wall time: {shares}"
 
 
 def tensorboard() -> str:

@@ -46,6 +46,7 @@ def tiny_run(steps: int = 4, **sections) -> config.Run:
         data=data,
         mesh=config.Mesh(data=1),
         optim=config.Optim(peak_lr=3e-3, warmup_steps=2),
+        router_bias=config.RouterBias(rate=1e-2),
         train=config.Train(steps=steps, log_every_steps=2),
         checkpoint=config.Checkpoint(every_steps=2),
     )

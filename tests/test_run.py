@@ -84,9 +84,9 @@ def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
     """No setting is there in name only."""
     by_check_devices = {"Run.mesh", "Mesh.data", "Mesh.fsdp"}  # it resolves the mesh that the run takes
     fields = {f"{c.__name__}.{f.name}" for c in SECTIONS for f in dataclasses.fields(c)}
-    assert len(SECTIONS) == 12 and "Mesh.data" in fields
-    only_of_another_schedule = {"Optim.decay_steps"}  # tests/optim/test_schedules.py
-    assert sorted(fields - READ - by_check_devices - only_of_another_schedule) == []
+    assert len(SECTIONS) == 14 and "Mesh.data" in fields
+    read_elsewhere = {"Optim.decay_steps", "Health.max_roll_backs"}  # tests/optim/test_schedules.py, below
+    assert sorted(fields - READ - by_check_devices - read_elsewhere) == []
 
 
 def test_the_golden_loss_curve(unbroken):
@@ -194,7 +194,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path):
     """A learning rate that warms up from 0 to 1e16: the second update ruins the parameters, the third step is NaN. What
     step 2 saved is the ruin."""
     ruin = dict(peak_lr=1e16, warmup_steps=4)
-    broken = tiny_run(20, optim=ruin, train=dict(max_bad_steps=3), checkpoint=dict(every_steps=1))
+    broken = tiny_run(20, optim=ruin, health=dict(max_bad_steps=3), checkpoint=dict(every_steps=1))
     with pytest.raises(hooks.Diverged, match="3 to 6, were not finite.* last good checkpoint is step 1"):
         train(broken, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

@@ -99,7 +99,7 @@ class Checkpoints:
         """Everything of one step; None takes the newest.
 
         The trees hold `jax.ShapeDtypeStruct`s, whose shardings say where the arrays go (none: the first device).
-        `data_iterator` is moved to where it stood.
+        `data_iterator` is moved to where it stood; None leaves the data alone.
 
         Returns:
           params, router_bias, opt, rng, extra.
@@ -110,7 +110,8 @@ class Checkpoints:
         asked = dict(zip(ARRAYS, (params, router_bias, opt, rng), strict=True))
         self._check(step, asked, dtypes=True)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}
-        items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
+        if data_iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
         items["extra"] = ocp.args.JsonRestore()
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {name: found.get(name, tree) for name, tree in asked.items()} | {"extra": found["extra"]}

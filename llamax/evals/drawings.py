@@ -89,6 +89,7 @@ def continued(ctx: Context, prompts: Sequence[Prompt], **how: Any) -> list[list[
     """New ids for every prompt."""
     new: list[list[int]] = []
     for start in range(0, len(prompts), BATCH):
+        ctx.check_stop()
         some = prompts[start : start + BATCH]
         how |= dict(stop={ctx.tokenizer.eos}, row_multiple=ctx.row_multiple)
         new += generate(ctx.skeleton, ctx.params, ctx.router_bias, some, **how)

@@ -31,6 +31,7 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
     nats = tokens = size = 0.0
     held_out = HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs)
     for batch in held_out:
+        ctx.check_stop()
         size += text_bytes(batch, ctx.tokenizer.byte_lengths).sum()
         batch_nats, batch_tokens = sums(ctx.skeleton, ctx.params, ctx.router_bias, ctx.put(batch))
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)

@@ -41,6 +41,13 @@ TERMS: dict[str, Term] = {
         lambda batch: real(batch).sum(),
         needs_experts=True,
     ),
+    "router_balance_seq": Term(
+        lambda scored, batch: router.sequence_balance(
+            scored.routing.logits, scored.routing.index, batch.segment_ids, batch.positions
+        ),
+        lambda batch: real(batch).sum(),
+        needs_experts=True,
+    ),
     "router_z": Term(
         lambda scored, batch: router.z_loss(scored.routing.logits, real(batch)),
         lambda batch: real(batch).sum(),

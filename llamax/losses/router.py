@@ -1,9 +1,11 @@
-"""Losses on the router: the Switch balance loss and the z-loss.
+"""What keeps experts alive: balance losses, the z-loss, and the balance without a loss, the router's bias.
 
 Letters: L MoE layers, B rows, T tokens, E experts, K experts a token.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,22 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from llamax.losses.sum import Sum
+
+
+class Stats(NamedTuple):
+    """Sums over real tokens; add them over micro-batches."""
+
+    loads: Float[Array, "L E"]  # tokens given to each expert
+    squares: Float[Array, " L"]  # of the length of a token's router logits
+
+
+def stats(
+    logits_LBTE: Float[Array, "L B T E"], index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"]
+) -> Stats:
+    """What every step logs of its routing."""
+    squares_LBT = jnp.sum(jax.lax.stop_gradient(logits_LBTE) ** 2, axis=-1)
+    squares_L = jnp.sum(jnp.where(mask_BT, squares_LBT, 0.0), axis=(1, 2))
+    return Stats(loads(index_LBTK, mask_BT, logits_LBTE.shape[-1]), squares_L)
 
 
 def loads(index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"], n_experts: int) -> Float[Array, "L E"]:
@@ -37,8 +55,54 @@ def balance(
     return Sum(tokens * n_experts * jnp.sum(share_LE * mean_LE, axis=-1).mean(), tokens)
 
 
+def sequence_balance(
+    logits_LBTE: Float[Array, "L B T E"],
+    index_LBTK: Int[Array, "L B T K"],
+    segment_ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+) -> Sum:
+    """The same within every document: E sum_e f_e P_e of its own f and P (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+
+    Averaged over layers, and over documents in proportion to their tokens. A document is a packed segment, so splitting
+    the batch, packing, padding and the order of rows change nothing. Ours differs from the paper's in that P is the
+    softmax probability, as in `balance`, whatever the gate.
+    """
+    n_experts, tokens = logits_LBTE.shape[-1], segment_ids_BT.shape[1]
+    real_BT = segment_ids_BT > 0
+    chosen_LBTE = jax.nn.one_hot(index_LBTK, n_experts, dtype=jnp.float32).sum(axis=3)
+    chosen_LBTE = jnp.where(real_BT[..., None], chosen_LBTE, 0.0)
+    # Tokens of a segment stand together, so its counts are differences of running counts: whole numbers, hence exact.
+    running_LBTE = jnp.pad(jnp.cumsum(chosen_LBTE, axis=2), ((0, 0), (0, 0), (1, 0), (0, 0)))
+    first_BT = jnp.arange(tokens) - positions_BT
+    lengths_BT = jax.vmap(lambda ids: jnp.bincount(ids, length=tokens + 1)[ids])(segment_ids_BT)
+    past_BT = jnp.where(real_BT, first_BT + lengths_BT, 0)
+
+    def at(places_BT: Array) -> Array:
+        return jnp.take_along_axis(running_LBTE, jnp.where(real_BT, places_BT, 0)[None, ..., None], axis=2)
+
+    share_LBTE = (at(past_BT) - at(first_BT)) / (jnp.maximum(lengths_BT, 1) * index_LBTK.shape[-1])[..., None]
+    products_LBT = jnp.sum(share_LBTE * jax.nn.softmax(logits_LBTE, axis=-1), axis=-1)
+    mask_BT = real_BT.astype(jnp.float32)
+    return Sum(n_experts * jnp.einsum("lbt,bt->l", products_LBT, mask_BT).mean(), mask_BT.sum())
+
+
 def z_loss(logits_LBTE: Float[Array, "L B T E"], mask_BT: Bool[Array, "B T"]) -> Sum:
     """Mean of (log sum_e exp z_e)^2 over tokens and layers (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small."""
     squared_LBT = jax.nn.logsumexp(logits_LBTE, axis=-1) ** 2
     mask_BT = mask_BT.astype(jnp.float32)
     return Sum(jnp.einsum("lbt,bt->", squared_LBT, mask_BT) / squared_LBT.shape[0], mask_BT.sum())
+
+
+def bias_step(
+    bias_LE: Float[Array, "L E"], loads_LE: Float[Array, "L E"], rate: float, update: str
+) -> Float[Array, "L E"]:
+    """The bias after a step with these loads (arXiv 2408.15664, algorithm 1): more for idle experts, less for busy.
+
+    Args:
+      rate: how far a bias moves, in router logits.
+      update: "sign" moves each by `rate`; "proportional" by `rate` times its distance from an even share, relative to
+        that share.
+    """
+    even_L1 = loads_LE.mean(axis=-1, keepdims=True)
+    missing_LE = even_L1 - loads_LE
+    return bias_LE + rate * (jnp.sign(missing_LE) if update == "sign" else missing_LE / jnp.maximum(even_L1, 1.0))

@@ -11,9 +11,8 @@ from llamax.batch import Batch
 from llamax.model.attention import places
 from llamax.model.fusion import fuse
 from llamax.model.layers import RMSNorm, embedding, matrix
-from llamax.model.moe import Routing
 from llamax.model.seam import Seam
-from llamax.model.stack import ROWS, Stack
+from llamax.model.stack import ROWS, Stack, Trace
 from llamax.model.vision import VisionEncoder, normalise
 
 
@@ -36,11 +35,11 @@ class Llama(nnx.Module):
             sizes = dict(fan_in=model.vision.adapter_dim, fan_out=model.dim)
             self.projector = matrix(rngs, (model.vision.adapter_dim, model.dim), ("ffn", "embed"), **sizes)
 
-    def __call__(self, batch: Batch) -> tuple[Array, Routing | None]:
-        """Hidden states after the final norm [B, T, D], and the routing of the MoE layers [L_moe, B, T, ...]."""
+    def __call__(self, batch: Batch) -> tuple[Array, Trace]:
+        """Hidden states after the final norm [B, T, D], and what the layers tell of themselves."""
         x_BTD = self.seam.constrain(self.embed_batch(batch), ROWS)
-        x_BTD, routing = self.stack(x_BTD, places(batch.positions, batch.segment_ids, self.model))
-        return self.norm(x_BTD), routing
+        x_BTD, trace = self.stack(x_BTD, places(batch.positions, batch.segment_ids, self.model))
+        return self.norm(x_BTD), trace
 
     def embed_batch(self, batch: Batch) -> Array:
         """Token embeddings with the pictures' features in place; text-only batches never reach the encoder."""

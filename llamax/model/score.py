@@ -15,14 +15,15 @@ from llamax.model.moe import Routing
 class Score(NamedTuple):
     logp: Float[Array, "B T"]  # float32: log-probability of the target at every position
     logz: Float[Array, "B T"]  # float32: log of the softmax's denominator
+    energy: Float[Array, "L B"]  # float32; see stack.Trace
     routing: Routing | None
 
 
 def score(model: Llama, batch: Batch) -> Score:
     """log p(targets[b, t] | what stands before and at t). The logits of a vocabulary never exist as a whole."""
-    hidden_BTD, routing = model(batch)
+    hidden_BTD, trace = model(batch)
     shape = batch.targets.shape
     head_DV = model.head_DV().astype(hidden_BTD.dtype)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     nll_N, logz_N = model.seam.cross_entropy(hidden_ND, head_DV, batch.targets.reshape(-1))
-    return Score(-nll_N.reshape(shape), logz_N.reshape(shape), routing)
+    return Score(-nll_N.reshape(shape), logz_N.reshape(shape), *trace)

@@ -47,13 +47,16 @@ def setup(level: int = logging.INFO) -> None:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a logged step, `{"step": 10, "time": 1.7e9, "loss/next_token": 3.2, ...}`.
 
-    What is not finite is written as null, for JSON has no NaN.
+    `experts.jsonl` is another. What is not finite is written as null, for JSON has no NaN.
     """
 
     def __init__(self, path: str | Path, start_step: int = 0):
         """Opens PATH to append. Lines beyond `start_step`, written by a run that got further before it died and will
         be written again, are dropped first, and so is a line that was cut short; a run from step 0 begins anew."""
         self.path = Path(path)
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         if self.path.exists():
             text = self.path.read_text()
             kept = "".join(f"{line}\n" for line in text.splitlines() if start_step > 0 and _upto(line, start_step))
@@ -61,20 +64,35 @@ class MetricsFile:
                 write_whole(self.path, kept)
         self._file = self.path.open("a")
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to step `step`: the lines beyond it will be written again."""
+        self._file.close()
+        self._open(step)
+
+    def read(self) -> list[dict]:
+        """The lines so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line, on disk when it returns."""
-        shown = {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
+    def write(self, step: int, values: Mapping[str, float | list]) -> None:
+        """Appends one line, on disk when it returns. Values are numbers, or (nested) lists of them."""
+        shown = {name: _finite(x) for name, x in values.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **shown}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(x: float | list) -> float | list | None:
+    if isinstance(x, list):
+        return [_finite(part) for part in x]
+    return float(x) if math.isfinite(x) else None
 
 
 def _upto(line: str, step: int) -> bool:

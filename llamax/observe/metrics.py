@@ -6,7 +6,6 @@ host wait for the device, and the device for the host.
     average         sum of num / sum of den over the steps, never a mean of means
     MFU             model FLOP/s / peak FLOP/s; the peak is the devices' dense bfloat16 rate, or, where the table below
                     has none (a CPU), the measured rate of a 2048^3 float32 matmul
-    load            the share of a layer's tokens that each expert got; 1/E each is perfect balance
 
 Letters: L MoE layers, E experts, S sources.
 Sources of the peaks: the vendors' data sheets; TPU v7x counts one of a chip's two devices.
@@ -14,15 +13,16 @@ Sources of the peaks: the vendors' data sheets; TPU v7x counts one of a chip's t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from llamax.observe.goodput import Ledger
 
 PEAK_BF16 = {  # part of jax's device_kind -> dense bfloat16 FLOP/s of one jax device; the first match counts
     "TPU v4": 275e12,
@@ -110,29 +110,40 @@ def by_source(name: str, total: Total, sources: Sequence[str], langs: Sequence[s
     return {key: float(num / den) for key, (num, den) in sums.items() if den > 0}
 
 
-def expert_load(load_LE: np.ndarray, layers: Sequence[int]) -> dict[str, float]:
-    """How evenly the experts share the work.
+class Experts(NamedTuple):
+    """How evenly the experts of each of L layers share the work, in one step or over several."""
 
-    Args:
-      load_LE: tokens, or the share of tokens, that each expert got.
-      layers: the index in the model of each of the L layers.
-    Returns:
-      experts/layer_07/max_over_mean: the busiest expert of layer 7 relative to an even share; 1 is balance, E is
-      collapse. experts/max_over_mean: of the worst layer. experts/dead: experts, over all layers, that got nothing.
-      experts/entropy: of the load over log E, in the worst layer; 1 is balance, 0 is collapse.
-    """
-    load_LE = np.asarray(load_LE, np.float64)
-    share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1e-30)
-    n_experts = load_LE.shape[1]
-    skew_L = share_LE.max(1) * n_experts
+    load: np.ndarray  # [L, E]: the share of the layer's tokens that each expert got; 1 / E each is balance
+    max_over_mean: np.ndarray  # [L]: the busiest expert relative to an even share; 1 is balance, E is collapse
+    entropy: np.ndarray  # [L]: of the load, over log E; 1 is balance, 0 is collapse
+    dead: np.ndarray  # [L]: experts that got nothing
+    logit_norm: np.ndarray  # [L]: root of the mean squared length of a token's router logits
+
+
+def experts(loads_LE: np.ndarray, squares_L: np.ndarray, top_k: int) -> Experts:
+    """From the tokens that each expert got, and the sum over tokens of their router logits' squared length."""
+    loads_LE, squares_L = np.asarray(loads_LE, np.float64), np.asarray(squares_L, np.float64)
+    n_experts, sums_L1 = loads_LE.shape[1], loads_LE.sum(1, keepdims=True)
+    share_LE = loads_LE / np.maximum(sums_L1, 1e-30)
     log_LE = np.log(share_LE, out=np.zeros_like(share_LE), where=share_LE > 0)
-    entropy_L = -(share_LE * log_LE).sum(1) / np.log(max(n_experts, 2))
-    out = {f"experts/layer_{layer:02d}/max_over_mean": float(s) for layer, s in zip(layers, skew_L, strict=True)}
-    return out | {
-        "experts/max_over_mean": float(skew_L.max()),
-        "experts/dead": float((load_LE == 0).sum()),
-        "experts/entropy": float(entropy_L.min()),
-    }
+    return Experts(
+        load=share_LE,
+        max_over_mean=share_LE.max(1) * n_experts,
+        entropy=-(share_LE * log_LE).sum(1) / np.log(max(n_experts, 2)),
+        dead=(loads_LE == 0).sum(1),
+        logit_norm=np.sqrt(squares_L / np.maximum(sums_L1[:, 0] / top_k, 1e-30)),
+    )
+
+
+def expert_scalars(got: Experts, layers: Sequence[int]) -> dict[str, float]:
+    """experts/layer_07/max_over_mean, .../entropy, .../dead, .../logit_norm for the layers of these numbers in the
+    model; and over all of them the worst max_over_mean and entropy, the sum of dead, the largest logit_norm."""
+    out: dict[str, float] = {}
+    for name, worst in (("max_over_mean", np.max), ("entropy", np.min), ("dead", np.sum), ("logit_norm", np.max)):
+        values_L = getattr(got, name)
+        out |= {f"experts/layer_{n:02d}/{name}": float(x) for n, x in zip(layers, values_L, strict=True)}
+        out[f"experts/{name}"] = float(worst(values_L))
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -174,35 +185,22 @@ def measured_peak() -> float:
 
 
 class Clock:
-    """Where a run's time goes. Call `lap` right after `Window.fetch`, when the device has caught up with the host."""
+    """Speed between two logs, from the ledger: steps and what they waited for; not compiling, saving, evaluating."""
 
-    def __init__(self, peak_flops_per_s: float):
-        self._peak = peak_flops_per_s
-        self._start, self._waited, self._aside = time.perf_counter(), 0.0, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around fetching the next batch. The device may still be busy meanwhile: an upper bound of its idle time."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is no training: evaluations, waiting for a save."""
-        start = time.perf_counter()
-        yield
-        self._aside += time.perf_counter() - start
+    def __init__(self, peak_flops_per_s: float, ledger: Ledger):
+        self._peak, self._ledger, self._last = peak_flops_per_s, ledger, ledger.seconds()
 
     def lap(self, *, steps: int, tokens: float, flops: float) -> dict[str, float]:
         """Speed since the last lap, in which `steps` steps took `tokens` tokens and `flops` model FLOPs, all devices.
 
+        Call it right after `Window.fetch`, when the device has caught up with the host.
+
         Returns:
           speed/step_s, speed/tokens_per_s, speed/mfu and speed/data_wait, the last two as shares of 1.
         """
-        now = time.perf_counter()
-        seconds = max(now - self._start - self._aside, 1e-9)
-        waited, self._start, self._waited, self._aside = self._waited, now, 0.0, 0.0
+        last, self._last = self._last, self._ledger.seconds()
+        waited = self._last["data"] - last["data"]
+        seconds = max(self._last["step"] - last["step"] + waited, 1e-9)
         return {
             "speed/step_s": seconds / max(steps, 1),
             "speed/tokens_per_s": tokens / seconds,

@@ -21,6 +21,7 @@ from tensorboardX import SummaryWriter
 from llamax.observe.provenance import flat
 
 CELL_PX = 18  # of the heat map
+TIME_PX = 600  # width of the heat map over time
 TILE_PX = 200  # width of a picture with its caption
 COLUMNS = 4  # of pictures
 FONT_PX = 22  # TensorBoard shows a sheet at a third of its size
@@ -33,17 +34,26 @@ class TensorBoard:
     """The event files of one run; a context manager.
 
     Names have slashes: loss/next_token, loss/source/python, loss/lang/en, optim/lr, optim/grad_norm,
-    speed/tokens_per_s, experts/layer_07/max_over_mean.
+    speed/tokens_per_s, experts/layer_07/max_over_mean, norms/gradient/layer_07, goodput/step.
     """
 
     def __init__(self, folder: str | Path, start_step: int = 0):
         """Events beyond `start_step`, of a run that got further before it died, are hidden; from step 0, all are."""
+        self._folder = str(folder)
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         self._writer = SummaryWriter(
-            str(folder),
+            self._folder,
             purge_step=start_step + 1 if start_step > 0 else 0,
             flush_secs=10,
             filename_suffix=f".{time.time_ns()}",  # two starts in one second must not share a file
         )
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to step `step`: what was written beyond it is hidden."""
+        self._writer.close()
+        self._open(step)
 
     def __enter__(self) -> TensorBoard:
         return self
@@ -67,6 +77,11 @@ class TensorBoard:
         """A heat map under experts/load, a row a layer, a column an expert; colours as in RAMP_COLOURS."""
         self._writer.add_image("experts/load", heat_map(load_LE, layers), step, dataformats="HWC")
 
+    def expert_loads_over_time(self, load_SLE: np.ndarray, steps: Sequence[int], layers: Sequence[int]) -> None:
+        """A heat map under experts/load_over_time: a column for each of S steps; a band a layer, a row an expert."""
+        image = time_map(load_SLE, steps, layers)
+        self._writer.add_image("experts/load_over_time", image, steps[-1], dataformats="HWC")
+
     def text(self, tag: str, markdown: str, step: int) -> None:
         self._writer.add_text(tag, markdown, step)
 
@@ -82,17 +97,50 @@ class TensorBoard:
 
 def heat_map(load_LE: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     """Loads of [L, E] experts as a picture, uint8 [height, width, 3], with the layers' numbers at the left."""
-    load_LE = np.nan_to_num(np.asarray(load_LE, np.float64))
-    even_L1 = np.maximum(load_LE.mean(1, keepdims=True), 1e-30)
-    rgb = [np.interp(load_LE / even_L1, RAMP_LEVELS, channel) for channel in zip(*RAMP_COLOURS, strict=True)]
-    small = np.stack(rgb, -1).astype(np.uint8)
-    cells = small.repeat(CELL_PX, 0).repeat(CELL_PX, 1)
+    cells = colours(load_LE).repeat(CELL_PX, 0).repeat(CELL_PX, 1)
+    return _labelled(cells, {row * CELL_PX: f"{layer}" for row, layer in enumerate(layers)})
+
+
+def time_map(load_SLE: np.ndarray, steps: Sequence[int], layers: Sequence[int]) -> np.ndarray:
+    """Loads at S steps as a picture: time to the right, a band for each layer, in it a row for each expert.
+
+    The numbers at the left are the layers'; the first and last step stand below.
+    """
+    rgb_SLEC = colours(load_SLE)
+    width = max(1, TIME_PX // len(steps))
+    row = max(3, CELL_PX // 2)
+    bands, labels, height = [], {}, 0
+    for number, layer in enumerate(layers):
+        band = rgb_SLEC[:, number].swapaxes(0, 1).repeat(row, 0).repeat(width, 1)
+        gap = np.full((FONT_PX, band.shape[1], 3), 255, np.uint8)
+        labels[height] = f"{layer}"
+        bands += [band, gap]
+        height += len(band) + len(gap)
+    cells = np.concatenate(bands)
+    labels[height - FONT_PX] = f"{steps[0]}"
+    out = Image.fromarray(_labelled(cells, labels))
+    end = f"{steps[-1]}"
+    draw = ImageDraw.Draw(out)
+    draw.text((out.width - draw.textlength(end, _font()), height - FONT_PX), end, fill="black", font=_font())
+    return np.asarray(out)
+
+
+def colours(load: np.ndarray) -> np.ndarray:
+    """Loads [..., E] relative to an even share as colours of the ramp, uint8 [..., E, 3]."""
+    load = np.nan_to_num(np.asarray(load, np.float64))
+    even = np.maximum(load.mean(-1, keepdims=True), 1e-30)
+    rgb = [np.interp(load / even, RAMP_LEVELS, channel) for channel in zip(*RAMP_COLOURS, strict=True)]
+    return np.stack(rgb, -1).astype(np.uint8)
+
+
+def _labelled(cells: np.ndarray, labels: Mapping[int, str]) -> np.ndarray:
+    """A picture with texts at its left, at these heights."""
     margin = 2 * CELL_PX
     out = Image.new("RGB", (margin + cells.shape[1], cells.shape[0]), "white")
     out.paste(Image.fromarray(cells), (margin, 0))
     draw = ImageDraw.Draw(out)
-    for row, layer in enumerate(layers):
-        draw.text((2, row * CELL_PX + 2), f"{layer}", fill="black", font=_font())
+    for height, label in labels.items():
+        draw.text((2, height + 2), label, fill="black", font=_font())
     return np.asarray(out)
 
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: logging, checkpoints, evaluations, and the halt of a run that only produces NaN."""
+"""What happens around the steps: logging, checkpoints, evaluations. (Health has a file of its own.)"""
 
 from __future__ import annotations
 
@@ -12,29 +12,18 @@ import numpy as np
 
 from llamax import config
 from llamax.checkpoint.manager import Checkpoints
-from llamax.config import ConfigError
 from llamax.data.sources import SKIP_REASONS
 from llamax.evals import EVALS, Report
 from llamax.evals.report import Context
 from llamax.model import count
 from llamax.observe import metrics
+from llamax.observe.goodput import Goodput, Ledger
 from llamax.observe.log import MetricsFile
 from llamax.observe.progress import Progress
 from llamax.observe.tensorboard import TensorBoard
-from llamax.train.loop import Event
-
-LOAD_EVERY = 10  # logged steps between two heat maps of the experts
-
-
-class Diverged(ConfigError):
-    """Too many non-finite steps in a row."""
-
-    exit_code = 3
-
-
-def due(event: Event, every: int) -> bool:
-    """Every `every` steps (0: never), and after the last one."""
-    return event.last or (every > 0 and event.step % every == 0)
+from llamax.train.loop import Event, Stopped, due
+from llamax.train.routing import RoutingLog
+from llamax.train.state import COUNTS, State
 
 
 @dataclass
@@ -45,14 +34,14 @@ class Log:
     langs: list[str]  # of the sources, in the order of their ids
     patch_id: int
     clock: metrics.Clock
+    goodput: Goodput
     progress: Progress
     file: MetricsFile
     board: TensorBoard
-    last_good: Callable[[int], str]  # says which checkpoint before a step to go back to
+    routing: RoutingLog
     left_out: Callable[[], Mapping[str, Mapping[str, int]]]  # documents skipped so far: source -> reason -> count
     warn: Callable[[str], None]
     window: metrics.Window = field(default_factory=metrics.Window)
-    bad_in_row: list[jax.Array] = field(default_factory=list)  # after each step since the last log
     steps: int = 0
     tokens: int = 0  # without padding
     flops: float = 0.0
@@ -63,9 +52,9 @@ class Log:
         got = event.metrics
         values = {"loss": got.by_source, "optim/grad_norm": got.grad_norm, "optim/lr": got.lr}
         values |= {f"loss/{name}": term for name, term in got.terms.items()}
-        values |= {"loads": got.loads} if got.loads is not None else {}
         self.window.add(values)
-        self.bad_in_row.append(got.bad_in_row)
+        if got.routing is not None:
+            self.routing.add(event.step, got.routing)
         self.steps += 1
         self.tokens += int(np.count_nonzero(event.batch.segment_ids))
         self.flops += count.step_flops(self.run, self.tiles(event))
@@ -83,36 +72,29 @@ class Log:
 
     def log(self, event: Event) -> None:
         values = self.window.fetch()
-        shown = metrics.scalars({name: value for name, value in values.items() if name not in ("loss", "loads")})
+        speed = self.clock.lap(steps=self.steps, tokens=self.tokens, flops=self.flops)
+        shown = metrics.scalars({name: value for name, value in values.items() if name != "loss"})
         shown |= metrics.by_source("loss", values["loss"], sorted(self.run.data.sources), self.langs)
-        layers = [i for i, kind in enumerate(self.run.model.layers) if kind.endswith("moe")]
-        if "loads" in values:
-            shown |= metrics.expert_load(values["loads"], layers)
-            if self.logged % LOAD_EVERY == 0 or event.last:
-                self.board.expert_loads(values["loads"], layers, event.step)
+        shown |= self.routing.fetch(event.last)
         weights = dataclasses.asdict(self.run.losses)
         shown["loss/total"] = sum(weight * shown.get(f"loss/{name}", 0.0) for name, weight in weights.items())
-        shown["steps/skipped"] = float(event.metrics.skipped)
-        shown |= self.documents_left_out(last=event.last)
-        shown |= self.clock.lap(steps=self.steps, tokens=self.tokens, flops=self.flops)
+        shown["steps/skipped"] = float(jax.device_get(event.metrics.skipped))
+        shown |= self.documents_left_out(last=event.last) | speed | self.goodput.shares()
+        if due(event, self.run.health.norms_every_steps):
+            shown |= norms(event)
         self.progress.log(event.step, shown)
         self.file.write(event.step, shown)
         self.board.scalars(shown, event.step)
+        self.goodput.write(event.step)
         self.steps, self.tokens, self.flops, self.logged = 0, 0, 0.0, self.logged + 1
-        self.check_finite(event.step)
 
-    def check_finite(self, step: int) -> None:
-        """Raises Diverged if too many steps in a row, of those up to `step` and since the last call, were bad."""
-        bad_in_row, self.bad_in_row = [int(n) for n in jax.device_get(self.bad_in_row)], []
-        bad = max(bad_in_row)
-        if bad >= self.run.train.max_bad_steps:
-            last = step - len(bad_in_row) + 1 + bad_in_row.index(bad)
-            raise Diverged(
-                f"--config.train.max_bad_steps={self.run.train.max_bad_steps}",
-                f"{bad} steps in a row, {last - bad + 1} to {last}, were not finite",
-                # The step before the first bad one gave the parameters that made it bad.
-                self.last_good(last - bad),
-            )
+    def rewind(self, step: int) -> None:
+        """The run has gone back to step `step`: forget what was not logged, hide what was."""
+        self.window.fetch()
+        self.steps, self.tokens, self.flops = 0, 0, 0.0
+        self.clock.lap(steps=0, tokens=0, flops=0)
+        for written in (self.file, self.board, self.routing):
+            written.rewind(step)
 
     def documents_left_out(self, last: bool) -> dict[str, float]:
         """Counts for the log; a warning at a reason's first document of a source, and with the total at the end."""
@@ -125,35 +107,54 @@ class Log:
         return {f"data/left_out/{name}": float(n) for name, n in counts.items()}
 
 
+def norms(event: Event) -> dict[str, float]:
+    """norms/gradient/BLOCK, before clipping, and norms/activation/layer_07: the root mean square of the residual stream
+    after that layer, over real tokens."""
+    squares, energy_L = jax.device_get((event.metrics.grad_squares, event.metrics.energy))
+    out: dict[str, float] = {}
+    for block, values in squares.items():
+        if np.ndim(values):
+            out |= {f"norms/gradient/{block}_{i:02d}": float(np.sqrt(x)) for i, x in enumerate(values)}
+        else:
+            out[f"norms/gradient/{block}"] = float(np.sqrt(values))
+    tokens = max(int(np.count_nonzero(event.batch.segment_ids)), 1)
+    return out | {f"norms/activation/layer_{i:02d}": float(np.sqrt(x / tokens)) for i, x in enumerate(energy_L)}
+
+
 @dataclass
 class Save:
-    """A checkpoint every `every_steps` and at the end, written while training goes on; none after a non-finite step.
+    """A checkpoint every `every_steps` and at the end, written while training goes on; none after a bad step.
 
-    What made a step non-finite may be in the parameters already: a stop then goes back to the checkpoint before.
+    What made a step bad may be in the parameters already: a stop then goes back to the checkpoint before.
     """
 
     checkpoints: Checkpoints
     every: int
     batches: Any  # the data iterator, which stands after the last batch taken
-    clock: metrics.Clock
+    ledger: Ledger
 
     def __call__(self, event: Event) -> None:
-        if not due(event, self.every):
-            return
-        state = event.state
+        if due(event, self.every):
+            self.save(event.step, event.state)
+
+    def save(self, step: int, state: State) -> None:
         jax.block_until_ready(state.bad_in_row)  # else waiting for the step would count as saving
-        with self.clock.aside():
-            if int(state.bad_in_row):
+        with self.ledger.during("save"):
+            counts = {
+                name: int(n) for name, n in jax.device_get({name: getattr(state, name) for name in COUNTS}).items()
+            }
+            if counts["bad_in_row"]:
                 return
             self.checkpoints.save(
-                event.step,
+                step,
                 params=state.params,
                 router_bias=state.router_bias,
                 opt=state.opt,
-                rng={"key": state.rng},
+                rng={"key": state.rng, "recent": state.recent},
                 data_iterator=self.batches,
-                extra={"step": event.step, "bad_in_row": int(state.bad_in_row), "skipped": int(state.skipped)},
+                extra=counts,
             )
+        self.ledger.mark(step)
 
 
 @dataclass
@@ -162,7 +163,7 @@ class Evaluate:
 
     run: config.Run
     context: Context  # without weights
-    clock: metrics.Clock
+    ledger: Ledger
     file: MetricsFile
     board: TensorBoard
     say: Callable[[str], None]
@@ -173,14 +174,19 @@ class Evaluate:
         if not names:
             return
         jax.block_until_ready(event.state.params)  # else waiting for the step would count as evaluation
-        with self.clock.aside():
+        with self.ledger.during("evaluate"), jax.transfer_guard("allow"):
             for name in names:
                 self.evaluate(name, event.step, event.state.params, event.state.router_bias)
 
-    def all(self, step: int, params: Any, router_bias: Any) -> None:
-        """Every evaluation: a run that has taken all its steps is started once more."""
-        for name in self.run.evals:
-            self.evaluate(name, step, params, router_bias)
+    def all(self, step: int, params: Any, router_bias: Any) -> bool:
+        """Every evaluation: a run that has taken all its steps is started once more. False if it was stopped."""
+        try:
+            with self.ledger.during("evaluate"):
+                for name in self.run.evals:
+                    self.evaluate(name, step, params, router_bias)
+        except Stopped:
+            return False
+        return True
 
     def wanted(self, event: Event, every: int) -> bool:
         return event.step == self.run.train.steps or (every > 0 and event.step % every == 0)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from llamax.batch import Batch
-from llamax.observe.metrics import Clock
+from llamax.observe.goodput import Ledger
 from llamax.train.state import State
 from llamax.train.step import Metrics
 
@@ -30,11 +32,37 @@ class Event(NamedTuple):
 Hook = Callable[[Event], None]
 
 
+def due(event: Event, every: int) -> bool:
+    """Every `every` steps (0: never), and after the last one."""
+    return event.last or (every > 0 and event.step % every == 0)
+
+
+class RollBack(Exception):
+    """Asks the loop to go back to the checkpoint of step `to`, and on with the batches that no step has seen."""
+
+    def __init__(self, to: int, bad: int, now: int):
+        super().__init__(f"step {bad} was bad: back from step {now} to step {to}")
+        self.to, self.bad, self.now = to, bad, now
+
+
+class Stopped(Exception):
+    """A stop was asked for, and what was under way had better be left than waited for."""
+
+
 class StopRequest:
     """Ctrl-C or SIGTERM asks the loop to stop after the step under way; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.signal: int | None = None  # the first one received
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """Raises Stopped if a stop was asked for: called where something long can be left."""
+        if self.asked:
+            raise Stopped
 
     def __enter__(self) -> StopRequest:
         self._old: dict[int, Any] = {}
@@ -50,28 +78,57 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.signal = self.signal or number
 
 
 def fit(
     state: State,
     step: Callable[[State, Batch], tuple[State, Metrics]],
-    batches: Iterator[Batch],
+    batches: Any,
     *,
     first: int,
     steps: int,
-    clock: Clock,
+    ledger: Ledger,
+    stop: StopRequest,
     hooks: Sequence[Hook],
+    save: Callable[[int, State], None],
+    go_back: Callable[[RollBack], State],
 ) -> tuple[State, bool]:
-    """Takes the steps `first` + 1 ... `steps`; returns the state, and whether all were taken (not stopped before)."""
-    with StopRequest() as stop:
-        for number in range(first + 1, steps + 1):
-            with clock.waiting():
+    """Takes the steps `first` + 1 ... `steps`; returns the state, and whether all was done (not stopped before).
+
+    Args:
+      step: may raise Stopped instead of taking the step.
+      batches: a Grain iterator.
+      save: saves the state after a step, when a stop leaves no time for the hooks.
+      go_back: the state that a RollBack asks for.
+    """
+    number = first
+    ledger.enter("step")
+    # Nothing but batches, metrics and checkpoints crosses between host and devices, and each of them by name.
+    with jax.transfer_guard("disallow"):
+        while number < steps:
+            place = batches.get_state()
+            with ledger.during("data"):
                 batch = next(batches)
-            state, metrics = step(state, batch)
+            try:
+                state, metrics = step(state, batch)
+            except Stopped:
+                batches.set_state(place)
+                if number > first:
+                    save(number, state)
+                return state, False
+            number += 1
             event = Event(number, number == steps or stop.asked, state, batch, metrics)
-            for hook in hooks:
-                hook(event)
+            try:
+                for hook in hooks:
+                    hook(event)
+            except RollBack as back:
+                with ledger.during("roll_back"):
+                    state, number = go_back(back), back.to
+                continue
+            except Stopped:
+                save(number, state)
+                return state, False
             if event.last:
                 return state, number == steps
     return state, True

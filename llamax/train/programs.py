@@ -7,7 +7,7 @@ sharding, so a run cannot compile a second time without anyone noticing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -15,14 +15,19 @@ import numpy as np
 
 from llamax import config
 from llamax.batch import Batch
+from llamax.observe.goodput import Ledger
+from llamax.train.loop import StopRequest
 from llamax.train.state import State
+
+PATIENCE_S = 0.2  # how often a wait for the compiler looks whether a stop was asked for
 
 
 class Programs:
     """Called like the step; waits for the program that a batch needs. A context manager: leaving drops what waits."""
 
-    def __init__(self, step: Any, state: State, batches: Iterable[Batch]):
+    def __init__(self, step: Any, state: State, batches: Iterable[Batch], ledger: Ledger, stop: StopRequest):
         """`step` is a jitted step(state, batch); `state` and `batches` hold ShapeDtypeStructs with their shardings."""
+        self._ledger, self._stop = ledger, stop
         self._pool = ThreadPoolExecutor(1, "compile")  # compiling releases the interpreter: the start goes on beside it
         self._programs = {slots(batch): self._pool.submit(_compile, step, state, batch) for batch in batches}
 
@@ -30,10 +35,16 @@ class Programs:
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=not self._stop.asked, cancel_futures=True)
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Any]:
-        return self._programs[slots(batch)].result()(state, batch)
+        """Raises Stopped if a stop is asked for while the program is still being compiled."""
+        program = self._programs[slots(batch)]
+        if not program.done():
+            with self._ledger.during("compile"):
+                while not wait([program], PATIENCE_S).done:
+                    self._stop.check()
+        return program.result()(state, batch)
 
 
 def slots(batch: Batch) -> int:

@@ -11,6 +11,8 @@ from jax import Array
 
 from llamax.model.skeleton import Skeleton
 
+COUNTS = ("step", "bad_in_row", "skipped")  # the state's numbers, kept in a checkpoint's `extra`
+
 
 class State(NamedTuple):
     step: Array  # int32: steps taken, skipped ones included
@@ -18,14 +20,16 @@ class State(NamedTuple):
     router_bias: Any
     opt: Any
     rng: Array  # uint32 key data, split off for whatever a step must draw
-    bad_in_row: Array  # int32: non-finite steps since the last good one
-    skipped: Array  # int32: non-finite steps so far
+    bad_in_row: Array  # int32: bad steps since the last good one
+    skipped: Array  # int32: bad steps so far, whose update was not applied
+    recent: Array  # float32 [2, W]: the last finite losses of steps without pictures and with; NaN: not yet
 
 
-def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int) -> State:
+def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int, spike_window: int) -> State:
     """A fresh state; pure, so that run.py can place it under one jit, or only take its shapes."""
     key = jax.random.key(seed)
     init_key, run_key = jax.random.split(key)
     params, router_bias = skeleton.init(init_key)
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, router_bias, optimizer.init(params), jax.random.key_data(run_key), zero, zero)
+    recent = jnp.full((2, spike_window), jnp.nan, jnp.float32)
+    return State(zero, params, router_bias, optimizer.init(params), jax.random.key_data(run_key), zero, zero, recent)

@@ -1,7 +1,7 @@
 """The training step: loss -> gradient -> update, one pure function for one jit.
 
-A non-finite loss, gradient or update leaves parameters and optimizer as they were and is counted; the loop stops a run
-that meets too many in a row.
+A bad step leaves parameters, router biases and optimizer as they were and is counted; the loop stops a run that meets
+too many in a row. Bad is a loss, gradient or update that is not finite, and a spike of the loss where the run says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llamax.losses import TERMS, Sum, next_token, router
 from llamax.model.score import score
 from llamax.model.skeleton import Skeleton
 from llamax.optim.schedules import schedule
+from llamax.train import blocks
 from llamax.train.state import State
 
 
@@ -29,15 +30,29 @@ class Metrics(NamedTuple):
     loss: Array  # the weighted total
     terms: dict[str, Sum]  # each loss term, unweighted
     by_source: Sum  # next-token nats and tokens, [n_sources] each
-    loads: Array | None  # tokens given to each expert, [L_moe, E]
+    routing: router.Stats | None  # None without MoE layers
+    energy: Array  # [L]: mean square of the residual stream after each layer, summed over real tokens
+    grad_squares: dict[str, Array]  # by block: blocks.gradient_squares
     grad_norm: Array
     lr: Array
-    skipped: Array  # non-finite steps so far
+    finite: Array  # bool: loss, gradient and update
+    spike: Array  # bool: the loss stands far above those of the last steps
+    skipped: Array  # bad steps so far
     bad_in_row: Array
 
 
+class Told(NamedTuple):
+    """What the forward pass tells beside the gradient; sums over rows, but for the loss."""
+
+    loss: Array
+    terms: dict[str, Sum]
+    by_source: Sum
+    routing: router.Stats | None
+    energy: Array
+
+
 def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
-    """gradient(params, router_bias, batch) -> (grads, (loss, terms, by_source, loads)) over all of the batch's rows."""
+    """gradient(params, router_bias, batch) -> (grads, Told) over all of the batch's rows."""
     n_sources = len(run.data.sources)
     has_experts = any(kind.endswith("+moe") for kind in run.model.layers)
     weights = {name: getattr(run.losses, name) for name, t in TERMS.items() if has_experts or not t.needs_experts}
@@ -49,10 +64,10 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
         # Divided by what the whole batch counts, of which these rows may be a part.
         total = sum(weights[name] * Sum(term.num, dens[name]).mean() for name, term in terms.items())
         per_source = next_token.by_source(scored.logp, batch.loss_weights, batch.source_ids, n_sources)
-        loads = None
+        routing = None
         if scored.routing is not None:
-            loads = router.loads(scored.routing.index, batch.segment_ids > 0, run.model.n_experts)
-        return total, (total, terms, per_source, loads)
+            routing = router.stats(*scored.routing, batch.segment_ids > 0)
+        return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1))
 
     def gradient(params, router_bias, batch: Batch):
         dens = {name: TERMS[name].den(batch) for name in weights}
@@ -82,27 +97,58 @@ def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTran
     """step(state, batch) -> (state, Metrics); pure."""
     gradient = make_gradient(run, skeleton)
     lr = schedule(run.optim, run.train.steps)
+    plan, bias, health = run.model.plan, run.router_bias, run.health
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, (loss, terms, by_source, loads) = gradient(state.params, state.router_bias, batch)
+        grads, told = gradient(state.params, state.router_bias, batch)
         grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
-        params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(told.loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+        kind = int(batch.tiles.shape[1] > 0)  # batches with pictures have losses of their own
+        spike = is_spike(told.loss, state.recent[kind], health.spike_sigmas)
+        good = finite if health.on_spike == "warn" else finite & ~spike
+        params, router_bias = optax.apply_updates(state.params, updates), state.router_bias
+        if told.routing is not None and bias.rate:
+            router_bias = blocks.move_biases(router_bias, told.routing.loads, plan, bias.rate, bias.update)
+        remembered = jnp.concatenate([state.recent[kind, 1:], told.loss[None]])
         bad = (~good).astype(jnp.int32)
         new = State(
             step=state.step + 1,
             params=keep_if(good, params, state.params),
-            router_bias=state.router_bias,
+            router_bias=keep_if(good, router_bias, state.router_bias),
             opt=keep_if(good, opt, state.opt),
             rng=state.rng,
             bad_in_row=(state.bad_in_row + 1) * bad,
             skipped=state.skipped + bad,
+            # A spike is remembered: where the losses have risen for good, half a window later it is none any more.
+            recent=keep_if(jnp.isfinite(told.loss), state.recent.at[kind].set(remembered), state.recent),
         )
-        rate = jnp.asarray(lr(state.step - state.skipped), jnp.float32)
-        return new, Metrics(loss, terms, by_source, loads, grad_norm, rate, new.skipped, new.bad_in_row)
+        metrics = Metrics(
+            **told._asdict(),
+            grad_squares=blocks.gradient_squares(grads, plan),
+            grad_norm=grad_norm,
+            lr=jnp.asarray(lr(state.step - state.skipped), jnp.float32),
+            finite=finite,
+            spike=spike,
+            skipped=new.skipped,
+            bad_in_row=new.bad_in_row,
+        )
+        return new, metrics
 
     return step
+
+
+def is_spike(loss: Array, recent_W: Array, sigmas: float) -> Array:
+    """Whether a loss is more than `sigmas` robust standard deviations above the median of the recent ones (NaN: none).
+
+    The deviation is 1.4826 x the median distance from the median, which for normal noise is the standard deviation, and
+    which no spike in less than half of the window moves; at least a thousandth of the median, for losses may be flat.
+    False until half of the window is filled.
+    """
+    median = jnp.nanmedian(recent_W)
+    deviation = jnp.maximum(1.4826 * jnp.nanmedian(jnp.abs(recent_W - median)), 1e-3 * jnp.abs(median))
+    enough = jnp.sum(jnp.isfinite(recent_W)) >= recent_W.size // 2
+    return enough & (loss > median + sigmas * deviation)
 
 
 def keep_if(good: Array, new: Any, old: Any) -> Any:

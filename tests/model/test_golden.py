@@ -35,7 +35,7 @@ def forward(case: str, batch: Batch | None = None, constrained: list | None = No
 
     def program(params):
         llama = skel.bind(params, bias)
-        final, routing = llama(batch or golden.batch)
+        final, (_, routing) = llama(batch or golden.batch)
         hidden = [] if constrained is None else [*seen[::2], final]
         return hidden, routing.logits, llama.logits(final)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llamax.observe import metrics
+from llamax.observe import goodput, metrics
 from tests.tolerances import TWIN
 
 
@@ -71,26 +71,36 @@ def test_by_source_groups_languages_and_leaves_out_the_unseen():
 
 def test_expert_load_against_a_loop():
     load_LE = np.array([[10.0, 10, 10, 10], [0, 25, 5, 10], [40, 0, 0, 0]])
-    got = metrics.expert_load(load_LE, layers=[1, 3, 15])
+    found = metrics.experts(load_LE, squares_L=np.array([40.0, 0.0, 360.0]), top_k=2)
+    got = metrics.expert_scalars(found, layers=[1, 3, 15])
     entropies = []
-    for layer, row in zip([1, 3, 15], load_LE, strict=True):
+    for layer, row, load in zip([1, 3, 15], load_LE, found.load, strict=True):
         share = [x / sum(row) for x in row]
-        assert got[f"experts/layer_{layer:02d}/max_over_mean"] == pytest.approx(max(share) * 4)
+        np.testing.assert_allclose(load, share)
         entropies.append(-sum(s * np.log(s) for s in share if s > 0) / np.log(4))
+        assert got[f"experts/layer_{layer:02d}/max_over_mean"] == pytest.approx(max(share) * 4)
+        assert got[f"experts/layer_{layer:02d}/entropy"] == pytest.approx(entropies[-1])
+        assert got[f"experts/layer_{layer:02d}/dead"] == row.tolist().count(0)
+    norms = [got[f"experts/layer_{layer:02d}/logit_norm"] for layer in (1, 3, 15)]
+    assert norms == pytest.approx([2**0.5, 0.0, 18**0.5]), "40 choices are of 20 tokens, two each"
+    assert got["experts/logit_norm"] == max(norms)
     assert got["experts/dead"] == 4 and got["experts/max_over_mean"] == 4
     np.testing.assert_allclose(got["experts/entropy"], min(entropies), **TWIN)
     assert entropies[0] == pytest.approx(1) and got["experts/entropy"] == 0
 
 
-def test_clock_accounts_for_every_second(monkeypatch):
+def test_speed_counts_steps_and_waits_for_data_only(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    clock = metrics.Clock(peak_flops_per_s=1000.0)
-    with clock.waiting():
+    monkeypatch.setattr(goodput.time, "perf_counter", lambda: now[0])
+    ledger = goodput.Ledger()
+    now[0] += 50  # the start
+    clock = metrics.Clock(1000.0, ledger)
+    ledger.enter("step")
+    with ledger.during("data"):
         now[0] += 2
     now[0] += 6
-    with clock.aside():
-        now[0] += 100  # an evaluation
+    with ledger.during("evaluate"):
+        now[0] += 100
     got = clock.lap(steps=4, tokens=800, flops=4000)
     assert got == {
         "speed/step_s": 2.0,

@@ -34,9 +34,10 @@ def gradient_on(run: config.Run):
     state = jax.device_put(host_state(), state_shardings(bones, tx, run, mesh))
     batch = place.put_batch(first_with_pictures(), mesh=mesh)
     gradient = jax.jit(make_gradient(run, bones))
-    grads, (loss, _, _, loads) = gradient(state.params, state.router_bias, batch)
+    grads, told = gradient(state.params, state.router_bias, batch)
     paths = jax.tree_util.tree_leaves_with_path(grads)
-    return float(loss), {jax.tree_util.keystr(path): np.asarray(g) for path, g in paths}, np.asarray(loads)
+    by_path = {jax.tree_util.keystr(path): np.asarray(g) for path, g in paths}
+    return float(told.loss), by_path, np.asarray(told.routing.loads)
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def host_state():
     """The same initial state for every mesh."""
     mesh = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
     bones = skeleton(RUN.model, make_seam(mesh), patch_id=Tokenizer(RUN.data.tokenizer).patch, train=RUN.train)
-    return jax.device_get(jax.jit(lambda: init(bones, optimizer(RUN.optim, 4, bones.kinds), 0))())
+    return jax.device_get(jax.jit(lambda: init(bones, optimizer(RUN.optim, 4, bones.kinds), 0, 8))())
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
 from llamax.train import step as train_step
 from llamax.train.state import State, init
-from llamax.train.step import make_gradient, make_step, split_rows
+from llamax.train.step import Told, is_spike, make_gradient, make_step, split_rows
 from tests.model import twins
 from tests.tolerances import MESH_GRAD, MESH_LOSS, ORACLE
 
@@ -31,6 +31,9 @@ RUN = config.Run(
     losses=config.Losses(router_balance=0.0, router_z=1e-2),  # Switch balance is a statistic of each micro-batch
     train=config.Train(steps=100),
 )
+
+
+NOTHING_RECENT = jnp.full((2, RUN.health.spike_window), jnp.nan, jnp.float32)
 
 
 def four_rows() -> Batch:
@@ -53,7 +56,7 @@ def tiny():
     rng = np.random.default_rng(0)
     params, bias = jax.tree.map(lambda x: rng.normal(0.2, 0.2, x.shape).astype(np.float32), skel.shapes())
     zero = np.zeros((), np.int32)
-    state = State(zero, params, bias, tx.init(params), np.zeros(2, np.uint32), zero, zero)
+    state = State(zero, params, bias, tx.init(params), np.zeros(2, np.uint32), zero, zero, NOTHING_RECENT)
     return SimpleNamespace(skel=skel, tx=tx, state=state, step=twins.quick_jit(make_step(accumulating(2), skel, tx)))
 
 
@@ -74,20 +77,18 @@ def test_accumulation_changes_neither_loss_nor_gradient(tiny, whole, parts):
     if parts == 2:  # the step's own gradient, from Adam's first moment
         state, metrics = tiny.step(tiny.state, ROWS)
         grads = jax.tree.map(lambda m: m / (1 - RUN.optim.b1), optax.tree.get(state.opt, "mu"))
-        loss, terms, by_source, loads = metrics.loss, metrics.terms, metrics.by_source, metrics.loads
+        told = Told(metrics.loss, metrics.terms, metrics.by_source, metrics.routing, metrics.energy)
     else:
         gradient = twins.quick_jit(make_gradient(accumulating(parts), tiny.skel))
-        grads, (loss, terms, by_source, loads) = gradient(tiny.state.params, tiny.state.router_bias, ROWS)
-    expected, (whole_loss, whole_terms, whole_by_source, whole_loads) = whole
-    np.testing.assert_allclose(loss, whole_loss, **MESH_LOSS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_LOSS), terms, whole_terms)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_LOSS), by_source, whole_by_source)
-    np.testing.assert_array_equal(loads, whole_loads)
+        grads, told = gradient(tiny.state.params, tiny.state.router_bias, ROWS)
+    expected, whole_told = whole
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_LOSS), told, whole_told)
+    np.testing.assert_array_equal(told.routing.loads, whole_told.routing.loads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_GRAD), grads, expected)
 
 
 def test_a_fresh_state_has_the_structure_of_the_step(tiny):
-    fresh = jax.eval_shape(lambda: init(tiny.skel, tiny.tx, seed=0))
+    fresh = jax.eval_shape(lambda: init(tiny.skel, tiny.tx, seed=0, spike_window=RUN.health.spike_window))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda x: (x.shape, x.dtype), tiny.state)
 
 
@@ -100,7 +101,7 @@ def test_loss_is_that_of_the_slow_twin(tiny, whole):
     nll = logz - np.take_along_axis(slow.logits, ROWS.targets[..., None], axis=-1)[..., 0]
     z = np.log(np.exp(slow.router_logits[0]).sum(axis=-1)) ** 2
     next_token, router_z = np.average(nll, weights=ROWS.loss_weights), z[ROWS.segment_ids > 0].mean()
-    _, (loss, terms, by_source, loads) = whole
+    _, (loss, terms, by_source, routing, energy) = whole
     assert terms.keys() == {"next_token", "router_z"}
     means = [terms["next_token"].mean(), terms["router_z"].mean()]
     np.testing.assert_allclose(means, [next_token, router_z], **ORACLE)
@@ -109,7 +110,9 @@ def test_loss_is_that_of_the_slow_twin(tiny, whole):
     np.testing.assert_allclose(loss, next_token + 1e-2 * router_z, **ORACLE)
     of_source = [np.average(nll, weights=ROWS.loss_weights * (ROWS.source_ids == source)) for source in (0, 1)]
     np.testing.assert_allclose(by_source.mean(), of_source, **ORACLE)
-    assert loads.sum() == (ROWS.segment_ids > 0).sum()
+    assert routing.loads.sum() == (ROWS.segment_ids > 0).sum()
+    squares = (slow.router_logits[0] ** 2).sum(axis=-1)
+    np.testing.assert_allclose(routing.squares, [squares[ROWS.segment_ids > 0].sum()], **ORACLE)
 
 
 def test_every_micro_batch_takes_each_nth_row():
@@ -155,14 +158,14 @@ def test_loss_and_gradient_must_both_be_finite(monkeypatch, loss, grad):
     """A gradient can overflow under a finite loss."""
 
     def gradient(params, router_bias, batch):
-        return {"w": jnp.array([[grad, 0.0], [0.0, 1.0]])}, (jnp.float32(loss), {}, None, None)
+        return {"w": jnp.array([[grad, 0.0], [0.0, 1.0]])}, Told(jnp.float32(loss), {}, None, None, None)
 
     good = bool(np.isfinite(loss + grad))
     params = {"w": jnp.ones((2, 2))}
     monkeypatch.setattr(train_step, "make_gradient", lambda run, skel: gradient)
     tx = optimizer(replace(RUN.optim, warmup_steps=0), 10, {"w": "matrix"})
     zero = jnp.zeros((), jnp.int32)
-    state = State(zero, params, {}, tx.init(params), zero, zero, zero)
+    state = State(zero, params, {}, tx.init(params), zero, zero, zero, NOTHING_RECENT)
     new, metrics = make_step(RUN, None, tx)(state, ROWS)
     assert metrics.skipped == metrics.bad_in_row == (0 if good else 1)
     assert np.isfinite(new.params["w"]).all() and (np.asarray(new.params["w"]) != 1).any() == good

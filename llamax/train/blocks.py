@@ -1,0 +1,51 @@
+"""The gradient's size block by block, and the routers' biases moved: both walk the parameter tree by layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llamax.losses import router
+from llamax.model.stack import moe_slots
+
+
+def gradient_squares(grads: dict[str, Any], plan: tuple) -> dict[str, Array]:
+    """Sums of squares, float32, by block: "layer" [L] in layer order, "vision" [vision layers], and a number for each
+    part of the model that is no block (embed, head, ..., vision_rest)."""
+
+    def squares(tree: Any, keep: int) -> Array:
+        """Over all but the first `keep` dimensions."""
+        leaves = [
+            jnp.sum(jnp.square(x), axis=tuple(range(keep, x.ndim)), dtype=jnp.float32) for x in jax.tree.leaves(tree)
+        ]
+        return sum(leaves[1:], leaves[0])
+
+    out: dict[str, Array] = {}
+    for name, tree in grads.items():
+        if name == "stack":
+            segments = []
+            for s, (kinds, _) in enumerate(plan):
+                slots = [squares(tree[f"segment{s}"][f"slot{i}"], 1) for i in range(len(kinds))]
+                segments.append(jnp.stack(slots, 1).reshape(-1))
+            out["layer"] = jnp.concatenate(segments)
+        elif name == "vision":
+            out["vision"] = squares(tree["blocks"], 1)
+            out["vision_rest"] = squares({key: part for key, part in tree.items() if key != "blocks"}, 0)
+        else:
+            out[name] = squares(tree, 0)
+    return out
+
+
+def move_biases(router_bias: Any, loads_LE: Array, plan: tuple, rate: float, update: str) -> Any:
+    """The routers' biases after a step with these loads; same tree."""
+    slots = moe_slots(plan)
+
+    def move(path: tuple, bias_RE: Array) -> Array:
+        # ("stack", segment, slot, "moe", "router_bias")
+        layers = jnp.array(slots[path[1].key, path[2].key])
+        return router.bias_step(bias_RE, loads_LE[layers], rate, update)
+
+    return jax.tree.map_with_path(move, router_bias)
