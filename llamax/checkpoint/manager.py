@@ -22,6 +22,7 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from orbax.checkpoint.path import atomicity
 
 from llamax import config
@@ -75,6 +76,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(create=False)  # its read_only warns three times
         else:
             self._clear_unfinished()
+            absl_logging.get_absl_logger().addFilter(space.QUIET)
             options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), temporary_path_class=Summed)
         handlers = dict.fromkeys(ARRAYS, ocp.StandardCheckpointHandler) | {
             "data": grain.checkpoint.CheckpointHandler,
@@ -125,7 +127,7 @@ class Checkpoints:
         trees = dict(zip(ARRAYS, (params, router_bias, opt, rng), strict=True))
         self._saving = step, space.needed([_data_of_key(leaf) for leaf in jax.tree.leaves(trees)])
         if space.free(self.folder) < self._saving[1]:
-            self._not_saved()
+            self._not_saved(begun=False)
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
@@ -210,13 +212,13 @@ class Checkpoints:
                 raise
             self._clear_unfinished()
             self._manager.reload()  # it had counted the step, and dropped the oldest one
-            self._not_saved()
+            self._not_saved(begun=True)
             return None
 
-    def _not_saved(self) -> None:
+    def _not_saved(self, *, begun: bool) -> None:
         step, bytes_needed = self._saving
         last_good = max(health.steps(self.folder), default=None)
-        self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good)
+        self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good, begun=begun)
         logger.error(str(self._unsaved))
 
     def _clear_unfinished(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import shutil
 import time
@@ -26,12 +27,23 @@ class NotSaved(ConfigError):
     exit_code = 4
 
 
-def not_saved(folder: Path, step: int, bytes_needed: int, last_good: int | None) -> NotSaved:
-    """The error of a step that a full disk kept from being saved."""
+class Quiet(logging.Filter):
+    """Drops a library's traceback of a full disk: one message tells a person, and Orbax logs a dozen."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and is_full(record.exc_info[1]))
+
+
+QUIET = Quiet()
+
+
+def not_saved(folder: Path, step: int, bytes_needed: int, last_good: int | None, *, begun: bool) -> NotSaved:
+    """The error of a step that a full disk kept from being saved; `begun`: it was met while writing."""
     last = "none was saved before" if last_good is None else f"the last good checkpoint is step {last_good}"
+    met, now = ("the disk was full before all was written: ", " now that the rest is removed") if begun else ("", "")
     return NotSaved(
         f"Saving step {step} in {folder}",
-        f"it needs {quantity(bytes_needed)}B, and {quantity(free(folder))}B are free; {last}",
+        f"{met}it needs {quantity(bytes_needed)}B, and {quantity(free(folder))}B are free{now}; {last}",
         "Free some space (`llamax inspect` shows what each checkpoint takes), or start with a larger disk.",
     )
 
