@@ -32,8 +32,12 @@ from llamax.config_dict import ConfigError, nearest
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
+<<<<<<< HEAD
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
     *("health.max_roll_backs", "evals.*.every_steps"),
+=======
+    *("losses.router_balance", "losses.router_z", "evals.*.every_steps", "checkpoint.keep_every_steps"),
+>>>>>>> w-ckpt
 )
 # which some are bounded from above too,
 AT_MOST = {
@@ -75,6 +79,7 @@ def check(run: Run) -> None:
     _schedule(run)
     _mesh(run)
     _evals(run)
+    _checkpoint(run)
 
 
 def resolve_mesh(run: Run, n_devices: int) -> Mesh:
@@ -287,6 +292,14 @@ def _schedule(run: Run) -> None:
             asked = f"--config.optim.decay_steps={optim.decay_steps}"
             true = f"wsd decays over 1 to {rest} steps, those after the warm-up ({steps} - {optim.warmup_steps})"
             raise ConfigError(asked, true, f"Set --config.optim.decay_steps={max(1, rest // 5)}.")
+
+
+def _checkpoint(run: Run) -> None:
+    every, for_good = run.checkpoint.every_steps, run.checkpoint.keep_every_steps
+    if for_good % every:
+        asked = f"--config.checkpoint.keep_every_steps={for_good}"
+        true = f"checkpoints are written every {every} steps (checkpoint.every_steps)"
+        raise ConfigError(asked, true, f"Set --config.checkpoint.keep_every_steps={_nearest_multiple(every, for_good)}.")
 
 
 def _mesh(run: Run) -> None:

@@ -1,8 +1,9 @@
 """The command line: parse, then call the function that does the work. Imports of the work are inside the handlers, so
 that `llamax --help` and a wrong configuration answer at once, without jax.
 
-Exit codes: 0 done; 2 a person's input is wrong (one line on stderr, no traceback); 3 too many non-finite steps in a
-row; 130 stopped by Ctrl-C, 143 by SIGTERM (a training run has saved then, and the same command goes on).
+Exit codes: 0 done; 1 `inspect` found the newest checkpoint not sound; 2 a person's input is wrong (one line on stderr,
+no traceback); 3 too many bad steps in a row; 4 the disk was full at the last save; 130 stopped by Ctrl-C, 143 by
+SIGTERM (a training run has saved then, and the same command goes on).
 """
 
 from __future__ import annotations
@@ -102,6 +103,12 @@ def _generate(args: argparse.Namespace) -> None:
     print(generate(args.workdir, args.prompt, image=args.image, **sampling))
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from llamax.checkpoint.inspect import inspect
+
+    return 0 if inspect(args.folder) else 1
+
+
 def _data_build(args: argparse.Namespace) -> None:
     from llamax.data.embedded.build import Recipe, build
 
@@ -156,6 +163,10 @@ def parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (%(default)s)"
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+
+    about = "list a run's checkpoints and compare their files with their sums; exit code 1 if the newest is not sound"
+    inspect = _command(commands, "inspect", _inspect, about, INSPECT)
+    inspect.add_argument("folder", type=_named, metavar="DIR", help="the --workdir of a run, or its checkpoints folder")
 
     about = "build or look at data, train a tokenizer"
     data = commands.add_parser("data", help=about, description=_sentence(about), **_examples(DATA))
@@ -235,6 +246,10 @@ SHOW = """
 GENERATE = """
     llamax generate --workdir runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8
     llamax generate --workdir runs/quickstart --prompt "" --image drawing.png
+"""
+INSPECT = """
+    llamax inspect runs/quickstart
+    llamax inspect runs/quickstart/checkpoints
 """
 DATA = """
     llamax data build

@@ -209,6 +209,7 @@ class Eval:
 class Checkpoint:
     every_steps: int = 1000
     keep: int = 3  # newest checkpoints kept
+    keep_every_steps: int = 0  # checkpoints of these steps (its multiples) are kept for good; 0: none
 
 
 @dataclass(frozen=True)

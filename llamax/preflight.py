@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from llamax import config
+from llamax.checkpoint import health
 from llamax.config import ConfigError
 from llamax.data.sources import read_manifest
 from llamax.data.tokenizer import Tokenizer
@@ -47,6 +48,14 @@ def data_files(run: config.Run) -> dict[str, str]:
         content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
         files[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return files
+
+
+def sound_step(workdir: Path) -> int:
+    """The checkpoint to go on from, compared with its sums, or 0; newer ones that are damaged are set aside.
+
+    ConfigError if only damaged ones are there.
+    """
+    return health.newest_sound(workdir / "checkpoints", rename=True)
 
 
 def check_steps_left(run: config.Run, latest: int) -> bool:

@@ -99,7 +99,7 @@ def train(
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    done = preflight.check_steps_left(run, provenance.latest_step(workdir))
+    done = preflight.check_steps_left(run, preflight.sound_step(workdir))
     preflight.check_evals(run)
     provenance.record(workdir, asked, overrides, files)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
@@ -177,7 +177,7 @@ def shape_at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, batches: Any) -> tuple[State, int]:
     """The newest checkpoint's state, and the data iterator moved to it; a fresh state where there is none."""
-    latest = checkpoints.latest()
+    latest = checkpoints.latest()  # preflight.sound_step has compared its files with their sums
     if latest is None:
         # Random numbers take long to compile well, and this program runs once.
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
@@ -198,6 +198,7 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int, batches: Any) ->
         opt=shapes.opt,
         rng={"key": shapes.rng, "recent": shapes.recent},
         data_iterator=batches,
+        checked=True,
     )
     counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
     trees = {name: found[name] for name in ("params", "router_bias", "opt")}

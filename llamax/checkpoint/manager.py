@@ -6,51 +6,78 @@ Layout: `FOLDER/STEP/ITEM`. Step s is the state after s updates. Items:
     data                            the Grain iterator's state, one file a process
     extra                           anything JSON
 
-A step folder takes its name only once it is complete, so a run that dies in the middle of a save leaves the earlier
-checkpoints as they were. An item whose tree has no arrays (`router_bias` of a dense model) has no folder: Orbax
-refuses empty items.
+A step folder takes its name only once it is complete and has the sums of its files (health.py), so a run that dies
+in the middle of a save leaves the earlier checkpoints as they were, and nothing damaged is restored. An item whose
+tree has no arrays (`router_bias` of a dense model) has no folder: Orbax refuses empty items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
+from absl import logging as absl_logging
+from orbax.checkpoint.path import atomicity
 
 from llamax import config
+from llamax.checkpoint import health, space
 from llamax.config import ConfigError
 
+logger = logging.getLogger("llamax")
 Tree = Any  # a pytree of arrays, or of jax.ShapeDtypeStruct where only shapes, dtypes and shardings matter
 
 ARRAYS = ("params", "router_bias", "opt", "rng")
 SHOWN = 4  # differing leaves that an error names
 
 
+class Summed(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary folder, which gets the sums of its files before it takes its name; in the background thread."""
+
+    async def finalize(self) -> None:
+        if health.is_unfinished(self._final_path.parent):  # an item's folder inside of the step's
+            return await super().finalize()
+        # Orbax adds its last files and renames in one go. So it renames to a name that counts as unfinished still.
+        final, whole = self._final_path, self._tmp_path.with_name(f"{self._tmp_path.name}-whole")
+        self._final_path = whole
+        try:
+            await super().finalize()
+            await asyncio.to_thread(health.write, Path(whole))
+            await asyncio.to_thread(whole.rename, final)
+        finally:
+            self._final_path = final
+
+
 class Checkpoints:
     """The checkpoints of one run. Without a `cfg` the folder is opened for reading only.
 
     Use it as a context manager: leaving waits for the save that is under way. An error of a background save is raised
-    by the next `save`, `wait` or `close`.
+    by the next `save`, `wait` or `close`; a full disk is none of these errors, but for the last save: see `save`.
     """
 
-    def __init__(self, folder: str | epath.PathLike, cfg: config.Checkpoint | None = None):
+    def __init__(self, folder: str | Path, cfg: config.Checkpoint | None = None):
         """Opens FOLDER; creates it, and clears what killed saves left there, unless reading only.
 
         Raises:
           ConfigError: reading only, and there is no such folder.
         """
-        self.folder = epath.Path(folder).expanduser().absolute()
+        self.folder = Path(folder).expanduser().absolute()
         if cfg is None and not self.folder.exists():
             raise self._nothing_found()
         self._reading_only = cfg is None
+        self._saving: tuple[int, int] | None = None  # the step that is being written, and its bytes
+        self._unsaved: space.NotSaved | None = None  # why the newest save did not come about
         if cfg is None:
             options = ocp.CheckpointManagerOptions(create=False)  # its read_only warns three times
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, cleanup_tmp_directories=True)
+            self._clear_unfinished()
+            absl_logging.get_absl_logger().addFilter(space.QUIET)
+            options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), temporary_path_class=Summed)
         handlers = dict.fromkeys(ARRAYS, ocp.StandardCheckpointHandler) | {
             "data": grain.checkpoint.CheckpointHandler,
             "extra": ocp.JsonCheckpointHandler,
@@ -62,8 +89,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            self.close()
+        except space.NotSaved:  # has been logged; it must not hide what ended the run
+            if kind is None:
+                raise
 
     def latest(self) -> int | None:
         """The newest step on disk, or None; waits for a save under way, which Orbax would count already."""
@@ -81,60 +112,121 @@ class Checkpoints:
         """Takes the state off the devices and starts writing it; the caller may donate the arrays right away.
 
         Waits for the save before this one. Returns False, and writes nothing, if `step` is already saved.
+
+        A full disk, known beforehand or met while writing, is logged as an error with what is needed and what is free;
+        the checkpoints before stay as they are, and the run may go on and try again. If it was the newest save, `close`
+        raises NotSaved: what was learnt since the last good checkpoint would be lost without a word.
         """
         assert not self._reading_only, "opened for reading only"
+        self.wait()
         latest = self._manager.latest_step()
         assert latest is None or step >= latest, f"step {step} after {latest}: Orbax would drop it without a word"
+        self._unsaved = None
         if step == latest:
             return False
-        trees = zip(ARRAYS, (params, router_bias, opt, rng), strict=True)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees if jax.tree.leaves(tree)}
+        trees = dict(zip(ARRAYS, (params, router_bias, opt, rng), strict=True))
+        self._saving = step, space.needed([_data_of_key(leaf) for leaf in jax.tree.leaves(trees)])
+        if space.free(self.folder) < self._saving[1]:
+            self._not_saved(begun=False)
+            return False
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
         items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
         items["extra"] = ocp.args.JsonSave(dict(extra))
-        return self._manager.save(step, args=ocp.args.Composite(**items))
+        return self._unless_full(lambda: self._manager.save(step, args=ocp.args.Composite(**items))) or False
 
     def restore(
-        self, step: int | None = None, *, params: Tree, router_bias: Tree, opt: Tree, rng: Tree, data_iterator
+        self,
+        step: int | None = None,
+        *,
+        params: Tree,
+        router_bias: Tree,
+        opt: Tree,
+        rng: Tree,
+        data_iterator,
+        checked: bool = False,
     ) -> dict[str, Any]:
-        """Everything of one step; None takes the newest.
+        """Everything of one step; None takes the newest sound one, and sets damaged ones aside.
 
         The trees hold `jax.ShapeDtypeStruct`s, whose shardings say where the arrays go (none: the first device).
-        `data_iterator` is moved to where it stood; None leaves the data alone.
+        `data_iterator` is moved to where it stood; None leaves the data alone. `checked`: the files were compared with
+        their sums a moment ago.
 
         Returns:
           params, router_bias, opt, rng, extra.
         Raises:
-          ConfigError: no such step, or its leaves differ in name, shape or dtype from those asked for.
+          ConfigError: no such step; its files are damaged; or its leaves differ in name, shape or dtype from those
+            asked for.
         """
-        step = self._existing(step)
+        step = self._existing(step) if checked else self._sound(step)
         asked = dict(zip(ARRAYS, (params, router_bias, opt, rng), strict=True))
         self._check(step, asked, dtypes=True)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}
         if data_iterator is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
         items["extra"] = ocp.args.JsonRestore()
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
         return {name: found.get(name, tree) for name, tree in asked.items()} | {"extra": found["extra"]}
 
     def restore_weights(self, step: int | None, *, params: Tree, router_bias: Tree) -> tuple[Tree, Tree]:
         """(params, router_bias) alone, for sampling and evaluation; cast to the dtypes asked for.
 
-        Shapes, shardings and errors as in `restore`.
+        Step, shapes, shardings and errors as in `restore`; opened for reading only, nothing is set aside.
         """
-        step = self._existing(step)
+        step = self._sound(step)
         asked = {"params": params, "router_bias": router_bias}
         self._check(step, asked, dtypes=False)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        found = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
         return found["params"], found.get("router_bias", router_bias)
 
+    def set_aside(self, step: int, why: str) -> Path:
+        """Renames the folder of `step` to STEP.WHY (STEP.WHY-2 if taken); the step may then be saved anew.
+
+        Waits for a save under way. Returns the new path.
+        """
+        assert not self._reading_only, "opened for reading only"
+        self.wait()
+        to = health.set_aside(self.folder / str(step), why)
+        self._manager.reload()
+        return to
+
     def wait(self) -> None:
-        """Returns once the save under way is on disk."""
-        self._manager.wait_until_finished()
+        """Returns once the save under way is on disk, or has failed for want of space."""
+        self._unless_full(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits, then lets the folder go."""
-        self._manager.close()
+        """Waits, then lets the folder go. NotSaved if the disk was full at the newest save."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+        if self._unsaved is not None:
+            raise self._unsaved
+
+    # ------------------------------------------------------------------------------------------------------- full disks
+
+    def _unless_full(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns; None where it fails for want of space, with the remains of that save removed."""
+        try:
+            return call()
+        except Exception as error:
+            if self._saving is None or not space.is_full(error):
+                raise
+            self._clear_unfinished()
+            self._manager.reload()  # it had counted the step, and dropped the oldest one
+            self._not_saved(begun=True)
+            return None
+
+    def _not_saved(self, *, begun: bool) -> None:
+        step, bytes_needed = self._saving
+        last_good = max(health.steps(self.folder), default=None)
+        self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good, begun=begun)
+        logger.error(str(self._unsaved))
+
+    def _clear_unfinished(self) -> None:
+        for path in self.folder.glob(f"*{health.UNFINISHED}*"):
+            logger.info("removing %s, which a save did not finish", path)
+            space.remove(path)
 
     # ----------------------------------------------------------------------------------------------------- what is true
 
@@ -147,13 +239,39 @@ class Checkpoints:
             raise ConfigError(f"Checkpoint of step {step}", true, "Name one of these, or none for the newest.")
         return steps[-1] if step is None else step
 
+    def _sound(self, step: int | None) -> int:
+        """The step itself, or the newest one, with files that are what was written."""
+        if step is None:
+            self.wait()
+            step = health.newest_sound(self.folder, rename=not self._reading_only)
+            self._manager.reload()
+            return self._existing(step or None)
+        problems = health.check(self.folder / str(self._existing(step)))
+        if problems:
+            asked, others = f"Checkpoint of step {step} in {self.folder}", [s for s in self.steps() if s != step]
+            change = f"Name another: {', '.join(map(str, others))}." if others else "Bring it back from a copy."
+            raise ConfigError(asked, f"it is damaged: {health.summary(problems)}", change)
+        return step
+
+    def _read(self, step: int, call: Callable[[], Any]) -> Any:
+        """What `call` reads of a step; a failure is no damage, since the files are what was written: no step before
+        would do better, and nothing is set aside."""
+        try:
+            return call()
+        except Exception as error:
+            raise ConfigError(
+                f"Restoring step {step} of {self.folder}",
+                f"its files are sound, and reading them failed ({type(error).__name__}: {error})",
+                f"Mend what this says; or rename {self.folder / str(step)}, and the one before is taken.",
+            ) from error
+
     def _nothing_found(self) -> ConfigError:
         change = "Give the --workdir of a run that has saved, or train first: `llamax train RECIPE --workdir DIR`."
         return ConfigError(f"A checkpoint in {self.folder}", "there is none", change)
 
     def _check(self, step: int, asked: dict[str, Tree], *, dtypes: bool) -> None:
         """Compares names, shapes and dtypes before Orbax does: it says less, and casts dtypes without a word."""
-        metadata = self._manager.item_metadata(step)
+        metadata = self._read(step, lambda: self._manager.item_metadata(step))
         wrong = []
         for item, tree in asked.items():
             stored = metadata.get(item)
@@ -165,6 +283,14 @@ class Checkpoints:
                 f"it was saved by another configuration: {'; '.join(wrong[:SHOWN])}{more}",
                 "Use the configuration in the workdir's run.json, or another --workdir.",
             )
+
+
+def _kept(cfg: config.Checkpoint) -> Any:
+    """The newest `keep`, and for good every step that is a multiple of `keep_every_steps`."""
+    policies = [ocp.checkpoint_managers.LatestN(cfg.keep)]
+    if cfg.keep_every_steps:
+        policies.append(ocp.checkpoint_managers.EveryNSteps(cfg.keep_every_steps))
+    return ocp.checkpoint_managers.AnyPreservationPolicy(policies)
 
 
 def _leaves(tree: Tree) -> dict[str, Any]:

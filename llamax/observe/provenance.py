@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
     "data.workers",
     "data.prefetch_batches",
 )
+LEFT_OVER = re.compile(r".+\.\d+\.tmp")  # what `write_whole` leaves in a workdir if it is killed
 SHOWN = 8  # differing keys that an error names
 
 
@@ -111,7 +113,10 @@ def record(
     overrides: Sequence[str] = (),
     files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Writes `run.json`, or adds this start to it; returns its content. Starts jax's backend."""
+    """Writes `run.json`, or adds this start to it; returns its content. Starts jax's backend.
+
+    Clears what a killed `write_whole` left in the workdir.
+    """
     import jax
 
     folder = Path(workdir)
@@ -119,6 +124,9 @@ def record(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--workdir {workdir}", f"it cannot be made: {error}", "Choose another --workdir.") from None
+    for left in folder.glob("*.tmp"):
+        if LEFT_OVER.fullmatch(left.name):
+            left.unlink(missing_ok=True)
     path = folder / "run.json"
     started = (read(folder) or {}).get("started", [])
     devices = jax.devices()

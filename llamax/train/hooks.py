@@ -145,7 +145,7 @@ class Save:
             }
             if counts["bad_in_row"]:
                 return
-            self.checkpoints.save(
+            saved = self.checkpoints.save(
                 step,
                 params=state.params,
                 router_bias=state.router_bias,
@@ -154,7 +154,8 @@ class Save:
                 data_iterator=self.batches,
                 extra=counts,
             )
-        self.ledger.mark(step)
+        if saved:
+            self.ledger.mark(step)
 
 
 @dataclass
