@@ -32,12 +32,8 @@ from llamax.config_dict import ConfigError, nearest
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
-<<<<<<< HEAD
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
-    *("health.max_roll_backs", "evals.*.every_steps"),
-=======
-    *("losses.router_balance", "losses.router_z", "evals.*.every_steps", "checkpoint.keep_every_steps"),
->>>>>>> w-ckpt
+    *("health.max_roll_backs", "evals.*.every_steps", "checkpoint.keep_every_steps"),
 )
 # which some are bounded from above too,
 AT_MOST = {
@@ -299,7 +295,9 @@ def _checkpoint(run: Run) -> None:
     if for_good % every:
         asked = f"--config.checkpoint.keep_every_steps={for_good}"
         true = f"checkpoints are written every {every} steps (checkpoint.every_steps)"
-        raise ConfigError(asked, true, f"Set --config.checkpoint.keep_every_steps={_nearest_multiple(every, for_good)}.")
+        raise ConfigError(
+            asked, true, f"Set --config.checkpoint.keep_every_steps={_nearest_multiple(every, for_good)}."
+        )
 
 
 def _mesh(run: Run) -> None:

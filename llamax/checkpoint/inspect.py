@@ -52,7 +52,9 @@ def inspect(folder: str | Path) -> bool:
     shown.add_column("health", overflow="fold")
     for row in rows:
         items = ", ".join(f"{item} {size(n)}" for item, n in row.items.items())
-        colour = {SOUND: "green", "dama": "red", "no c": "red"}.get(row.health[: len(SOUND) - 1 + (row.health == SOUND)])
+        colour = {SOUND: "green", "dama": "red", "no c": "red"}.get(
+            row.health[: len(SOUND) - 1 + (row.health == SOUND)]
+        )
         shown.add_row(row.name, f"{row.written:%Y-%m-%d %H:%M:%S}", items, size(row.bytes), row.health, style=colour)
     CONSOLE.print(shown)
     steps = [row for row in rows if row.name.isdecimal()]
