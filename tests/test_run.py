@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -36,10 +37,13 @@ def train(run: config.Run, workdir: Path) -> Result:
     return train_on_all(run, workdir, devices=jax.devices()[: run.mesh.data * run.mesh.fsdp])
 
 
+def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
 def losses(workdir: Path, after: int = 0) -> list[float]:
     """The logged losses beyond step `after`."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss/next_token"] for line in lines if "loss/next_token" in line and line["step"] > after]
+    return [line["loss/next_token"] for line in lines(workdir) if "loss/next_token" in line and line["step"] > after]
 
 
 SECTIONS = [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
@@ -69,7 +73,9 @@ def unbroken(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for section in SECTIONS:
             patch.setattr(section, "__getattribute__", noting(section))
-        return workdir, twenty_steps(workdir)
+        began = time.time()
+        result = twenty_steps(workdir)
+        return workdir, result, time.time() - began
 
 
 def twenty_steps(workdir: Path) -> Result:
@@ -91,15 +97,41 @@ def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
 
 def test_the_golden_loss_curve(unbroken):
     """Refresh after a change that is meant to move it: `python -m tests.test_run`."""
-    workdir, result = unbroken
+    workdir, result, _ = unbroken
     golden = json.loads(CURVE_FILE.read_text())
     np.testing.assert_allclose(losses(workdir), golden["loss"], **CURVE)
     learnt = losses(workdir)
     assert learnt[-1] < learnt[0] - 1.5
 
 
+def test_the_ledger_sums_to_the_wall_time(unbroken):
+    workdir, _, wall = unbroken
+    seconds = json.loads((workdir / "goodput.json").read_text())["seconds"]
+    assert sum(seconds.values()) == pytest.approx(wall, rel=0.01)
+    assert all(seconds[phase] > 0 for phase in ("start", "compile", "data", "step", "save", "evaluate"))
+    shares = [value for name, value in lines(workdir)[-3].items() if name.startswith("goodput/")]
+    assert len(shares) == 8 and sum(shares) == pytest.approx(1)
+
+
+def test_every_step_logs_its_routing_and_now_and_then_its_norms(unbroken):
+    workdir, result, _ = unbroken
+    model, routing = tiny_run().model, lines(workdir, "experts.jsonl")
+    assert [line["step"] for line in routing] == list(range(1, 21))
+    for line in routing:
+        load_LE = np.array(line["load"])
+        assert load_LE.shape == (2, model.n_experts) and np.allclose(load_LE.sum(1), 1, atol=1e-3)
+        np.testing.assert_allclose(line["max_over_mean"], load_LE.max(1) * model.n_experts, atol=1e-3)
+        assert len(line["entropy"]) == len(line["dead"]) == len(line["logit_norm"]) == 2
+    bias = jax.tree.leaves(result.state.router_bias)[0]
+    assert bias.shape == (2, 4) and len(np.unique(np.abs(bias))) > 2, "moved in steps of the rate, both ways"
+    last = [line for line in lines(workdir) if "norms/gradient/layer_03" in line]
+    assert len(last) == 1, "after the last step alone: every 100"
+    names = {"gradient/embed", "gradient/vision_01", "gradient/layer_00", "activation/layer_00", "activation/layer_03"}
+    assert all(last[0][f"norms/{name}"] > 0 for name in names)
+
+
 def test_evaluations_report(unbroken):
-    workdir, result = unbroken
+    workdir, result, _ = unbroken
     text, drawings = result.reports["text"].scalars, result.reports["drawings"]
     assert 0 < text["bits_per_byte"] < 8 and 0 < text["zlib_bits_per_byte"] < text["unigram_bits_per_byte"]
     assert {"colour_accuracy", "shape_accuracy", "colour_accuracy_blank"} <= drawings.scalars.keys()
@@ -109,7 +141,7 @@ def test_evaluations_report(unbroken):
 
 
 def test_what_a_run_leaves_behind(unbroken):
-    workdir, _ = unbroken
+    workdir, *_ = unbroken
     first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert {"loss/source/text", "loss/lang/python", "optim/lr", "optim/grad_norm", "speed/mfu", "experts/dead"} <= set(
         first
@@ -160,7 +192,7 @@ def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
 
 
 def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):
-    workdir, result = unbroken
+    workdir, result, _ = unbroken
     again = twenty_steps(workdir)
     assert again.finished and same_bits(again.state, result.state)
     assert {name: r.scalars for name, r in again.reports.items()} == {n: r.scalars for n, r in result.reports.items()}
@@ -171,13 +203,13 @@ def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):
 def test_a_run_with_relative_paths_resumes_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tiny_run(20, data=dict(tokenizer="data/tokenizer.model"))
-    stop_at(2, lambda: train(run, tmp_path / "run"))
     stop_at(4, lambda: train(run, tmp_path / "run"))
+    stop_at(8, lambda: train(run, tmp_path / "run"))
 
 
 def test_documents_left_out_are_told_and_other_data_is_refused(tmp_path, capsys):
-    lines = (FIXTURES / "text.jsonl").read_text() + 100 * (json.dumps({"text": "  "}) + "\n")
-    (tmp_path / "text.jsonl").write_text(lines)
+    texts = (FIXTURES / "text.jsonl").read_text() + 100 * (json.dumps({"text": "  "}) + "\n")
+    (tmp_path / "text.jsonl").write_text(texts)
     (tmp_path / "text.toml").write_text((FIXTURES / "text.toml").read_text().split("documents")[0])
     sources = tiny_run().data.sources | {"text": config.Source(str(tmp_path / "text.toml"), 0.5)}
     run = tiny_run(20, data=dict(sources=sources))
@@ -185,7 +217,7 @@ def test_documents_left_out_are_told_and_other_data_is_refused(tmp_path, capsys)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["data/left_out/text/empty"] >= 1
     assert "documents of text left out so far: the document has neither a picture" in capsys.readouterr().err
-    (tmp_path / "text.jsonl").write_text(lines + lines)
+    (tmp_path / "text.jsonl").write_text(texts + texts)
     with pytest.raises(ConfigError, match="not the same: text"):
         train(run, tmp_path / "run")
 
@@ -201,7 +233,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path):
 
 
 def test_a_workdir_of_another_run_is_refused(unbroken):
-    workdir, _ = unbroken
+    workdir, *_ = unbroken
     before = (workdir / "run.json").read_text()
     with pytest.raises(ConfigError, match="optim.peak_lr"):
         train(tiny_run(20, optim=dict(peak_lr=1e-4)), workdir)
@@ -222,7 +254,7 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_generate_asks_the_newest_checkpoint_with_the_picture(unbroken, monkeypatch):
-    workdir, result = unbroken
+    workdir, result, _ = unbroken
     picture, asked = FIXTURES / "pictures" / "red_circle.png", {}
     continued = engine.generate
 

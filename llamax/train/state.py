@@ -22,7 +22,7 @@ class State(NamedTuple):
     rng: Array  # uint32 key data, split off for whatever a step must draw
     bad_in_row: Array  # int32: bad steps since the last good one
     skipped: Array  # int32: bad steps so far, whose update was not applied
-    recent: Array  # float32 [2, W]: the last finite losses of steps without pictures and with; NaN: not yet
+    recent: Array  # float32 [2, W]: the last finite losses of steps without pictures and with; inf: not yet
 
 
 def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int, spike_window: int) -> State:
@@ -31,5 +31,5 @@ def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int,
     init_key, run_key = jax.random.split(key)
     params, router_bias = skeleton.init(init_key)
     zero = jnp.zeros((), jnp.int32)
-    recent = jnp.full((2, spike_window), jnp.nan, jnp.float32)
+    recent = jnp.full((2, spike_window), jnp.inf, jnp.float32)
     return State(zero, params, router_bias, optimizer.init(params), jax.random.key_data(run_key), zero, zero, recent)

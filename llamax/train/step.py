@@ -139,14 +139,15 @@ def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTran
 
 
 def is_spike(loss: Array, recent_W: Array, sigmas: float) -> Array:
-    """Whether a loss is more than `sigmas` robust standard deviations above the median of the recent ones (NaN: none).
+    """Whether a loss is more than `sigmas` robust standard deviations above the median of the recent ones (inf: none).
 
     The deviation is 1.4826 x the median distance from the median, which for normal noise is the standard deviation, and
     which no spike in less than half of the window moves; at least a thousandth of the median, for losses may be flat.
     False until half of the window is filled.
     """
-    median = jnp.nanmedian(recent_W)
-    deviation = jnp.maximum(1.4826 * jnp.nanmedian(jnp.abs(recent_W - median)), 1e-3 * jnp.abs(median))
+    known_W = jnp.where(jnp.isfinite(recent_W), recent_W, jnp.nan)
+    median = jnp.nanmedian(known_W)
+    deviation = jnp.maximum(1.4826 * jnp.nanmedian(jnp.abs(known_W - median)), 1e-3 * jnp.abs(median))
     enough = jnp.sum(jnp.isfinite(recent_W)) >= recent_W.size // 2
     return enough & (loss > median + sigmas * deviation)
 

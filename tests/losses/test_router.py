@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llamax.losses.router import balance, loads, z_loss
+from llamax.losses.router import balance, bias_step, loads, sequence_balance, stats, z_loss
 from tests.model.twins import quick_jit
 from tests.tolerances import ORACLE, TWIN_GRAD
 
@@ -99,3 +99,68 @@ def test_an_empty_batch_gives_zero_and_no_nan():
 def test_z_loss_is_a_sum_that_adds_up_over_rows():
     rows = [z_loss(LOGITS[:, b : b + 1], MASK[b : b + 1]) for b in range(B)]
     np.testing.assert_allclose(np.sum(rows, axis=0), z_loss(LOGITS, MASK), **ORACLE)
+
+
+# ---------------------------------------------------------------------------------------------- balance per document
+
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
+POSITIONS = np.array([[*range(5), *range(4), 0, 0, 0], range(12)], np.int32)
+
+
+def slow_sequence_balance(logits, index, segments):
+    """Mean over documents, by tokens, and over layers, of E sum_e f_e P_e within the document."""
+    total, tokens = 0.0, 0
+    for b in range(B):
+        for s in set(segments[b]) - {0}:
+            inside = np.zeros((B, T), bool)
+            inside[b] = segments[b] == s
+            total += inside.sum() * slow_balance(logits, index, inside)
+            tokens += inside.sum()
+    return total / tokens
+
+
+def test_sequence_balance_matches_the_loop_in_value_and_gradient():
+    def ours(logits):
+        return sequence_balance(logits, INDEX, SEGMENTS, POSITIONS).mean()
+
+    value, grad = quick_jit(jax.value_and_grad(ours))(LOGITS)
+    np.testing.assert_allclose(value, slow_sequence_balance(LOGITS.astype(float), INDEX, SEGMENTS), **ORACLE)
+    assert abs(value - balance(LOGITS, INDEX, SEGMENTS > 0).mean()) > 1e-2, "another figure than the batch's"
+    step = 1e-6
+    for place in [(0, 0, 0, 1), (1, 0, 7, 2), (0, 1, 11, 3), (1, 0, 10, 0)]:
+        nudge = np.zeros(LOGITS.shape)
+        nudge[place] = step
+        up, down = (slow_sequence_balance(LOGITS + sign * nudge, INDEX, SEGMENTS) for sign in (1, -1))
+        np.testing.assert_allclose(grad[place], (up - down) / (2 * step), **TWIN_GRAD)
+
+
+def test_sequence_balance_of_a_packed_row_is_that_of_its_documents_alone():
+    whole = sequence_balance(LOGITS, INDEX, SEGMENTS, POSITIONS)
+    parts = []
+    for b, start, stop in ((0, 0, 5), (0, 5, 9), (1, 0, 12)):
+        n = stop - start
+        alone = np.ones((1, n), np.int32)
+        parts.append(
+            sequence_balance(
+                LOGITS[:, b : b + 1, start:stop], INDEX[:, b : b + 1, start:stop], alone, np.arange(n)[None]
+            )
+        )
+    np.testing.assert_allclose(np.sum(parts, axis=0), whole, **ORACLE)
+
+
+def test_bias_step_by_hand():
+    loads_LE = np.array([[8.0, 0.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0]])
+    bias_LE = np.full((2, 4), 0.5)
+    sign = bias_step(bias_LE, loads_LE, 0.1, "sign")
+    np.testing.assert_allclose(sign, [[0.4, 0.6, 0.5, 0.5], [0.5] * 4], rtol=1e-6)
+    proportional = bias_step(bias_LE, loads_LE, 0.1, "proportional")
+    np.testing.assert_allclose(proportional, [[0.4, 0.6, 0.5, 0.5], [0.5] * 4], rtol=1e-6)
+    uneven = bias_step(bias_LE, loads_LE + np.array([4.0, 0.0, 0.0, 0.0]), 0.1, "proportional")
+    np.testing.assert_allclose(uneven[0], [0.36, 0.6, 0.52, 0.52], rtol=1e-6)  # 12, 0, 4, 4 beside an even 5
+
+
+def test_stats_are_sums_over_real_tokens():
+    got = stats(LOGITS, INDEX, MASK)
+    np.testing.assert_array_equal(got.loads, slow_loads(INDEX, MASK))
+    squares = [sum((LOGITS[layer, b, t] ** 2).sum() for b, t in np.argwhere(MASK)) for layer in range(L)]
+    np.testing.assert_allclose(got.squares, squares, **ORACLE)

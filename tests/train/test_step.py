@@ -33,7 +33,7 @@ RUN = config.Run(
 )
 
 
-NOTHING_RECENT = jnp.full((2, RUN.health.spike_window), jnp.nan, jnp.float32)
+NOTHING_RECENT = jnp.full((2, RUN.health.spike_window), jnp.inf, jnp.float32)
 
 
 def four_rows() -> Batch:
@@ -170,3 +170,56 @@ def test_loss_and_gradient_must_both_be_finite(monkeypatch, loss, grad):
     assert metrics.skipped == metrics.bad_in_row == (0 if good else 1)
     assert np.isfinite(new.params["w"]).all() and (np.asarray(new.params["w"]) != 1).any() == good
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.opt))
+
+
+# ---------------------------------------------------------------------------------------------------------- spikes
+
+NORMAL = np.random.default_rng(0).normal(3.0, 0.1, 64).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "recent, loss, spike",
+    [
+        (NORMAL, 3.2, False),
+        (NORMAL, 3.7, False),  # seven standard deviations
+        (NORMAL, 4.2, True),  # twelve
+        (NORMAL, 1.0, False),  # only upwards
+        (NORMAL, np.nan, False),  # another kind of bad
+        (np.where(np.arange(64) < 30, 50.0, NORMAL), 8.0, True),  # robust: nearly half of the window is spikes
+        (np.where(np.arange(64) < 40, 50.0, NORMAL), 50.0, False),  # a new level is none
+        (np.where(np.arange(64) < 40, np.inf, NORMAL), 50.0, False),  # too few losses to tell
+        (np.where(np.arange(64) < 20, np.inf, NORMAL), 50.0, True),
+        (np.full(64, 3.0), 3.02, False),  # a flat curve: a thousandth of the median is its deviation
+        (np.full(64, 3.0), 3.03, True),
+    ],
+)
+def test_what_a_spike_is(recent, loss, spike):
+    assert bool(is_spike(jnp.float32(loss), jnp.asarray(recent, jnp.float32), 8.0)) is spike
+
+
+@pytest.fixture(scope="module")
+def skipping(tiny):
+    run = replace(RUN, health=config.Health(on_spike="skip", spike_window=8, spike_sigmas=1.0))
+    recent = jnp.full((2, 8), jnp.inf)
+    step = twins.quick_jit(make_step(run, tiny.skel, tiny.tx))
+    return step, tiny.state._replace(recent=recent)
+
+
+def test_a_spike_is_skipped_and_remembered_where_the_run_says_so(tiny, skipping):
+    step, state = skipping
+    for _ in range(8):
+        state, metrics = step(state, ROWS)
+        assert not metrics.spike and metrics.skipped == 0
+    np.testing.assert_array_equal(state.recent[1], np.inf)  # no step had pictures
+    assert np.isfinite(state.recent[0]).all() and state.recent[0, -1] == metrics.loss
+    hostile = ROWS._replace(targets=np.full_like(ROWS.targets, 39), loss_weights=np.ones_like(ROWS.loss_weights))
+    spiked, metrics = step(state, hostile)
+    assert metrics.spike and metrics.finite and metrics.skipped == metrics.bad_in_row == 1
+    assert_same_bits((state.params, state.opt, state.router_bias), (spiked.params, spiked.opt, spiked.router_bias))
+    assert spiked.recent[0, -1] == metrics.loss > 1.5 * state.recent[0, -1]
+    after, metrics = step(spiked, ROWS)
+    assert not metrics.spike and metrics.bad_in_row == 0 and metrics.skipped == 1
+    # With the default, "warn", the update is applied and the spike only told.
+    warned, metrics = tiny.step(state._replace(recent=jnp.full_like(NOTHING_RECENT, 1.0)), hostile)
+    assert metrics.spike and metrics.skipped == 0
+    assert (np.asarray(warned.params["embed"]) != state.params["embed"]).any()

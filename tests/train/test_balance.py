@@ -1,0 +1,142 @@
+"""Experts stay alive: from a router that sends every token to one expert, each way of balancing spreads the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llamax import config
+from llamax.model import stack
+from llamax.model.seam import Seam
+from llamax.model.skeleton import skeleton
+from llamax.optim.build import optimizer
+from llamax.train.blocks import gradient_squares, move_biases
+from llamax.train.state import State
+from llamax.train.step import make_step
+from tests.model import twins
+from tests.train.test_step import NOTHING_RECENT, ROWS, RUN
+
+NO_BALANCE = dict(router_balance=0.0, router_z=0.0)
+STEPS, LAST = 120, 20
+# Plans of both orders: the biases' rows must find their own layers.
+PLAN = ((("rope_chunk+moe", "nope_full+dense"), 1), (("rope_chunk+dense", "nope_full+moe"), 1))
+
+
+def trained(losses: dict, **router_bias):
+    """(max/mean load of each MoE layer over the last steps, mean squared router logsumexp at the start and the end)."""
+    run = replace(
+        RUN,
+        model=replace(RUN.model, plan=PLAN),
+        losses=replace(RUN.losses, **(NO_BALANCE | losses)),
+        router_bias=config.RouterBias(**router_bias),
+        optim=replace(RUN.optim, peak_lr=1e-2),
+    )
+    skel = skeleton(run.model, Seam(), patch_id=twins.PATCH, train=run.train)
+    tx = optimizer(run.optim, run.train.steps, skel.kinds)
+    rng = np.random.default_rng(0)
+    params, bias = jax.tree.map(lambda x: rng.normal(0.2, 0.2, x.shape).astype(np.float32), skel.shapes())
+    bias = jax.tree.map(np.zeros_like, bias)
+    for segment, slot in (("segment0", "slot0"), ("segment1", "slot1")):
+        # All of a token's features are positive on average, so this column wins for every token.
+        params["stack"][segment][slot]["moe"]["router"][..., 2] += 0.3
+    zero = np.zeros((), np.int32)
+    state = State(zero, params, bias, tx.init(params), np.zeros(2, np.uint32), zero, zero, NOTHING_RECENT)
+    step = twins.quick_jit(make_step(run, skel, tx))
+    loads, z = [], []
+    for _ in range(STEPS):
+        state, metrics = step(state, ROWS)
+        loads.append(np.asarray(metrics.routing.loads))
+        z.append(float(metrics.terms["router_z"].mean()) if "router_z" in metrics.terms else np.nan)
+    first, last = loads[0], np.sum(loads[-LAST:], axis=0)
+    assert (first.max(1) / first.mean(1) > 3.5).all(), "the start is a collapse: 4 would be a whole one"
+    return last.max(1) / last.mean(1), z
+
+
+@pytest.mark.parametrize(
+    "losses, router_bias",
+    [
+        (dict(router_balance=1.0), {}),
+        (dict(router_balance_seq=1.0), {}),
+        ({}, dict(rate=0.05, update="sign")),
+        ({}, dict(rate=0.05, update="proportional")),
+    ],
+    ids=["switch", "per document", "bias by sign", "bias in proportion"],
+)
+def test_a_collapsed_router_is_balanced(losses, router_bias):
+    skew, _ = trained(losses, **router_bias)
+    assert (skew < 1.5).all(), skew
+
+
+def test_without_balancing_it_stays_collapsed_and_the_z_loss_bounds_the_logits():
+    """So the test above can fail. The z-loss weighs next to nothing, so that it is measured only; then it counts."""
+    skew, free = trained(dict(router_z=1e-9))
+    assert (skew > 2).any(), skew
+    _, bound = trained(dict(router_z=0.1))
+    assert free[0] == pytest.approx(bound[0], rel=1e-4) and free[0] > 4
+    assert max(bound[-LAST:]) < 2.5 < min(free[-LAST:]), (max(bound[-LAST:]), min(free[-LAST:]))
+
+
+def test_biases_move_by_the_loads_of_their_own_layer():
+    """Two periods of two MoE layers and a dense one between, then one more: layer order is 0 1 | 2 3 | 4."""
+    plan = ((("rope_chunk+moe", "rope_chunk+dense", "nope_full+moe"), 2), (("rope_chunk+moe",), 1))
+    loads_LE = np.full((5, 2), 4.0)
+    loads_LE[:, 0] += np.arange(5)  # expert 0 is busy from layer 1 on
+    loads_LE[3] = [0.0, 9.0]
+
+    def biases(repeats):
+        return {"moe": {"router_bias": np.zeros((repeats, 2), np.float32)}}
+
+    tree = {"stack": {"segment0": {"slot0": biases(2), "slot2": biases(2)}, "segment1": {"slot0": biases(1)}}}
+    moved = move_biases(tree, loads_LE, plan, 1.0, "sign")["stack"]
+    signs = {"slot0": [[0, 0], [-1, 1]], "slot2": [[-1, 1], [1, -1]]}  # layers 0 and 2, layers 1 and 3
+    for slot, expected in signs.items():
+        np.testing.assert_array_equal(moved["segment0"][slot]["moe"]["router_bias"], expected)
+    np.testing.assert_array_equal(moved["segment1"]["slot0"]["moe"]["router_bias"], [[-1, 1]])
+
+
+def test_gradient_norms_by_block_sum_to_the_whole():
+    """Every parameter is in exactly one block, and a layer's block holds that layer's parameters."""
+    model = replace(RUN.model, plan=((("rope_chunk+moe", "nope_full+dense"), 2),), vision=twins.VISION)
+    run = replace(RUN, model=model)
+    skel = skeleton(model, Seam(), patch_id=twins.PATCH, train=run.train)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), skel.shapes()[0])
+    got = gradient_squares(grads, model.plan)
+    assert got["layer"].shape == (4,) and got["vision"].shape == (twins.VISION.n_layers,)
+    assert got.keys() == {"layer", "vision", "vision_rest", "embed", "head", "norm", "projector"}
+    total = sum(float((np.float64(g) ** 2).sum()) for g in jax.tree.leaves(grads))
+    np.testing.assert_allclose(sum(float(np.sum(x)) for x in got.values()), total, rtol=1e-5)
+    third = jax.tree.map(lambda g: g[1], grads["stack"]["segment0"]["slot0"])  # repeat 1 of slot 0: layer 2
+    np.testing.assert_allclose(got["layer"][2], sum((g**2).sum() for g in jax.tree.leaves(third)), rtol=1e-5)
+
+
+def test_activation_norms_are_those_of_the_residual_stream():
+    """The model constrains its stack's input, and every layer's middle and output."""
+    seen = []
+    skel = skeleton(
+        RUN.model, Seam(constrain=lambda x, names: seen.append(x) or x), patch_id=twins.PATCH, train=RUN.train
+    )
+    rng = np.random.default_rng(0)
+    params, bias = jax.tree.map(lambda x: rng.normal(0.2, 0.2, x.shape).astype(np.float32), skel.shapes())
+
+    def forward(params):
+        seen.clear()
+        model = skel.bind(params, bias)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stack, "scan", lambda module, x, *args, remat: one_repeat(module, x, *args))
+            _, trace = model(ROWS)
+        return trace.energy, seen[2]
+
+    energy, out = twins.quick_jit(forward)(params)
+    square = (np.asarray(out, np.float64) ** 2).mean(axis=-1) * (ROWS.segment_ids > 0)
+    np.testing.assert_allclose(energy, [square.sum(axis=1)], rtol=1e-5)
+
+
+def one_repeat(stacked, x, *args):
+    graph, state = nnx.split(stacked)
+    x, told = nnx.merge(graph, jax.tree.map(lambda w: w[0], state))(x, *args)
+    return x, jax.tree.map(lambda a: a[None], told)
