@@ -12,6 +12,10 @@ with two.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +37,7 @@ SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no 
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
 MAX_GROWTH = 8  # times data.window_docs
 MAX_EMPTY_WINDOWS = 20  # in a row, before the stream gives up
+WORKER_GRACE_S = 60  # a loader process outlives a SIGTERM by so much, for the run that is ending to be fed
 
 
 def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.IterDataset:
@@ -153,7 +158,8 @@ class Rows(Iterator[tuple[Window, int]]):
             if self._workers:
                 if not flags.FLAGS.is_parsed():
                     flags.FLAGS.mark_as_parsed()  # Grain's loader processes read absl flags
-                dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(self._workers, 1))
+                processes = grain.multiprocessing.MultiprocessingOptions(self._workers, 1)
+                dataset = dataset.mp_prefetch(processes, worker_init_fn=attend_parent)
             self._iterator = iter(dataset)
             self._iterator.start_prefetch()
         return self._iterator
@@ -189,6 +195,23 @@ class Rows(Iterator[tuple[Window, int]]):
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def attend_parent(worker: int, workers: int) -> None:
+    """Run by a loader process as it starts: it ends with the training process, however that dies, and not before.
+
+    Signals to the whole group (a Ctrl-C, a scheduler's SIGTERM) would else take the data from a run that has a step to
+    finish.
+    """
+
+    def end_with(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
 
 
 class Stream(grain.IterDataset):
