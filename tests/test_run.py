@@ -159,6 +159,22 @@ def test_stopped_and_resumed_is_uninterrupted_to_the_bit(unbroken, tmp_path):
     assert losses(tmp_path, after=8) == losses(unbroken[0], after=8)
 
 
+def test_what_is_no_part_of_the_recipe_changes_no_bit(unbroken, tmp_path):
+    """A second run, with the sources named in another order, two loader processes and another prefetch depth."""
+    run = tiny_run(
+        20, data=dict(sources=dict(reversed(tiny_run().data.sources.items())), workers=2, prefetch_batches=1)
+    )
+    again = train(run, tmp_path)
+    assert same_bits(again.state, unbroken[1].state)
+    assert losses(tmp_path) == losses(unbroken[0])
+
+
+def test_another_seed_is_another_run(unbroken, tmp_path):
+    other = train(dataclasses.replace(tiny_run(20), seed=1), tmp_path)
+    assert not same_bits(other.state.params, unbroken[1].state.params)
+    assert not set(losses(tmp_path)) & set(losses(unbroken[0]))
+
+
 def stop_at(step: int, run) -> None:
     """Ctrl-C while step `step` is logged."""
     log = hooks.Log.__call__

@@ -37,3 +37,8 @@ CURVE = dict(rtol=2e-3, atol=2e-3)
 
 # ||difference|| / ||gradient|| of one parameter, the whole model's gradient on a mesh beside one device, float32.
 MESH_PARAMETER = 1e-4
+
+# The same batch split, padded, packed or ordered in another way, on one mesh or several: a few units in the last place
+# of the loss, and ||difference|| / ||gradient|| of every parameter.
+SPLIT_LOSS = dict(rtol=1e-6)
+SPLIT_PARAMETER = 1e-5

@@ -25,14 +25,14 @@ from tests.tolerances import BF16, BF16_GRADIENT, MESH_LOSS, MESH_PARAMETER
 RUN = tiny_run()
 
 
-def gradient_on(run: config.Run):
+def gradient_on(run: config.Run, batch: Batch | None = None):
     """(loss, gradients by path, expert loads) of the first batch with pictures, on the run's mesh, as numpy."""
     shape = {"data": run.mesh.data, "fsdp": run.mesh.fsdp}
     mesh = make_mesh(shape, jax.devices()[: run.mesh.data * run.mesh.fsdp])
     bones = skeleton(run.model, make_seam(mesh), patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     state = jax.device_put(host_state(), state_shardings(bones, tx, run, mesh))
-    batch = place.put_batch(first_with_pictures(), mesh=mesh)
+    batch = place.put_batch(batch or first_with_pictures(), mesh=mesh)
     gradient = jax.jit(make_gradient(run, bones))
     grads, told = gradient(state.params, state.router_bias, batch)
     paths = jax.tree_util.tree_leaves_with_path(grads)
