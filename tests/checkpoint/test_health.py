@@ -171,7 +171,7 @@ def test_set_aside_by_name(copy):
 
 
 def test_a_failure_that_is_no_damage_sets_nothing_aside(copy, monkeypatch):
-    """Too little memory, another version of Orbax: the files are what was written, and no other step would do better."""
+    """Too little memory, another version of Orbax: the files are what was written, no other step would do better."""
     folder, trees = copy
     with Checkpoints(folder, CFG) as checkpoints:
         failing = lambda *_, **__: (_ for _ in ()).throw(MemoryError("too big"))  # noqa: E731

@@ -106,7 +106,10 @@ def test_too_little_space_starts_no_save_and_says_how_much_it_takes(tmp_path, mo
 
 def test_if_the_newest_save_had_no_space_the_end_is_an_error(tmp_path, monkeypatch):
     fill(monkeypatch, left=0)
-    with pytest.raises(space.NotSaved, match="none was saved before. Free some space"), Checkpoints(tmp_path, CFG) as it:
+    with (
+        pytest.raises(space.NotSaved, match="none was saved before. Free some space"),
+        Checkpoints(tmp_path, CFG) as it,
+    ):
         save(it, 1)
     with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, CFG) as it:  # what ended the run is not hidden
         save(it, 1)
@@ -152,7 +155,9 @@ def may_mount() -> bool:
     """Whether this machine lets us mount a small file system of our own."""
     if not (shutil.which("unshare") and shutil.which("mount")):
         return False
-    return subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.skipif(not may_mount(), reason="this machine allows no mount in a user namespace")
@@ -182,6 +187,8 @@ def test_a_disk_that_is_really_full(tmp_path):
         before=before,
     )
     assert child.returncode == 0, child.stderr
-    assert "Saving step 5" in child.stdout and "the disk was full before all was written: it needs 9.5MB" in child.stdout
+    assert (
+        "Saving step 5" in child.stdout and "the disk was full before all was written: it needs 9.5MB" in child.stdout
+    )
     assert "the last good checkpoint is step 4" in child.stdout
     assert "Traceback" not in child.stderr, "one message is enough"
