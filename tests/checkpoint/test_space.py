@@ -16,8 +16,10 @@ import pytest
 
 from llamax.checkpoint import health, space
 from llamax.checkpoint.manager import Checkpoints
+from llamax.run import train
 from tests.checkpoint.test_health import messages  # noqa: F401
 from tests.checkpoint.test_manager import CFG, stream
+from tests.runs import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
@@ -192,3 +194,17 @@ def test_a_disk_that_is_really_full(tmp_path):
     )
     assert "the last good checkpoint is step 4" in child.stdout
     assert "Traceback" not in child.stderr, "one message is enough"
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_no_run_before_its_end(tmp_path, monkeypatch, capsys):
+    """Steps 2 and 4 are saved, then there is no room; all steps are taken all the same, and then it is an error."""
+    usage, free = shutil.disk_usage(tmp_path), space.free
+    none = usage._replace(free=12_345)
+    monkeypatch.setattr(space, "free", lambda at: none.free if health.steps(at)[-1:] == [4] else free(at))
+    with pytest.raises(space.NotSaved, match=r"Saving step 20 .* needs 5.2MB, and 12.3kB are free; .* is step 4"):
+        train(tiny_run(20), tmp_path, devices=jax.devices()[:1])
+    assert capsys.readouterr().err.count("but it needs") == 8
+    assert (
+        health.steps(tmp_path / "checkpoints") == [2, 4] and (tmp_path / "metrics.jsonl").read_text().count("\n") == 11
+    )
