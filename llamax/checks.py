@@ -295,9 +295,8 @@ def _checkpoint(run: Run) -> None:
     if for_good % every:
         asked = f"--config.checkpoint.keep_every_steps={for_good}"
         true = f"checkpoints are written every {every} steps (checkpoint.every_steps)"
-        raise ConfigError(
-            asked, true, f"Set --config.checkpoint.keep_every_steps={_nearest_multiple(every, for_good)}."
-        )
+        fits = _nearest_multiple(every, for_good)
+        raise ConfigError(asked, true, f"Set --config.checkpoint.keep_every_steps={fits}.")
 
 
 def _mesh(run: Run) -> None:

@@ -16,7 +16,17 @@ from llamax import cli, config, show, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "recipes/scout_pretrain.py:tiny"
-COMMANDS = [[], ["train"], ["show"], ["generate"], ["data"], ["data", "build"], ["data", "show"], ["data", "tokenizer"]]
+COMMANDS = [
+    [],
+    ["train"],
+    ["show"],
+    ["generate"],
+    ["inspect"],
+    ["data"],
+    ["data", "build"],
+    ["data", "show"],
+    ["data", "tokenizer"],
+]
 
 
 def called(monkeypatch, target: str, **behaviour):
@@ -46,6 +56,13 @@ def test_generate(monkeypatch, capsys):
     assert cli.main(["generate", "--workdir", "there", *words]) == 0
     generate.assert_called_once_with("there", "x", image="y.png", max_tokens=5, temperature=0.5, seed=2)
     assert capsys.readouterr().out == "and so on\n"
+
+
+@pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 1)])
+def test_inspect(sound, code, monkeypatch):
+    inspect = called(monkeypatch, "llamax.checkpoint.inspect.inspect", return_value=sound)
+    assert cli.main(["inspect", "there"]) == code
+    inspect.assert_called_once_with("there")
 
 
 def test_data(monkeypatch):

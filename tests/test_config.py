@@ -252,6 +252,8 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.train.steps=640", "--config.optim.warmup_steps=640"], "the run has train.steps=640"),
     (["--config.train.steps=640", "--config.optim.decay_steps=0"], "wsd decays over 1 to 600 steps"),
     (["--config.train.steps=640", "--config.optim.decay_steps=601"], "1 to 600 steps, those after the warm-up"),
+    (["--config.checkpoint.keep_every_steps=300"], "checkpoints are written every 200 steps"),
+    (["--config.checkpoint.keep_every_steps=50"], "checkpoints are written every 200 steps"),
     (["--config.mesh.data=0"], "an axis is at least 1"),
     (["--config.mesh.fsdp=-2"], "at least 1, or -1"),
     (["--config.mesh.fsdp=-1"], "-1 is allowed once"),

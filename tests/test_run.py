@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 
 from llamax import config
+from llamax.checkpoint import health
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
 from llamax.run import Result, generate
 from llamax.run import train as train_on_all
 from llamax.sample import engine
 from llamax.train import hooks, loop
+from tests.checkpoint.test_health import flip, one_file
 from tests.runs import FIXTURES, tiny_run
 from tests.tolerances import CURVE, MESH_CURVE
 
@@ -246,6 +249,29 @@ def test_too_many_bad_steps_stop_the_run(tmp_path):
     with pytest.raises(hooks.Diverged, match="3 to 6, were not finite.* last good checkpoint is step 1"):
         train(broken, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_run_over_a_damaged_newest_checkpoint_ends_with_the_same_bits(unbroken, tmp_path, capsys):
+    """The damaged one is the last, so that the run looks finished until its files are compared with their sums."""
+    workdir = Path(shutil.copytree(unbroken[0], tmp_path / "run"))
+    folder = workdir / "checkpoints"
+    flip(one_file(folder / "20", "params"), 99)
+    (workdir / "run.json.123.tmp").write_text("{")  # what a killed start leaves
+    (workdir / "mine.tmp").write_text("a person's")
+    again = train(tiny_run(20), workdir)
+    said = capsys.readouterr().err
+    assert "step 20 is damaged (params/" in said and "resumed from step 18" in said
+    assert same_bits(again.state, unbroken[1].state)
+    assert sorted(path.name for path in folder.iterdir()) == ["16", "18", "20", "20.damaged"]
+    assert health.check(folder / "20") == [] and health.check(folder / "20.damaged") != []
+    assert {path.name for path in workdir.glob("*.tmp")} == {"mine.tmp"}
+    for step in health.steps(folder):
+        (folder / str(step) / "checksums.json").write_text("")
+    for _ in range(2):  # now, and at the next start
+        with pytest.raises(
+            ConfigError, match=r"all that are there are damaged \(16.damaged, 18.damaged, 20.damaged, 20.d"
+        ):
+            train(tiny_run(20), workdir)
 
 
 def test_a_workdir_of_another_run_is_refused(unbroken):

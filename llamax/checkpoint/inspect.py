@@ -18,7 +18,7 @@ from llamax.observe.log import CONSOLE, is_terminal
 from llamax.observe.progress import quantity
 from llamax.observe.provenance import read
 
-SOUND = "sound"
+SOUND, DAMAGED = "sound", "damaged: "
 SET_ASIDE = re.compile(r"(\d+)\.(.+)")  # what health.set_aside makes
 
 
@@ -47,20 +47,37 @@ def inspect(folder: str | Path) -> bool:
     run = read(workdir) or {}
     name = run.get("config", {}).get("name")
     shown = Table(title=f"Checkpoints in {checkpoints}" + (f", a run of {name}" if name else ""), title_justify="left")
-    for heading, justify in (("step", "right"), ("written", "left"), ("items", "left"), ("total", "right")):
-        shown.add_column(heading, justify=justify, no_wrap=heading in ("step", "total"))
-    shown.add_column("health", overflow="fold")
+    for heading, justify in (
+        ("step", "right"),
+        ("written", "left"),
+        ("items", "left"),
+        ("total", "right"),
+        ("health", "left"),
+    ):
+        shown.add_column(heading, justify=justify, no_wrap=heading != "items")
     for row in rows:
         items = ", ".join(f"{item} {size(n)}" for item, n in row.items.items())
-        colour = {SOUND: "green", "dama": "red", "no c": "red"}.get(
-            row.health[: len(SOUND) - 1 + (row.health == SOUND)]
+        shown.add_row(
+            row.name,
+            f"{row.written:%Y-%m-%d %H:%M:%S}",
+            items,
+            size(row.bytes),
+            row.health.split(":")[0],
+            style=colour(row),
         )
-        shown.add_row(row.name, f"{row.written:%Y-%m-%d %H:%M:%S}", items, size(row.bytes), row.health, style=colour)
     CONSOLE.print(shown)
+    for row in rows:
+        if row.health.startswith(DAMAGED):  # long names of files: below the table
+            CONSOLE.print(f"Step {row.name} is {row.health}.", soft_wrap=True, markup=False)
     steps = [row for row in rows if row.name.isdecimal()]
     sound = max((row.step for row in steps if row.health == SOUND), default=None)
     CONSOLE.print("No checkpoint is sound." if sound is None else f"The newest sound checkpoint is step {sound}.")
     return bool(steps) and steps[-1].health == SOUND
+
+
+def colour(row: Row) -> str:
+    """Green for what a run would go on from, red for what it would not, dim for what it does not look at."""
+    return ("green" if row.health == SOUND else "red") if row.name.isdecimal() else "dim"
 
 
 def places(folder: Path) -> tuple[Path, Path]:
@@ -72,10 +89,12 @@ def look(checkpoints: Path) -> list[Row]:
     """A row for each checkpoint, whole or not, by step; hashes all files, with a bar on a terminal."""
     found = [path for path in checkpoints.glob("[0-9]*") if path.is_dir() and step_of(path) is not None]
     found.sort(key=lambda path: (step_of(path), not path.name.isdecimal(), path.name))
-    to_read = {path: sum(health.files(path).values()) for path in found if path.name.isdecimal()}
+    to_read = [
+        n for path in found if path.name.isdecimal() for file, n in health.files(path).items() if file != health.SUMS
+    ]
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn())
     with Live(*columns, console=CONSOLE, transient=True, disable=not is_terminal()) as live:
-        task = live.add_task("comparing files with their sums", total=sum(to_read.values()))
+        task = live.add_task("comparing files with their sums", total=sum(to_read))
         return [row(path, lambda n: live.advance(task, n)) for path in found]
 
 
@@ -104,7 +123,7 @@ def state(path: Path, progress: health.Progress) -> str:
     problems = health.check(path, progress)
     if not problems:
         return SOUND
-    return "no checksums" if problems == [health.NO_SUMS] else f"damaged: {health.summary(problems)}"
+    return "no checksums" if problems == [health.NO_SUMS] else f"{DAMAGED}{health.summary(problems)}"
 
 
 def written(path: Path) -> datetime.datetime:

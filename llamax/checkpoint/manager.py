@@ -22,7 +22,6 @@ from typing import Any
 import grain
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from orbax.checkpoint.path import atomicity
 
 from llamax import config
@@ -76,7 +75,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(create=False)  # its read_only warns three times
         else:
             self._clear_unfinished()
-            absl_logging.get_absl_logger().addFilter(space.QUIET)
+            for name in ("absl", "asyncio"):  # through these Orbax logs
+                logging.getLogger(name).addFilter(space.QUIET)
             options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), temporary_path_class=Summed)
         handlers = dict.fromkeys(ARRAYS, ocp.StandardCheckpointHandler) | {
             "data": grain.checkpoint.CheckpointHandler,
@@ -212,6 +212,7 @@ class Checkpoints:
         except Exception as error:
             if self._saving is None or not space.is_full(error):
                 raise
+            space.forget(error)
             self._clear_unfinished()
             self._manager.reload()  # it had counted the step, and dropped the oldest one
             self._not_saved(begun=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import errno
+import gc
 import logging
 import math
 import shutil
+import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from llamax.config import ConfigError
+from llamax.observe.log import FULL
 from llamax.observe.progress import quantity
 
 MARGIN, MARGIN_BYTES = 0.01, 2**20  # beside the arrays: shapes and shardings, the index, the data's position, the sums
-FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded")  # what other libraries keep of the error's number
 
 
@@ -35,6 +37,22 @@ class Quiet(logging.Filter):
 
 
 QUIET = Quiet()
+
+
+def forget(error: BaseException) -> None:
+    """Lets go of the writes that a failed save had not begun; Python says a dozen lines of each unless told not to."""
+    old, level = sys.unraisablehook, logging.getLogger("asyncio").level
+    sys.unraisablehook = lambda _: None
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:
+        chain: BaseException | None = error
+        while chain is not None:
+            traceback.clear_frames(chain.__traceback__)
+            chain = chain.__cause__ or chain.__context__
+        gc.collect()
+    finally:
+        sys.unraisablehook = old
+        logging.getLogger("asyncio").setLevel(level)
 
 
 def not_saved(folder: Path, step: int, bytes_needed: int, last_good: int | None, *, begun: bool) -> NotSaved:

@@ -111,7 +111,8 @@ class Goodput:
     def write(self, step: int) -> None:
         """`step`: the last one taken."""
         starts = [*self.before, self.ledger.record(step)]
-        write_whole(self.path, json.dumps({"seconds": self.total(), "starts": starts}, indent=1) + "\n")
+        with contextlib.suppress(OSError):  # a full disk: a figure for people is no reason to stop
+            write_whole(self.path, json.dumps({"seconds": self.total(), "starts": starts}, indent=1) + "\n")
 
     def total(self) -> dict[str, float]:
         """Seconds by phase since the first start began; they sum to the wall time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from llamax.observe.provenance import write_whole
 
 # One console: the live line and the log have to know of each other. A file has no width; tables take this one.
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a used-up quota
 LOUD = ("jax", "orbax", "grain", "etils", "tensorboardX", "PIL", "asyncio", "fsspec")  # libraries that chat at INFO
 
 
@@ -62,11 +64,13 @@ class MetricsFile:
             kept = "".join(f"{line}\n" for line in text.splitlines() if start_step > 0 and _upto(line, start_step))
             if kept != text:
                 write_whole(self.path, kept)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = bytearray()  # what has not been written yet
+        self._warned = False
 
     def rewind(self, step: int) -> None:
         """The run has gone back to step `step`: the lines beyond it will be written again."""
-        self._file.close()
+        self.close()
         self._open(step)
 
     def read(self) -> list[dict]:
@@ -80,13 +84,28 @@ class MetricsFile:
         self.close()
 
     def write(self, step: int, values: Mapping[str, float | list]) -> None:
-        """Appends one line, on disk when it returns. Values are numbers, or (nested) lists of them."""
+        """Appends one line, on disk when it returns; where the disk is full, when there is room again.
+
+        Values are numbers, or (nested) lists of them.
+        """
         shown = {name: _finite(x) for name, x in values.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **shown}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"step": step, "time": round(time.time(), 3), **shown}).encode() + b"\n"
+        self._flush()
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self._warned:
+                logging.getLogger("llamax").warning("the disk is full: %s waits for space", self.path)
+            self._warned = True
 
 
 def _finite(x: float | list) -> float | list | None:

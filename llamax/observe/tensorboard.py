@@ -7,6 +7,7 @@ finite (a gap in the curve; the step counts them), and resuming without doubled 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import textwrap
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
 
+from llamax.observe.log import FULL
 from llamax.observe.provenance import flat
 
 CELL_PX = 18  # of the heat map
@@ -39,21 +41,38 @@ class TensorBoard:
 
     def __init__(self, folder: str | Path, start_step: int = 0):
         """Events beyond `start_step`, of a run that got further before it died, are hidden; from step 0, all are."""
-        self._folder = str(folder)
-        self._open(start_step)
+        self._folder, self._warned = str(folder), False
+        self._writer = self._open(start_step + 1 if start_step > 0 else 0)
 
-    def _open(self, start_step: int) -> None:
-        self._writer = SummaryWriter(
+    def _open(self, purge_step: int | None) -> SummaryWriter:
+        return SummaryWriter(
             self._folder,
-            purge_step=start_step + 1 if start_step > 0 else 0,
+            purge_step=purge_step,
+            max_queue=10_000,  # far more than one step adds: none of them waits for a thread that has just died
             flush_secs=10,
             filename_suffix=f".{time.time_ns()}",  # two starts in one second must not share a file
         )
 
     def rewind(self, step: int) -> None:
         """The run has gone back to step `step`: what was written beyond it is hidden."""
-        self._writer.close()
-        self._open(step)
+        self.close()
+        self._writer = self._open(step + 1 if step > 0 else 0)
+
+    def _do(self, method: str, *args, **named) -> None:
+        """Calls the writer; what a full disk does not take is left out, with one warning.
+
+        A full disk ends the thread that writes, and sooner or later an event would wait for it forever: a new file.
+        """
+        try:
+            if not self._writer.file_writer.event_writer._worker.is_alive():
+                self._writer = self._open(None)
+            getattr(self._writer, method)(*args, **named)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self._warned:
+                logging.getLogger("llamax").warning("the disk is full: TensorBoard misses some points")
+            self._warned = True
 
     def __enter__(self) -> TensorBoard:
         return self
@@ -65,25 +84,25 @@ class TensorBoard:
         """One point on each curve; what is not finite is left out."""
         for name, value in values.items():
             if math.isfinite(value):
-                self._writer.add_scalar(name, float(value), step)
+                self._do("add_scalar", name, float(value), step)
 
     def pictures(self, tag: str, images: Sequence[np.ndarray], captions: Sequence[str], step: int) -> None:
         """Pictures, uint8 [height, width, 3] of any sizes, each above its caption, on one sheet."""
         tiles = [captioned(image, caption) for image, caption in zip(images, captions, strict=True)]
         if tiles:
-            self._writer.add_image(tag, sheet(tiles), step, dataformats="HWC")
+            self._do("add_image", tag, sheet(tiles), step, dataformats="HWC")
 
     def expert_loads(self, load_LE: np.ndarray, layers: Sequence[int], step: int) -> None:
         """A heat map under experts/load, a row a layer, a column an expert; colours as in RAMP_COLOURS."""
-        self._writer.add_image("experts/load", heat_map(load_LE, layers), step, dataformats="HWC")
+        self._do("add_image", "experts/load", heat_map(load_LE, layers), step, dataformats="HWC")
 
     def expert_loads_over_time(self, load_SLE: np.ndarray, steps: Sequence[int], layers: Sequence[int]) -> None:
         """A heat map under experts/load_over_time: a column for each of S steps; a band a layer, a row an expert."""
         image = time_map(load_SLE, steps, layers)
-        self._writer.add_image("experts/load_over_time", image, steps[-1], dataformats="HWC")
+        self._do("add_image", "experts/load_over_time", image, steps[-1], dataformats="HWC")
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        self._writer.add_text(tag, markdown, step)
+        self._do("add_text", tag, markdown, step)
 
     def config(self, config: Mapping[str, Any], step: int = 0) -> None:
         """The resolved configuration, nested dicts, as a table."""
@@ -92,7 +111,7 @@ class TensorBoard:
         self.text("config", "\n".join(["| key | value |", "|---|---|", *rows]), step)
 
     def close(self) -> None:
-        self._writer.close()
+        self._do("close")
 
 
 def heat_map(load_LE: np.ndarray, layers: Sequence[int]) -> np.ndarray:

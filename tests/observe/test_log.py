@@ -56,3 +56,43 @@ def test_resume_drops_what_will_be_written_again(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "no temporary file is left"
     with log.MetricsFile(path, start_step=0):
         assert path.read_text() == "", "a run from step 0 begins anew"
+
+
+class Full:
+    """A file on a disk that takes some more bytes, and then none until there is room."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        n = min(self.room, len(data))
+        self.room -= n
+        return self.file.write(bytes(data[:n]))
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_full_disk_loses_no_line(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+    path = tmp_path / "metrics.jsonl"
+    with log.MetricsFile(path) as file:
+        file._file = Full(file._file, room=100)
+        for step in range(1, 8):
+            file.write(step, {"loss": 1.0})
+        assert path.stat().st_size == 100 and caplog.text.count("the disk is full") == 1
+        file._file.room = 10_000
+        file.write(8, {"loss": 1.0})
+        assert steps(path) == list(range(1, 9))
+        file._file.room = 0
+        file.write(9, {"loss": 1.0})
+    assert steps(path) == list(range(1, 9)), "what never found room is lost; the run ends all the same"
+
+
+def test_another_error_is_raised(tmp_path):
+    file = log.MetricsFile(tmp_path / "metrics.jsonl")
+    file._file.close()
+    with pytest.raises(ValueError, match="closed file"):
+        file.write(1, {})

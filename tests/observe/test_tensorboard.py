@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from llamax.observe import tensorboard
@@ -95,3 +98,27 @@ def test_config_is_a_table(tmp_path):
 def test_captions_and_pictures_must_pair(tmp_path):
     with TensorBoard(tmp_path) as board, pytest.raises(ValueError, match="shorter"):
         board.pictures("x", [np.zeros((4, 4, 3), np.uint8)], [], 0)
+
+
+def test_a_full_disk_neither_hangs_nor_ends_the_run(tmp_path, monkeypatch, caplog):
+    """It ends the thread that writes events; those after it would wait for that thread for ever."""
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    room = threading.Event()
+    write = EventsWriter.write_event
+
+    def full(self, event):
+        if not room.is_set():
+            raise OSError(28, "No space left on device")
+        return write(self, event)
+
+    with TensorBoard(tmp_path) as board:
+        monkeypatch.setattr(EventsWriter, "write_event", full)
+        board.scalars({"loss": 1.0}, 1)
+        board._writer.file_writer.event_writer._worker.join(10)
+        for step in range(2, 50):
+            board.scalars({"loss": 1.0}, step)
+        room.set()
+        board.scalars({"loss": 1.0}, 50)
+    assert [step for _, step, _ in shown(tmp_path)] == [50]
+    assert caplog.text.count("the disk is full") == 1
