@@ -29,7 +29,7 @@ from llamax.config_dict import ConfigError, nearest
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
-    *("losses.router_balance", "losses.router_z", "evals.*.every_steps"),
+    *("losses.router_balance", "losses.router_z", "evals.*.every_steps", "data.sources.*.weight"),
 )
 # which some are bounded from above too,
 AT_MOST = {
@@ -240,6 +240,10 @@ def _sources(run: Run) -> None:
         here = f"--config.data.sources.{name}"
         _named(name, "source", "data.sources")
         _manifest(here, source.path)
+    weights = [source.weight for source in run.data.sources.values()]
+    if not 0 < sum(weights) < math.inf:
+        asked, true = f"data.sources with weights {weights}", "no shares of tokens can be made of them"
+        raise ConfigError(asked, true, f"Set {here}.weight=1.")
 
 
 def _named(name: str, what: str, section: str) -> None:
