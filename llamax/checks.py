@@ -34,11 +34,17 @@ MAY_BE_ZERO = (
 # which some are bounded from above too,
 AT_MOST = {
     "seed": 2**32 - 1,
+    "model.vision.max_tiles": 1024,  # the canvases are all of its products: time and memory go as its square
     "data.multimodal_steps": 1,
+    "data.window_docs": 2**20,
+    "data.workers": 1024,
+    "data.prefetch_batches": 1024,
     "optim.end_lr_ratio": 1,
     "optim.b1": 0.9999,
     "optim.b2": 0.9999,
 }
+MOST_WHOLE = 2**31 - 1  # of every other whole number: steps and sizes are 32 bits on the devices
+MOST_LAYERS = 10_000
 # and some strings are names out of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope.scaling": ROPE_SCALINGS,
@@ -102,8 +108,8 @@ def _fields(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str
 
 
 def _number(path: str, pattern: str, value: float) -> None:
-    asked, high = f"--config.{path}={value}", AT_MOST.get(pattern, math.inf)
-    if not math.isfinite(value):
+    asked, high = f"--config.{path}={value}", AT_MOST.get(pattern, MOST_WHOLE if isinstance(value, int) else math.inf)
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(asked, "it is a finite number", f"Set --config.{path} to one.")
     if pattern in MAY_BE_ZERO and value < 0:
         raise ConfigError(asked, "it is 0 or more", f"Set --config.{path}=0.")
@@ -152,6 +158,9 @@ def _plan(model: Model) -> None:
                 close = nearest(str(kind), LAYER_KINDS) or LAYER_KINDS[0]
                 true = f"a layer is one of {', '.join(LAYER_KINDS)}"
                 raise ConfigError(f"layer {kind!r} in --config.model.plan", true, f"Did you mean {close!r}?")
+    n = sum(len(period) * repeats for period, repeats in model.plan)
+    if n > MOST_LAYERS:  # before anything lists them
+        raise ConfigError(f"--config.model.plan with {n} layers", f"a model has at most {MOST_LAYERS}", shape)
 
 
 def _heads(model: Model) -> None:
@@ -290,8 +299,8 @@ def _mesh(run: Run) -> None:
     """What holds for any number of devices: the axes' values, and rows that split over the fixed axes."""
     sizes = dataclasses.asdict(run.mesh)
     for axis, n in sizes.items():
-        if n < 1 and n != -1:
-            true = "an axis is at least 1, or -1 for the devices that are left"
+        if not 1 <= n <= MOST_WHOLE and n != -1:
+            true = f"an axis is 1 to {MOST_WHOLE}, or -1 for the devices that are left"
             raise ConfigError(f"--config.mesh.{axis}={n}", true, f"Set --config.mesh.{axis}=1.")
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) > 1:

@@ -21,7 +21,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llamax.config import Vision
 from llamax.data.tokenizer import Tokenizer
@@ -62,6 +62,8 @@ def open_image(data: bytes | str | Path) -> Image.Image:
         raise PictureError("image_missing", str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning may be made an error
         raise PictureError("image_too_many_pixels", str(error)) from None
+    except UnidentifiedImageError:  # its own message shows an address in memory
+        raise PictureError("image_unreadable", f"no picture in one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow raises nearly anything on damaged bytes
         raise PictureError("image_unreadable", f"{type(error).__name__}: {error}") from None
 

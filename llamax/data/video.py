@@ -14,7 +14,7 @@ from PIL import Image
 from llamax.data.images import PictureError, check_pixels, open_image, to_rgb
 
 FRAME_BUDGET = 8  # frames of a clip that the model sees
-MAX_CLIP_PIXELS = 2**30  # of all frames: to reach the last, a decoder goes through those before it; some seconds
+MAX_CLIP_PIXELS = 2**30  # of all its frames: to reach the last, a decoder goes through those before it
 
 
 def sample(n_frames: int, budget: int) -> list[int]:
@@ -33,14 +33,14 @@ def read_frames(data: bytes | str | Path, budget: int = FRAME_BUDGET) -> list[Im
         if n_frames * width * height > MAX_CLIP_PIXELS:
             true = f"{n_frames} frames of {width} x {height} pixels; at most {MAX_CLIP_PIXELS} pixels"
             raise PictureError("image_too_many_pixels", true)
-        return [_frame(clip, number) for number in sample(n_frames, budget)]
+        frames, rows = [], 0
+        for number in sample(n_frames, budget):
+            clip.seek(number)
+            width, rows = max(width, clip.width), rows + clip.height  # frames of a TIFF have sizes of their own
+            check_pixels(width, rows)  # of all that are kept, as if they were one picture
+            frames.append(to_rgb(clip.copy()))  # a copy decodes it; the clip itself goes on to the next
+        return frames
     except PictureError:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged bytes, counting the frames included
         raise PictureError("image_unreadable", f"{type(error).__name__}: {error}") from None
-
-
-def _frame(clip: Image.Image, number: int) -> Image.Image:
-    clip.seek(number)
-    check_pixels(*clip.size)  # frames of a TIFF have sizes of their own
-    return to_rgb(clip.copy())  # a copy decodes it; the clip itself goes on to the next
