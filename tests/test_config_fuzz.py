@@ -1,4 +1,4 @@
-"""Overrides at random, valid and not: each run freezes, or is refused in three parts, soon, and never by a traceback."""
+"""Overrides at random, valid and not: each run freezes, or is refused in three parts, soon, without a traceback."""
 
 from __future__ import annotations
 

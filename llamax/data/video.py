@@ -26,7 +26,7 @@ def sample(n_frames: int, budget: int) -> list[int]:
 
 
 def read_frames(data: bytes | str | Path, budget: int = FRAME_BUDGET) -> list[Image.Image]:
-    """The sampled frames of an encoded clip, as RGB pictures. PictureError if it is missing, unreadable or too large."""
+    """The sampled frames of an encoded clip, as RGB. PictureError if it is missing, unreadable or too large."""
     clip = open_image(data)
     try:
         n_frames, (width, height) = getattr(clip, "n_frames", 1), clip.size
