@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,8 @@ def check(run: Run) -> None:
     for path, pattern, value in _fields(run):
         if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
             _number(path, pattern, value)
+        if isinstance(value, str):
+            _text(path, value)
         if pattern in CHOICES:
             _choice(path, value, CHOICES[pattern])
     if not run.name:
@@ -118,6 +121,12 @@ def _number(path: str, pattern: str, value: float) -> None:
         raise ConfigError(asked, "it is more than 0", change)
     if value > high:
         raise ConfigError(asked, f"it is at most {high}", f"Set --config.{path}={high}.")
+
+
+def _text(path: str, value: str) -> None:
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):  # no path has them, and no file takes the latter
+        asked, true = f"--config.{path}={value!r}", "it is text without control characters and of valid Unicode"
+        raise ConfigError(asked, true, f"Set --config.{path} without them.")
 
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:

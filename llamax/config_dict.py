@@ -33,8 +33,9 @@ class ConfigError(ValueError):
 
 def _printable(text: str) -> str:
     """The text with control characters and broken Unicode as escapes, and its middle left out if it is very long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: 2 * MOST_CHARS])
-    return text if len(text) <= MOST_CHARS else f"{text[: MOST_CHARS // 2]} ... {text[-MOST_CHARS // 2 :]}"
+    if len(text) > MOST_CHARS:
+        text = f"{text[: MOST_CHARS // 2]} ... {text[-MOST_CHARS // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -212,15 +212,16 @@ def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ checks
 
+SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
 WRONG = [  # (overrides, what the error says is true)
     (["--config.seed=-1"], "0 or more"),
     (["--config.seed=4294967296"], "at most 4294967295"),
     (["--config.optim.peak_lr=nan"], "finite"),
     (["--config.train.steps=" + "9" * 400], "at most 2147483647"),
     (["--config.mesh.fsdp=" + "9" * 30], "1 to 2147483647"),
-    (["--config.model.vision.max_tiles=100000"], "at most 1024"),
+    (["--config.model.vision.max_tiles=100000", "--config.data.multimodal_steps=0"], "at most 1024"),
     (["--config.model.plan=((('rope_chunk+moe',), 1000000000),)"], "at most 10000"),
-    (["--config.data.sources={'x': {'path': 'x.toml', 'weight': 0.0}}"], "no shares of tokens"),
+    ([f"--config.data.sources.{name}.weight=0" for name in SOURCES], "no shares of tokens"),
     (["--config.losses.router_z=inf"], "finite number"),
     (["--config.train.steps=0", "--config.optim.warmup_steps=0", "--config.optim.schedule=cosine"], "more than 0"),
     (["--config.optim.peak_lr=-1"], "it is more than 0"),
@@ -228,6 +229,8 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.optim.b2=1.0"], "at most 0.9999"),
     (["--config.losses.router_balance=-1"], "it is 0 or more"),
     (["--config.name="], "a run has a name"),
+    (["--config.name=a\x1b[31m"], "without control characters"),
+    (["--config.data.tokenizer=\ud800"], "valid Unicode"),
     (["--config.model.rope.scaling=llama4"], "one of none, llama3"),
     (["--config.optim.schedule=cosin"], "one of cosine, wsd"),
     (["--config.train.compute_dtype=bf16"], "one of float32, bfloat16"),

@@ -20,6 +20,7 @@ and counts. A record that is no such map is a ConfigError, like a wrong manifest
 
 from __future__ import annotations
 
+import array
 import difflib
 import glob
 import hashlib
@@ -93,7 +94,7 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     asked = f"data manifest {path}"
     if not _is_file(path):
-        hint = f"Did you mean {near}?" if (near := _nearest(path)) else "`llamax data build` makes the embedded data."
+        hint = f"Did you mean {like}?" if (like := _nearest(path)) else "`llamax data build` makes the embedded data."
         raise ConfigError(asked, "there is no such file", hint)
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -155,10 +156,12 @@ def _resolve(manifest: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
             true = f"one of its files is {_one_line(pattern)}"
             raise ConfigError(f"data manifest {manifest}", true, "Give names as strings.")
         try:
-            names = sorted(manifest.parent / name for name in glob.glob(pattern, root_dir=manifest.parent))
+            exact = _is_file(manifest.parent / pattern)  # its name may have brackets in it
+            names = [pattern] if exact else glob.glob(pattern, root_dir=manifest.parent)
         except (OSError, ValueError, re.error):  # a NUL character, a pattern that is none
             names = []
-        matches = [path for path in names if _is_file(path) and path not in found]
+        paths = sorted(manifest.parent / name for name in names)
+        matches = [path for path in paths if _is_file(path) and path not in found]
         if not matches:
             raise ConfigError(
                 f"data manifest {manifest}",
@@ -310,17 +313,17 @@ class Lines(Sequence[bytes | None]):
 
 def _line_spans(path: Path) -> np.ndarray:
     """Byte spans int64 [lines, 2] of the lines that are not blank. No line is held whole, however long it is."""
-    spans, start, end, blank = [], 0, 0, True
+    spans, start, end, blank = array.array("q"), 0, 0, True
     with path.open("rb") as file:
         while part := file.readline(BLOCK):
             end += len(part)
             blank = blank and not part.strip()
             if part.endswith(b"\n") or len(part) < BLOCK:
                 if not blank:
-                    spans.append((start, end))
+                    spans.extend((start, end))
                 start, blank = end, True
     if not blank:
-        spans.append((start, end))
+        spans.extend((start, end))
     return np.array(spans, np.int64).reshape(-1, 2)
 
 

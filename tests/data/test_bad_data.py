@@ -17,6 +17,7 @@ from llamax.data import encode, sources, video
 from llamax.data.encode import Encoder
 from llamax.data.packing import pack_window
 from llamax.data.pipeline import SAMPLE_DOCS, HeldOut, build, skipped
+from llamax.data.show import show
 from llamax.data.sources import Document, Picture, open_source, read_manifest, write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
 from tests.data import hostile
@@ -183,6 +184,17 @@ def test_the_first_document_left_out_is_named_once(tmp_path, caplog, workers):
     told = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
     assert len(told) == 2 and set(skipped(iterator, data)["x"]) == {"empty", "invalid_utf8"}
     assert f"source x leaves out record 4 of {tmp_path / 'x.jsonl'}: a text is not valid UTF-8" in told
+
+
+def test_a_person_can_look_at_all_of_it(tmp_path, capsys):
+    odd = "x [/] [/red] [bold]\x1b[31m \0 \u202e"
+    records = [{"text": odd, "id": "\ud800[/]", "meta": {"\ud801": f"\udfff {odd}", "n": 3}}, {"text": "a\ud800"}]
+    records += [{"pieces": [{"image": "none.png"}]}, {"text": " "}, {"pieces": [{"video": "\0"}, {"text": "a"}]}]
+    about = 'kind = "multimodal"\ndescription = "[/] \\u202e"\nlang = "[/]"\nlicence = "[/red]"\n'
+    assert show(jsonl(tmp_path, "[b]x", *records, about=about).path, tokenizer=RUN.data.tokenizer) is None
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b[31m" in shown and r"\ud800[/]" in shown
+    assert shown.count("skipped: ") == 4
 
 
 def test_held_out_data_that_is_bad_is_counted_or_refused(tmp_path):
