@@ -74,6 +74,10 @@ def _convert(kind: Any, value: Any, where: str, schema: type) -> Any:
     if typing.get_origin(kind) is dict:  # named entries of one dataclass
         if not isinstance(value, Mapping):
             raise _wrong_type(where, value, "a section, that is a dict of its entries")
+        for key in value:
+            if not isinstance(key, str):
+                true = f"an entry of {where} is named by a string"
+                raise ConfigError(f"{key!r} in --config.{where}", true, f"Write it as {str(key)!r}.")
         entry = typing.get_args(kind)[1]
         return {key: from_dict(entry, v, _dotted(where, key), schema) for key, v in value.items()}
     if kind is tuple and isinstance(value, list | tuple):

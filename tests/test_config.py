@@ -254,6 +254,7 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.data.seq_len=16"], "one picture is up to 27 tokens"),
     (["--config.data.sources={}"], "at least one source"),
     (["--config.data.sources={'my-web': {'path': 'web.toml'}}"], "must be able to name it"),
+    (["--config.data.sources={3: {'path': 'web.toml'}}"], "is named by a string"),
     (["--config.evals={'3d': {'path': 'web.toml'}}"], "name it: letters"),
     (["--config.data.sources.docs.path=docs.jsonl"], "it is a manifest"),
     (["--config.evals.docs.path="], "a .toml file"),
