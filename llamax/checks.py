@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,16 +34,23 @@ MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
-    *("health.max_roll_backs", "evals.*.every_steps", "checkpoint.keep_every_steps"),
+    *("health.max_roll_backs", "evals.*.every_steps", "checkpoint.keep_every_steps", "data.sources.*.weight"),
 )
 # which some are bounded from above too,
 AT_MOST = {
     "seed": 2**32 - 1,
+    "model.vision.max_tiles": 1024,  # the canvases are all of its products: time and memory go as its square
     "data.multimodal_steps": 1,
+    "data.window_docs": 2**20,
+    "data.workers": 1024,
+    "data.prefetch_batches": 1024,
+    "health.spike_window": 100_000,
     "optim.end_lr_ratio": 1,
     "optim.b1": 0.9999,
     "optim.b2": 0.9999,
 }
+MOST_WHOLE = 2**31 - 1  # of every other whole number: steps and sizes are 32 bits on the devices
+MOST_LAYERS = 10_000
 # and some strings are names out of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope.scaling": ROPE_SCALINGS,
@@ -61,6 +69,8 @@ def check(run: Run) -> None:
     for path, pattern, value in _fields(run):
         if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
             _number(path, pattern, value)
+        if isinstance(value, str):
+            _text(path, value)
         if pattern in CHOICES:
             _choice(path, value, CHOICES[pattern])
     if not run.name:
@@ -110,8 +120,8 @@ def _fields(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str
 
 
 def _number(path: str, pattern: str, value: float) -> None:
-    asked, high = f"--config.{path}={value}", AT_MOST.get(pattern, math.inf)
-    if not math.isfinite(value):
+    asked, high = f"--config.{path}={value}", AT_MOST.get(pattern, MOST_WHOLE if isinstance(value, int) else math.inf)
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(asked, "it is a finite number", f"Set --config.{path} to one.")
     if pattern in MAY_BE_ZERO and value < 0:
         raise ConfigError(asked, "it is 0 or more", f"Set --config.{path}=0.")
@@ -120,6 +130,12 @@ def _number(path: str, pattern: str, value: float) -> None:
         raise ConfigError(asked, "it is more than 0", change)
     if value > high:
         raise ConfigError(asked, f"it is at most {high}", f"Set --config.{path}={high}.")
+
+
+def _text(path: str, value: str) -> None:
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):  # no path has them, and no file takes the latter
+        asked, true = f"--config.{path}={value!r}", "it is text without control characters and of valid Unicode"
+        raise ConfigError(asked, true, f"Set --config.{path} without them.")
 
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
@@ -160,6 +176,9 @@ def _plan(model: Model) -> None:
                 close = nearest(str(kind), LAYER_KINDS) or LAYER_KINDS[0]
                 true = f"a layer is one of {', '.join(LAYER_KINDS)}"
                 raise ConfigError(f"layer {kind!r} in --config.model.plan", true, f"Did you mean {close!r}?")
+    n = sum(len(period) * repeats for period, repeats in model.plan)
+    if n > MOST_LAYERS:  # before anything lists them
+        raise ConfigError(f"--config.model.plan with {n} layers", f"a model has at most {MOST_LAYERS}", shape)
 
 
 def _heads(model: Model) -> None:
@@ -248,6 +267,10 @@ def _sources(run: Run) -> None:
         here = f"--config.data.sources.{name}"
         _named(name, "source", "data.sources")
         _manifest(here, source.path)
+    weights = [source.weight for source in run.data.sources.values()]
+    if not 0 < sum(weights) < math.inf:
+        asked, true = f"data.sources with weights {weights}", "no shares of tokens can be made of them"
+        raise ConfigError(asked, true, f"Set {here}.weight=1.")
 
 
 def _named(name: str, what: str, section: str) -> None:
@@ -303,8 +326,8 @@ def _mesh(run: Run) -> None:
     """What holds for any number of devices: the axes' values, and rows that split over the fixed axes."""
     sizes = dataclasses.asdict(run.mesh)
     for axis, n in sizes.items():
-        if n < 1 and n != -1:
-            true = "an axis is at least 1, or -1 for the devices that are left"
+        if not 1 <= n <= MOST_WHOLE and n != -1:
+            true = f"an axis is 1 to {MOST_WHOLE}, or -1 for the devices that are left"
             raise ConfigError(f"--config.mesh.{axis}={n}", true, f"Set --config.mesh.{axis}=1.")
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) > 1:

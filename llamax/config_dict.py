@@ -15,18 +15,27 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 T = TypeVar("T")
+MOST_CHARS = 800  # of one part of an error
 KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a tuple"}
 
 
 class ConfigError(ValueError):
-    """A person's input is wrong: what was asked, what is true, what to change."""
+    """A person's input is wrong: what was asked, what is true, what to change. Each is one line that can be printed."""
 
     def __init__(self, asked: str, true: str, change: str):
+        asked, true, change = _printable(asked), _printable(true), _printable(change)
         super().__init__(f"{asked}, but {true}. {change}")
         self.asked, self.true, self.change = asked, true, change
 
     def __reduce__(self):
         return type(self), (self.asked, self.true, self.change)  # loader processes send it home pickled
+
+
+def _printable(text: str) -> str:
+    """The text with control characters and broken Unicode as escapes, and its middle left out if it is very long."""
+    if len(text) > MOST_CHARS:
+        text = f"{text[: MOST_CHARS // 2]} ... {text[-MOST_CHARS // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -65,6 +74,10 @@ def _convert(kind: Any, value: Any, where: str, schema: type) -> Any:
     if typing.get_origin(kind) is dict:  # named entries of one dataclass
         if not isinstance(value, Mapping):
             raise _wrong_type(where, value, "a section, that is a dict of its entries")
+        for key in value:
+            if not isinstance(key, str):
+                true = f"an entry of {where} is named by a string"
+                raise ConfigError(f"{key!r} in --config.{where}", true, f"Write it as {str(key)!r}.")
         entry = typing.get_args(kind)[1]
         return {key: from_dict(entry, v, _dotted(where, key), schema) for key, v in value.items()}
     if kind is tuple and isinstance(value, list | tuple):

@@ -212,10 +212,16 @@ def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ checks
 
+SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
 WRONG = [  # (overrides, what the error says is true)
     (["--config.seed=-1"], "0 or more"),
     (["--config.seed=4294967296"], "at most 4294967295"),
     (["--config.optim.peak_lr=nan"], "finite"),
+    (["--config.train.steps=" + "9" * 400], "at most 2147483647"),
+    (["--config.mesh.fsdp=" + "9" * 30], "1 to 2147483647"),
+    (["--config.model.vision.max_tiles=100000", "--config.data.multimodal_steps=0"], "at most 1024"),
+    (["--config.model.plan=((('rope_chunk+moe',), 1000000000),)"], "at most 10000"),
+    ([f"--config.data.sources.{name}.weight=0" for name in SOURCES], "no shares of tokens"),
     (["--config.losses.router_z=inf"], "finite number"),
     (["--config.train.steps=0", "--config.optim.warmup_steps=0", "--config.optim.schedule=cosine"], "more than 0"),
     (["--config.optim.peak_lr=-1"], "it is more than 0"),
@@ -223,6 +229,8 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.optim.b2=1.0"], "at most 0.9999"),
     (["--config.losses.router_balance=-1"], "it is 0 or more"),
     (["--config.name="], "a run has a name"),
+    (["--config.name=a\x1b[31m"], "without control characters"),
+    (["--config.data.tokenizer=\ud800"], "valid Unicode"),
     (["--config.model.rope.scaling=llama4"], "one of none, llama3"),
     (["--config.optim.schedule=cosin"], "one of cosine, wsd"),
     (["--config.train.compute_dtype=bf16"], "one of float32, bfloat16"),
@@ -246,6 +254,7 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.data.seq_len=16"], "one picture is up to 27 tokens"),
     (["--config.data.sources={}"], "at least one source"),
     (["--config.data.sources={'my-web': {'path': 'web.toml'}}"], "must be able to name it"),
+    (["--config.data.sources={3: {'path': 'web.toml'}}"], "is named by a string"),
     (["--config.evals={'3d': {'path': 'web.toml'}}"], "name it: letters"),
     (["--config.data.sources.docs.path=docs.jsonl"], "it is a manifest"),
     (["--config.evals.docs.path="], "a .toml file"),
@@ -254,8 +263,8 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.train.steps=640", "--config.optim.decay_steps=601"], "1 to 600 steps, those after the warm-up"),
     (["--config.checkpoint.keep_every_steps=300"], "checkpoints are written every 200 steps"),
     (["--config.checkpoint.keep_every_steps=50"], "checkpoints are written every 200 steps"),
-    (["--config.mesh.data=0"], "an axis is at least 1"),
-    (["--config.mesh.fsdp=-2"], "at least 1, or -1"),
+    (["--config.mesh.data=0"], "an axis is 1 to"),
+    (["--config.mesh.fsdp=-2"], "or -1 for the devices"),
     (["--config.mesh.fsdp=-1"], "-1 is allowed once"),
     (["--config.mesh.fsdp=3"], "a micro-batch has 8 rows"),
     (["--config.mesh.fsdp=4", "--config.train.accumulate=4"], "a micro-batch has 2 rows"),

@@ -15,6 +15,8 @@ from llamax.data.sources import Document, Picture
 from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import read_frames
 
+MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
+
 
 class Encoded(NamedTuple):
     """A document as the packer takes it. L tokens, n tiles, P pixels along a tile's side."""
@@ -24,6 +26,7 @@ class Encoded(NamedTuple):
     pictures: np.ndarray  # int32 [pictures, 3]: first token, one past the last token, number of tiles
     tiles: np.ndarray  # uint8 [n, P, P, 3], in the order of the patch tokens
     skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
+    where: str = ""  # the document's record and file
 
 
 @functools.cache
@@ -45,29 +48,38 @@ class Encoder:
     def __call__(self, document: Document) -> Encoded:
         """ConfigError for a picture where there is no vision encoder; other faults give `skip`."""
         if document.skip:
-            return self._skipped(document.skip)
-        ids, pictures, tiles = [self.tokenizer.bos], [], []
+            return self._skipped(document.skip, document)
+        ids, pictures, tiles = [self._ids([self.tokenizer.bos])], [], []
+        length, tile_bytes = 1, 0
         for piece in document.pieces:
             if isinstance(piece, str):
-                ids += self.tokenizer.encode(piece)
+                ids.append(self.tokenizer.encode_array(piece))
+                length += len(ids[-1])
                 continue
             try:
-                for picture_tiles, block in self._picture(piece):
-                    pictures.append((len(ids), len(ids) + len(block), len(picture_tiles)))
+                for picture_tiles, block in self._picture(piece, document):
+                    pictures.append((length, length + len(block), len(picture_tiles)))
                     tiles.append(picture_tiles)
-                    ids += block
+                    ids.append(self._ids(block))
+                    length, tile_bytes = length + len(block), tile_bytes + picture_tiles.nbytes
+                    if tile_bytes > MAX_TILE_BYTES:
+                        return self._skipped("too_large", document)
             except PictureError as error:
-                return self._skipped(error.reason)
-        ids.append(self.tokenizer.eos)
+                return self._skipped(error.reason, document)
+        ids.append(self._ids([self.tokenizer.eos]))
         spans = np.array(pictures, np.int32).reshape(-1, 3)
-        return Encoded(self.source_id, np.array(ids, np.int32), spans, self._stack(tiles))
+        return Encoded(self.source_id, np.concatenate(ids), spans, self._stack(tiles), where=document.where)
 
-    def _picture(self, picture: Picture) -> Iterator[tuple[np.ndarray, list[int]]]:
+    @staticmethod
+    def _ids(ids: list[int]) -> np.ndarray:
+        return np.array(ids, np.int32)
+
+    def _picture(self, picture: Picture, document: Document) -> Iterator[tuple[np.ndarray, list[int]]]:
         """(tiles, token ids) of every frame."""
         if self.vision is None:
             raise ConfigError(
                 f"a text-only stream of {self.where}",
-                "one of its documents carries a picture",
+                f"{document.where or 'one of its documents'} carries a picture",
                 'Write kind = "multimodal" in the manifest, and use a model with a vision encoder.',
             )
         frames = read_frames(picture.data) if picture.video else [to_rgb(open_image(picture.data))]
@@ -75,8 +87,9 @@ class Encoder:
             tiles, (rows, cols) = tile_image(frame, self.vision)
             yield tiles, image_tokens(rows, cols, self.vision, self.tokenizer)
 
-    def _skipped(self, reason: str) -> Encoded:
-        return Encoded(self.source_id, np.zeros(0, np.int32), np.zeros((0, 3), np.int32), self._stack([]), reason)
+    def _skipped(self, reason: str, document: Document) -> Encoded:
+        nothing = np.zeros(0, np.int32), np.zeros((0, 3), np.int32), self._stack([])
+        return Encoded(self.source_id, *nothing, reason, document.where)
 
     def _stack(self, tiles: list[np.ndarray]) -> np.ndarray:
         P = self.vision.tile_px if self.vision else 0

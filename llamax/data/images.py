@@ -17,19 +17,23 @@ from __future__ import annotations
 
 import functools
 import io
+import stat
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llamax.config import Vision
 from llamax.data.tokenizer import Tokenizer
 
 WHITE = (255, 255, 255)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow knows more, and some start other programs
+MAX_PIXELS = 2**26  # of a picture, by its header: below the 89 million at which Pillow warns; 192 MiB as RGB
+MAX_FILE_BYTES = 2**28  # of an encoded picture: several formats are read whole before a header is looked at
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used; `reason` is `image_missing` or `image_unreadable`."""
+    """A picture that cannot be used; `reason` is a key of `sources.SKIP_REASONS` that starts with `image_`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -37,13 +41,37 @@ class PictureError(ValueError):
 
 
 def open_image(data: bytes | str | Path) -> Image.Image:
-    """Opens an encoded picture (bytes, or the path of a file). PictureError if it is missing or no picture."""
+    """Opens an encoded picture (bytes, or the path of a file); its pixels are not decoded yet.
+
+    PictureError if it is missing, no picture of `FORMATS`, or larger than `MAX_PIXELS` or `MAX_FILE_BYTES`.
+    """
     try:
-        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        if not isinstance(data, bytes):
+            status = Path(data).stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{data} is not a file")  # a pipe would be waited for, without end
+        size = len(data) if isinstance(data, bytes) else status.st_size
+        if size > MAX_FILE_BYTES:
+            raise PictureError("image_too_many_pixels", f"{size} bytes; at most {MAX_FILE_BYTES}")
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
+        check_pixels(*image.size)
+        return image
+    except PictureError:
+        raise
     except FileNotFoundError as error:
         raise PictureError("image_missing", str(error)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning may be made an error
+        raise PictureError("image_too_many_pixels", str(error)) from None
+    except UnidentifiedImageError:  # its own message shows an address in memory
+        raise PictureError("image_unreadable", f"no picture in one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow raises nearly anything on damaged bytes
-        raise PictureError("image_unreadable", str(error)) from None
+        raise PictureError("image_unreadable", f"{type(error).__name__}: {error}") from None
+
+
+def check_pixels(width: int, height: int) -> None:
+    """PictureError if there are more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise PictureError("image_too_many_pixels", f"{width} x {height} pixels; at most {MAX_PIXELS}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -51,7 +79,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to 255
-            return Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8)).convert("RGB")
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("pixels of 32 bits have no agreed range")
+            return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
         if image.mode == "F":
             raise ValueError("floating-point pixels have no agreed range")
         if not image.has_transparency_data:
@@ -61,7 +92,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
     except Exception as error:  # as above: this is where the pixels are decoded
-        raise PictureError("image_unreadable", str(error)) from None
+        raise PictureError("image_unreadable", f"{type(error).__name__}: {error}") from None
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimo
     if the latter is asked to be 0, or if the picture sources weigh more than that share of steps could carry.
     """
     total = sum(weights.values())
-    if not weights or min(weights.values()) < 0 or total <= 0:
+    if not weights or min(weights.values()) < 0 or not 0 < total < math.inf:  # nor NaN
         raise ConfigError(
             f"data sources with weights {dict(weights)}", "no tokens can be drawn by them", "Give positive weights."
         )
@@ -65,7 +65,7 @@ def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimo
             raise ConfigError(asked, true, "Set --config.data.multimodal_steps=1, or add a source of text.")
         return Shares({}, pictures, Fraction(1))
     W, f = sum(pictures.values()), Fraction(multimodal_steps).limit_denominator(10_000)
-    if f + 1e-9 < W:
+    if not f or f + 1e-9 < W:  # a share below 1 in 20,000 rounds to none
         raise ConfigError(
             f"--config.data.multimodal_steps={multimodal_steps:g}",
             f"the sources with pictures ({', '.join(pictures)}) weigh {W:.3f} of all tokens",
@@ -107,7 +107,8 @@ def deal_text(shares: Shares) -> tuple[Deal, Deal]:
         return Deal(), Deal()
     f = float(shares.multimodal_steps)
     to_text, to_mixed = shares.text[name] * (1 - f), shares.multimodal[name] * f  # in tokens of all steps
-    share = Fraction(to_text / (to_text + to_mixed)).limit_denominator(1_000_000)
+    share = Fraction(to_text / (to_text + to_mixed)).limit_denominator(MAX_CYCLE)
+    share = min(max(share, Fraction(1, MAX_CYCLE)), 1 - Fraction(1, MAX_CYCLE))  # 0 would deal a stream nothing
     return Deal(share), Deal(1 - share, complement=True)
 
 

@@ -47,6 +47,7 @@ class Window(NamedTuple):
     rows: Batch  # arrays [R, T]
     tile_counts: np.ndarray  # int32 [R]: tiles of each row
     skipped: dict[str, int]  # "source id/reason" -> documents left out
+    first_skipped: dict[str, str]  # the same keys -> record and file of the first of them
 
 
 def split(document: Encoded, seq_len: int, tiles_per_row: int) -> list[Piece] | None:
@@ -76,12 +77,15 @@ def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int) -> list[list[
     free_tiles = np.full(len(pieces), tiles_per_row)
     rows: list[list[Piece]] = []
     sizes = [-max(piece.n_tokens / seq_len, piece.n_tiles / max(tiles_per_row, 1)) for piece in pieces]
+    first = 0  # rows before it are full; without this a document of many rows takes time as their square
     for i in np.argsort(sizes, kind="stable"):
         piece, n = pieces[i], len(rows)
-        left = free_tokens[:n] - piece.n_tokens
-        left[(left < 0) | (free_tiles[:n] < piece.n_tiles)] = seq_len + 1
-        row = int(left.argmin()) if n else 0
-        if n == 0 or left[row] > seq_len:
+        while first < n and free_tokens[first] == 0:
+            first += 1
+        left = free_tokens[first:n] - piece.n_tokens
+        left[(left < 0) | (free_tiles[first:n] < piece.n_tiles)] = seq_len + 1
+        row = first + int(left.argmin()) if first < n else n
+        if row == n or left[row - first] > seq_len:
             row = n
             rows.append([])
         rows[row].append(piece)
@@ -93,11 +97,14 @@ def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int) -> list[list[
 def pack_window(documents: Sequence[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator) -> Window:
     """Packs the documents of a window; `rng` shuffles the rows. Documents with `skip` are counted and left out."""
     skipped: Counter[str] = Counter()
+    first_skipped: dict[str, str] = {}
     pieces: list[Piece] = []
     for document in documents:
         cut = None if document.skip else split(document, seq_len, tiles_per_row)
         if cut is None:
-            skipped[f"{document.source_id}/{document.skip or 'image_too_large'}"] += 1
+            key = f"{document.source_id}/{document.skip or 'image_too_large'}"
+            skipped[key] += 1
+            first_skipped.setdefault(key, document.where)
         else:
             pieces += cut
     rows = fit(pieces, seq_len, tiles_per_row)
@@ -111,7 +118,7 @@ def pack_window(documents: Sequence[Encoded], seq_len: int, tiles_per_row: int, 
     tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for row in rows for piece in row if piece.n_tiles]
     counts = np.array([sum(piece.n_tiles for piece in row) for row in rows], np.int32)
     flat = np.concatenate(tiles) if tiles else batch.tiles
-    return Window(batch._replace(tiles=flat), counts, dict(skipped))
+    return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped)
 
 
 def _blank(rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3)) -> Batch:
@@ -130,13 +137,13 @@ def _blank(rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3)) -> Ba
 
 def _place(piece: Piece, batch: Batch, r: int, where: slice, segment: int) -> None:
     """Writes a piece into its place of row r."""
-    document, pairs = piece.document, slice(piece.start, piece.end)
-    is_text = np.ones(len(document.tokens), bool)
+    document = piece.document
+    is_text = np.ones(piece.n_tokens, bool)  # of the targets, which stand one further on
     for begin, stop, _ in document.pictures:
-        is_text[begin:stop] = False
-    batch.tokens[r, where] = document.tokens[:-1][pairs]
-    batch.targets[r, where] = document.tokens[1:][pairs]
-    batch.loss_weights[r, where] = is_text[1:][pairs]
+        is_text[max(0, begin - 1 - piece.start) : max(0, stop - 1 - piece.start)] = False
+    batch.tokens[r, where] = document.tokens[piece.start : piece.end]
+    batch.targets[r, where] = document.tokens[piece.start + 1 : piece.end + 1]
+    batch.loss_weights[r, where] = is_text
     batch.segment_ids[r, where] = segment
     batch.positions[r, where] = np.arange(piece.n_tokens)
     batch.source_ids[r, where] = document.source_id

@@ -12,6 +12,7 @@ with two.
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,8 @@ from llamax.data.mixture import Deal, Mixture, Shuffled, deal_text, is_multimoda
 from llamax.data.packing import Window, collate, pack_window, split
 from llamax.data.sources import SKIP_REASONS, Document, Manifest, open_source, read_manifest
 
+logger = logging.getLogger("llamax")
+
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
 MAX_GROWTH = 8  # times data.window_docs
@@ -48,7 +51,7 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
     """
     names = sorted(data.sources)
     manifests = {name: read_manifest(data.sources[name].path) for name in names}
-    pictures = [name for name in names if manifests[name].kind == "multimodal"]
+    pictures = [name for name in names if manifests[name].kind == "multimodal" and data.sources[name].weight]
     if pictures and vision is None:
         raise ConfigError(
             f"data source {pictures[0]} ({manifests[pictures[0]].path})",
@@ -63,6 +66,7 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
             encoders[name] = Encoder(
                 data.tokenizer, vision if name in pictures else None, source_id, str(manifests[name].path)
             )
+            _check_usable(name, readers[name], encoders[name], data)
             mean_tokens[name] = _mean_tokens(manifests[name], readers[name], encoders[name])
 
     def windows(weights: dict[str, float], deal: Deal, stream: int, tiles_per_row: int) -> grain.MapDataset | None:
@@ -111,10 +115,32 @@ def _mean_tokens(manifest: Manifest, reader: Sequence[Document], encoder: Encode
     text = manifest.tokens / len(reader) + 1
     if manifest.tokens and manifest.kind == "text":
         return text
-    sample = [encoder(reader[int(n)]) for n in np.unique(np.linspace(0, len(reader) - 1, SAMPLE_DOCS).astype(int))]
-    if manifest.tokens:
-        return text + float(np.mean([(e.pictures[:, 1] - e.pictures[:, 0]).sum() for e in sample]))
-    return max(1.0, float(np.mean([len(e.tokens) - 1 for e in sample])))
+    total = n = 0
+    for encoded in _sample(reader, encoder):  # one at a time: a sample of large documents is not held in memory
+        of_pictures = int((encoded.pictures[:, 1] - encoded.pictures[:, 0]).sum())
+        total, n = total + (of_pictures if manifest.tokens else max(0, len(encoded.tokens) - 1)), n + 1
+    return text + total / n if manifest.tokens else max(1.0, total / n)
+
+
+def _sample(reader: Sequence[Document], encoder: Encoder) -> Iterator[Encoded]:
+    """At most SAMPLE_DOCS of a source's documents, spread evenly over it."""
+    return (encoder(reader[int(n)]) for n in np.unique(np.linspace(0, len(reader) - 1, SAMPLE_DOCS).astype(int)))
+
+
+def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data: config.Data) -> None:
+    """ConfigError for a source none of whose documents, as far as a sample tells, could ever be trained on."""
+    skips: dict[str, str] = {}
+    for encoded in _sample(reader, encoder):
+        if not encoded.skip and split(encoded, data.seq_len, data.tiles_per_row) is not None:
+            return
+        skips.setdefault(encoded.skip or "image_too_large", encoded.where)
+    sampled = f"the {SAMPLE_DOCS} that were looked at, spread over its {len(reader)} documents"
+    raise ConfigError(
+        f"data source {name} ({encoder.where})",
+        f"none of {sampled if len(reader) > SAMPLE_DOCS else f'its {len(reader)} documents'} can be used: "
+        + "; ".join(f"{SKIP_REASONS[reason]} ({where})" for reason, where in skips.items()),
+        f"Look at them with `llamax data show {encoder.where}`, and repair them or drop the source.",
+    )
 
 
 def _pack(
@@ -135,8 +161,9 @@ class Rows(Iterator[tuple[Window, int]]):
     documents are counted when it is opened.
     """
 
-    def __init__(self, windows: grain.MapDataset, workers: int):
-        self._windows, self._workers = windows, workers
+    def __init__(self, windows: grain.MapDataset, workers: int, names: Sequence[str]):
+        self._windows, self._workers, self._names = windows, workers, names
+        self._told: set[str] = set()  # "source id/reason" of skips whose first document was named
         self._iterator: grain.DatasetIterator | None = None
         self._open: Window | None = None
         self.state = {"window": 0, "row": 0, "skipped": {}}
@@ -171,15 +198,27 @@ class Rows(Iterator[tuple[Window, int]]):
             window = next(windows)
             if self._row == 0:
                 self._skipped.update(window.skipped)
+                self._tell(window.first_skipped)
             if len(window.tile_counts):
                 return window
             self._window += 1
         raise ConfigError(
-            "the data sources",
+            f"data source {', '.join(sorted({self._name_and_reason(key)[0] for key in self._skipped}))}",
             f"{MAX_EMPTY_WINDOWS} windows of documents in a row hold nothing usable: "
-            + "; ".join(sorted({SKIP_REASONS[key.split("/")[1]] for key in self._skipped})),
+            + "; ".join(sorted({self._name_and_reason(key)[1] for key in self._skipped})),
             "Look at them with `llamax data show MANIFEST`, and repair them or drop the source.",
         )
+
+    def _tell(self, first_skipped: dict[str, str]) -> None:
+        """Logs the first document that a source left out for a reason; the counts are in the state."""
+        for key in sorted(first_skipped.keys() - self._told):
+            name, reason = self._name_and_reason(key)
+            logger.info("source %s leaves out %s: %s", name, first_skipped[key], reason)
+        self._told |= first_skipped.keys()
+
+    def _name_and_reason(self, key: str) -> tuple[str, str]:
+        source_id, reason = key.split("/")
+        return self._names[int(source_id)], SKIP_REASONS[reason]
 
     def __next__(self) -> tuple[Window, int]:
         window = self._open = self._open or self._open_window()
@@ -235,7 +274,8 @@ class StreamIterator(grain.DatasetIterator):
         streams = {"multimodal": stream.multimodal, "text": stream.text}
         streams = {name: windows for name, windows in streams.items() if windows is not None}
         workers = -(-stream.data.workers // len(streams))  # two streams share them
-        self._rows = {name: Rows(windows, workers) for name, windows in streams.items()}
+        names = sorted(stream.data.sources)
+        self._rows = {name: Rows(windows, workers, names) for name, windows in streams.items()}
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
@@ -307,7 +347,8 @@ class HeldOut:
             return encoded
 
         encoded = grain.MapDataset.range(n).map(take)
-        rows = Rows(_pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0)), workers=0)
+        windows = _pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0))
+        rows = Rows(windows, workers=0, names=[str(self.manifest.path)] * (self.source_id + 1))
         while batch := list(itertools.islice(rows, data.rows)):
             yield collate(batch, data.rows, data.seq_len, tiles)
         self.skipped = {key.split("/")[1]: count for key, count in rows.state["skipped"].items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from llamax import config
@@ -59,14 +59,20 @@ def show(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{about.path.stem}.png"
     contact_sheet(rows).save(path)
-    console.print(f"Pictures, a document a row: {path}", highlight=False)
+    console.print(f"Pictures, a document a row: {escape(str(path))}", highlight=False)
     return path
 
 
+def escape(text: str) -> str:
+    """Text as rich prints it unchanged; characters that a terminal would obey, or cannot take, become escapes."""
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return escape_markup("".join(shown))
+
+
 def _print_manifest(console: Console, about, documents: int) -> None:
-    table = Table(show_header=False, box=None, title=str(about.path), title_justify="left")
+    table = Table(show_header=False, box=None, title=escape(str(about.path)), title_justify="left")
     table.add_row("what", escape(about.description))
-    table.add_row("kind, language", f"{about.kind}, {about.lang}")
+    table.add_row("kind, language", f"{about.kind}, {escape(about.lang)}")
     table.add_row("licence", escape(about.licence))
     table.add_row("documents", f"{documents:,} in {len(about.files)} {about.format} files")
     stated = [f"{n:,} {what}" for n, what in ((about.bytes, "bytes"), (about.tokens, "tokens")) if n]

@@ -20,10 +20,12 @@ and counts. A record that is no such map is a ConfigError, like a wrong manifest
 
 from __future__ import annotations
 
+import array
 import difflib
 import glob
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -42,8 +44,14 @@ SKIP_REASONS = {
     "invalid_utf8": "a text is not valid UTF-8",
     "image_missing": "a picture's file does not exist",
     "image_unreadable": "a picture cannot be decoded",
+    "image_too_many_pixels": "a picture or clip has too many pixels or bytes to be decoded safely",
     "image_too_large": "one picture alone needs more tokens or tiles than a row holds",
+    "too_large": "the document has more text or pictures than one document may",
 }
+MAX_TEXT_BYTES = 2**24  # of one document, as UTF-8: a window of documents is held in memory, 24 bytes a token
+MAX_LINE_BYTES = 8 * MAX_TEXT_BYTES  # of a JSONL record; JSON may spell a byte with six
+MAX_MANIFEST_BYTES = 2**24
+BLOCK = 2**20  # bytes read at once in the search for the ends of lines
 
 
 class Picture(NamedTuple):
@@ -61,6 +69,7 @@ class Document(NamedTuple):
     id: str = ""
     meta: dict[str, Any] = {}  # never changed
     skip: str = ""  # a key of SKIP_REASONS where the record cannot be used
+    where: str = ""  # record and file, for messages
 
 
 @dataclass(frozen=True)
@@ -84,14 +93,17 @@ def read_manifest(path: str | Path) -> Manifest:
     """Reads and checks a manifest. ConfigError if it, or a file that it names, is missing or malformed."""
     path = Path(path)
     asked = f"data manifest {path}"
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "`llamax data build` makes the embedded data."
+    if not _is_file(path):
+        hint = f"Did you mean {like}?" if (like := _nearest(path)) else "`llamax data build` makes the embedded data."
         raise ConfigError(asked, "there is no such file", hint)
     try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(asked, f"it is not TOML: {error}", "Correct the file.") from None
+    except OSError as error:
+        raise ConfigError(asked, f"it cannot be read: {error}", "Correct the file's permissions, or copy it.") from None
+    except (ValueError, RecursionError) as error:  # besides TOMLDecodeError: no UTF-8, numbers or nesting without end
+        raise ConfigError(asked, f"it is not TOML: {_one_line(error)}", "Correct the file.") from None
     types = {f.name: f.type for f in fields(Manifest) if f.name != "path"} | {"files": "list", "sha256": "dict"}
     for key, value in table.items():
         if key not in types:
@@ -99,13 +111,41 @@ def read_manifest(path: str | Path) -> Manifest:
             hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(types)}."
             raise ConfigError(asked, f"it has an unknown key {key!r}", hint)
         if type(value).__name__ != types[key]:
-            raise ConfigError(asked, f"its {key} is {value!r}, not a {types[key]}", f"Give {key} as a {types[key]}.")
-        if types[key] == "int" and value < 0:
-            raise ConfigError(asked, f"its {key} is {value}", f"Correct {key}, or leave it out.")
+            true = f"its {key} is {_one_line(value)}, not a {types[key]}"
+            raise ConfigError(asked, true, f"Give {key} as a {types[key]}.")
+        if types[key] == "int" and not 0 <= value < 2**63:
+            raise ConfigError(asked, f"its {key} is {_one_line(value)}", f"Correct {key}, or leave it out.")
     for key, allowed in (("format", tuple(FORMATS)), ("kind", KINDS)):
         if table.get(key, "text") not in allowed:
             raise ConfigError(asked, f"its {key} is {table.get(key)!r}", f"Use one of {', '.join(allowed)}.")
     return Manifest(path=path, **(table | {"files": _resolve(path, table.get("files", []))}))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is one that exists; False for what can be no path (too long, a NUL character)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _nearest(path: Path) -> Path | None:
+    """The manifest beside it whose name is most like its own."""
+    try:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+    except (OSError, ValueError):
+        return None
+    return path.parent / near[0] if near else None
+
+
+def _one_line(value: Any) -> str:
+    """A value, or an exception, as a message can hold it: one line, 120 characters at most."""
+    try:
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except (ValueError, RecursionError):  # a number of more digits, or lists deeper, than Python writes
+        text = f"a {type(value).__name__} that is too large to show"
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _resolve(manifest: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
@@ -113,13 +153,19 @@ def _resolve(manifest: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
     found: list[Path] = []
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ConfigError(f"data manifest {manifest}", f"one of its files is {pattern!r}", "Give names as strings.")
-        names = sorted(manifest.parent / name for name in glob.glob(pattern, root_dir=manifest.parent))
-        matches = [path for path in names if path.is_file() and path not in found]
+            true = f"one of its files is {_one_line(pattern)}"
+            raise ConfigError(f"data manifest {manifest}", true, "Give names as strings.")
+        try:
+            exact = _is_file(manifest.parent / pattern)  # its name may have brackets in it
+            names = [pattern] if exact else glob.glob(pattern, root_dir=manifest.parent)
+        except (OSError, ValueError, re.error):  # a NUL character, a pattern that is none
+            names = []
+        paths = sorted(manifest.parent / name for name in names)
+        matches = [path for path in paths if _is_file(path) and path not in found]
         if not matches:
             raise ConfigError(
                 f"data manifest {manifest}",
-                f"it names {pattern!r} and {manifest.parent} has no such file that is not named before",
+                f"it names {_one_line(pattern)} and {manifest.parent} has no such file that is not named before",
                 "Correct the name, copy the file there, or build the data again.",
             )
         found += matches
@@ -146,6 +192,8 @@ def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Doc
     parts = record.get("pieces", [{"text": record.get("text")}]) if isinstance(record, dict) else None
     if not isinstance(parts, list) or {"text", "pieces"} <= record.keys():
         raise _malformed(record, where)
+    if not isinstance(record.get("meta") or {}, dict):
+        raise _malformed(record, where)
     pieces: list[str | Picture] = []
     for piece in parts:
         kind, value = next(iter(piece.items())) if isinstance(piece, dict) and len(piece) == 1 else ("", None)
@@ -157,22 +205,21 @@ def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Doc
             pieces.append(Picture(folder / value, kind == "video"))
         else:
             raise _malformed(record, where)
-    document = Document(tuple(pieces), lang, str(record.get("id", "")), record.get("meta") or {})
+    document = Document(tuple(pieces), lang, str(record.get("id", "")), record.get("meta") or {}, where=where)
     texts = [piece for piece in pieces if isinstance(piece, str)]
     if len(texts) == len(pieces) and not any(text.strip() for text in texts):
         return document._replace(skip="empty")
     try:
-        for text in texts:
-            text.encode()  # a JSON escape can spell half a surrogate pair
-    except UnicodeEncodeError:
+        size = sum(len(text.encode()) for text in texts)
+    except UnicodeEncodeError:  # a JSON escape can spell half a surrogate pair
         return document._replace(skip="invalid_utf8")
-    return document
+    return document._replace(pieces=(), skip="too_large") if size > MAX_TEXT_BYTES else document
 
 
 def _malformed(record: Any, where: str) -> ConfigError:
     return ConfigError(
         where,
-        f"the record is not a map with pieces of text, image or video: {str(record)[:80]!r}",
+        f"the record is not a map with pieces of text, image or video: {_one_line(record)}",
         "Correct the record; the format is described in llamax/data/sources.py.",
     )
 
@@ -181,7 +228,7 @@ class Shards(Sequence[Document]):
     """Records of several files as one sequence. A format says how to open a file and how to decode a record."""
 
     pictures_inside: bool  # pictures are bytes in the record, not paths beside the file
-    open: Callable[[Path], Sequence[bytes]]
+    open: Callable[[Path], Sequence[bytes | None]]  # None: a record that is too large to be read
     decode: Callable[[bytes], Any]
 
     def __init__(self, files: Sequence[Path], lang: str):
@@ -201,11 +248,15 @@ class Shards(Sequence[Document]):
         number += len(shard) - int(self._ends[i])
         where = f"record {number} of {path}"
         try:
-            record = self.decode(shard[number])
+            encoded = shard[number]
+            if encoded is None:
+                return Document((), self.lang, skip="too_large", where=where)
+            record = self.decode(encoded)
         except UnicodeDecodeError:
-            return Document((), self.lang, skip="invalid_utf8")
-        except (ValueError, RuntimeError, OSError, msgpack.UnpackException) as error:  # RuntimeError: array_record's
-            raise ConfigError(where, f"it cannot be decoded: {error}", "Correct or build the file again.") from None
+            return Document((), self.lang, skip="invalid_utf8", where=where)
+        except Exception as error:  # damaged bytes raise nearly anything; array_record's own are bare RuntimeErrors
+            true = f"it cannot be decoded: {_one_line(error) or type(error).__name__}"
+            raise ConfigError(where, true, "Correct or build the file again.") from None
         return parse(record, self.lang, where, None if self.pictures_inside else path.parent)
 
 
@@ -220,9 +271,8 @@ class ArrayRecord(Shards):
         try:
             return grain.sources.ArrayRecordDataSource(str(path))
         except Exception as error:  # array_record's own errors are bare RuntimeErrors
-            raise ConfigError(
-                f"ArrayRecord file {path}", f"it cannot be opened: {error}", "Build or copy it again."
-            ) from None
+            true = f"it cannot be opened: {_one_line(error) or 'it is cut short'}"
+            raise ConfigError(f"ArrayRecord file {path}", true, "Build or copy it again.") from None
 
 
 class JsonLines(Shards):
@@ -235,12 +285,15 @@ class JsonLines(Shards):
         return json.loads(line.decode("utf-8-sig"))  # some editors put a mark before the first line
 
     @staticmethod
-    def open(path: Path) -> Sequence[bytes]:
-        return Lines(path)
+    def open(path: Path) -> Sequence[bytes | None]:
+        try:
+            return Lines(path)
+        except OSError as error:
+            raise ConfigError(f"JSONL file {path}", f"it cannot be read: {error}", "Copy it again.") from None
 
 
-class Lines(Sequence[bytes]):
-    """The lines of a file that are not blank, by random access."""
+class Lines(Sequence[bytes | None]):
+    """The lines of a file that are not blank, by random access; None for one of more than MAX_LINE_BYTES."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -249,21 +302,28 @@ class Lines(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, number: int) -> bytes:
+    def __getitem__(self, number: int) -> bytes | None:
         start, end = self._spans[number].tolist()
+        if end - start > MAX_LINE_BYTES:
+            return None
         with self.path.open("rb") as file:
             file.seek(start)
             return file.read(end - start)
 
 
 def _line_spans(path: Path) -> np.ndarray:
-    """Byte spans int64 [lines, 2] of the lines that are not blank."""
-    spans, start = [], 0
+    """Byte spans int64 [lines, 2] of the lines that are not blank. No line is held whole, however long it is."""
+    spans, start, end, blank = array.array("q"), 0, 0, True
     with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                spans.append((start, start + len(line)))
-            start += len(line)
+        while part := file.readline(BLOCK):
+            end += len(part)
+            blank = blank and not part.strip()
+            if part.endswith(b"\n") or len(part) < BLOCK:
+                if not blank:
+                    spans.extend((start, end))
+                start, blank = end, True
+    if not blank:
+        spans.extend((start, end))
     return np.array(spans, np.int64).reshape(-1, 2)
 
 

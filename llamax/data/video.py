@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llamax.data.images import PictureError, open_image, to_rgb
+from llamax.data.images import PictureError, check_pixels, open_image, to_rgb
 
 FRAME_BUDGET = 8  # frames of a clip that the model sees
+MAX_CLIP_PIXELS = 2**30  # of all its frames: to reach the last, a decoder goes through those before it
 
 
 def sample(n_frames: int, budget: int) -> list[int]:
@@ -25,16 +26,21 @@ def sample(n_frames: int, budget: int) -> list[int]:
 
 
 def read_frames(data: bytes | str | Path, budget: int = FRAME_BUDGET) -> list[Image.Image]:
-    """The sampled frames of an encoded clip, as RGB pictures. PictureError if it is missing or unreadable."""
+    """The sampled frames of an encoded clip, as RGB. PictureError if it is missing, unreadable or too large."""
     clip = open_image(data)
     try:
-        return [_frame(clip, number) for number in sample(getattr(clip, "n_frames", 1), budget)]
+        n_frames, (width, height) = getattr(clip, "n_frames", 1), clip.size
+        if n_frames * width * height > MAX_CLIP_PIXELS:
+            true = f"{n_frames} frames of {width} x {height} pixels; at most {MAX_CLIP_PIXELS} pixels"
+            raise PictureError("image_too_many_pixels", true)
+        frames, rows = [], 0
+        for number in sample(n_frames, budget):
+            clip.seek(number)
+            width, rows = max(width, clip.width), rows + clip.height  # frames of a TIFF have sizes of their own
+            check_pixels(width, rows)  # of all that are kept, as if they were one picture
+            frames.append(to_rgb(clip.copy()))  # a copy decodes it; the clip itself goes on to the next
+        return frames
     except PictureError:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged bytes, counting the frames included
         raise PictureError("image_unreadable", f"{type(error).__name__}: {error}") from None
-
-
-def _frame(clip: Image.Image, number: int) -> Image.Image:
-    clip.seek(number)
-    return to_rgb(clip.copy())  # a copy decodes it; the clip itself goes on to the next

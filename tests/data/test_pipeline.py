@@ -230,7 +230,7 @@ def test_damaged_documents_are_skipped_and_counted(damaged):
 
 def test_a_stream_of_nothing_stops_with_the_reason(damaged, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": ""}\n{"pieces": [{"image": "none.png"}]}\n')
-    with pytest.raises(ConfigError, match="hold nothing usable.*a picture's file does not exist"):
+    with pytest.raises(ConfigError, match="source x .*none of its 2 documents.*a picture's file does not exist"):
         next(iter(build(damaged, VISION, 0)))
 
 
