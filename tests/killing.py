@@ -1,4 +1,4 @@
-"""Starts `tests.kill_child`, strikes it where it is told to, and reads everything that a run has left behind."""
+"""Starts `tests.kill_child`, strikes it, and reads everything that a run has left behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +74,8 @@ class Child:
         """
         pids = [pid for pid in self.group() if b"resource_tracker" not in command(pid)] if everyone else []
         for pid in (self._process.pid, *pids):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.wait()
 
     def terminate(self) -> None:
@@ -114,10 +112,8 @@ class Child:
     def close(self) -> None:
         os.close(self._events)
         for pid in self.group():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.wait()
 
 
@@ -150,7 +146,9 @@ class Record(NamedTuple):
     arrays: dict[str, str]  # of the last checkpoint, "opt/0/mu/embed" -> dtype, shape and a hash of the bits
     data: dict  # the data iterator's state in it
     extra: dict
-    lines: dict[str, list]  # of metrics.jsonl: "step 7 loss/next_token" -> its values; one, unless a line is there twice
+    lines: dict[
+        str, list
+    ]  # of metrics.jsonl: "step 7 loss/next_token" -> its values; one, unless a line is there twice
     curves: dict[str, list]  # TensorBoard's scalars: "step 7 loss/next_token" -> likewise
     batches: dict[str, list]  # step -> the different batches that were taken for it
     debris: list[str]  # files that belong to no run
@@ -210,7 +208,9 @@ def differences(got: Record, want: Record) -> list[str]:
     found = [f"debris: {name}" for name in got.debris]
     for part in ("arrays", "data", "extra", "lines", "curves", "batches"):
         a, b = getattr(got, part), getattr(want, part)
-        found += [f"{part}: {name}: {a.get(name)}, not {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
+        found += [
+            f"{part}: {name}: {a.get(name)}, not {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)
+        ]
     return found
 
 
