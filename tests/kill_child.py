@@ -5,9 +5,10 @@
 Run it from the project's root with the environment that tests/conftest.py sets. On the descriptor FD it writes a line
 `PHASE NUMBER` whenever it comes to one of
 
-    start 0     imports are done         data 0      the data stream is opened      compile n   the n-th program
-    restore s   of checkpoint s          step s      step s is about to be taken    eval n      the n-th batch of an
-    save s      step s goes to Orbax     saving s    its temporary folder is there              evaluation in this process
+    start 0     imports are done             step s      step s is about to be taken
+    data 0      the data stream is opened    save s      checkpoint s goes to Orbax
+    compile n   the n-th program             saving s    its temporary folder is there, all but renamed
+    restore s   of checkpoint s              eval n      the n-th batch that this process evaluates
 
 and sleeps there as `--slow` says: that changes when things happen and nothing else. WORKDIR.batches gets a line
 `STEP HASH` for every batch that a step was given. The product code knows nothing of this: functions are wrapped here.

@@ -1,4 +1,4 @@
-"""Starts `tests.kill_child`, strikes it where it is told to, and reads everything that a run has left behind."""
+"""Starts `tests.kill_child`, strikes it, and reads everything that a run has left behind."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ class Record(NamedTuple):
     arrays: dict[str, str]  # of the last checkpoint, "opt/0/mu/embed" -> dtype, shape and a hash of the bits
     data: dict  # the data iterator's state in it
     extra: dict
-    lines: dict[str, list]  # of metrics.jsonl: "step 7 loss/next_token" -> its values; one, unless twice there
+    lines: dict[
+        str, list
+    ]  # of metrics.jsonl: "step 7 loss/next_token" -> its values; one, unless a line is there twice
     curves: dict[str, list]  # TensorBoard's scalars: "step 7 loss/next_token" -> likewise
     batches: dict[str, list]  # step -> the different batches that were taken for it
     debris: list[str]  # files that belong to no run

@@ -23,7 +23,7 @@ except ImportError:
     pytest.skip("signals and file locks are POSIX", allow_module_level=True)
 
 TERMINATED = 143  # 128 + SIGTERM, the shell's own
-SLOW = ("compile=0.4", "saving=0.4", "eval=0.15")  # seconds: phases that would be over too soon to be struck
+SLOW = ("compile=0.4", "saving=0.8", "eval=0.15")  # seconds: phases that would be over too soon to be struck
 N_RANDOM = 30
 
 
@@ -31,7 +31,8 @@ class Strike(NamedTuple):
     phase: str
     number: int | None = None  # None: the first one that there is
     delay_s: float = 0.0
-    everyone: bool = True  # or the main process alone, without its loader processes
+    workers: int = 0  # loader processes of the run that is struck
+    everyone: bool = True  # or the main process alone: its loader processes have to notice
 
 
 @pytest.fixture(scope="module")
@@ -40,43 +41,48 @@ def uninterrupted(tmp_path_factory) -> Record:
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     workdir = folder / "uninterrupted"
+    done = folder / "uninterrupted.done"
     with (folder / "uninterrupted.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not workdir.exists():
+        if not done.exists():
             run_to_the_end(workdir)
+            done.touch()
     found = record(workdir)
     assert not found.debris and len(found.batches) == 20
     return found
 
 
-def killed(workdir: Path, strikes: list[Strike], workers: int = 0) -> None:
-    """Starts the run, kills it, starts it again, ... and lets the last one go to the end."""
+def killed(workdir: Path, strikes: list[Strike]) -> list[str]:
+    """Starts the run, kills it, starts it again, ... and lets the last one go to the end.
+
+    Returns the temporary checkpoint folders that the kills left behind.
+    """
+    left = []
     for strike in strikes:
-        with child(workdir, workers, SLOW) as it:
+        before = newest_checkpoint(workdir)
+        with child(workdir, strike.workers, SLOW) as it:
             assert it.wait_for(strike.phase, strike.number), f"it ended before {strike}:\n{it.tail()}"
             time.sleep(strike.delay_s)
             it.kill(strike.everyone)
             it.wait_until_all_are_gone(20)
-    run_to_the_end(workdir, workers)
+            assert {step for phase, step in it.said if phase == "restore"} <= {before}, "it resumed from the newest"
+            left += [path.name for path in workdir.glob("checkpoints/*tmp*")]
+    run_to_the_end(workdir, strikes[-1].workers)
+    return left
 
 
 def test_killed_three_times_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, tmp_path):
-    """In a step beyond a checkpoint; while a checkpoint is being written; while the resumed run compiles."""
-    strikes = [Strike("step", 5, 0.05), Strike("saving", 9, 0.2), Strike("compile", 1, 0.2)]
-    killed(tmp_path / "run", strikes)
+    """In a step beyond a checkpoint; while a checkpoint is being written, and only the main process, so that nobody
+    tells its loader processes; while the resumed run compiles."""
+    strikes = [Strike("step", 5, 0.05), Strike("saving", 9, 0.1, 2, everyone=False), Strike("compile", 1, 0.2)]
+    assert killed(tmp_path / "run", strikes), "the save was struck before its folder had its name"
     assert differences(record(tmp_path / "run"), uninterrupted) == []
 
 
-def test_loader_processes_end_with_a_killed_run(uninterrupted, tmp_path):
-    """Only the main process is struck: nobody is left to tell them."""
-    killed(tmp_path / "run", [Strike("step", 8, 0.0, everyone=False)], workers=2)
-    assert differences(record(tmp_path / "run"), uninterrupted) == []
-
-
-def terminated(workdir: Path, strike: Strike, again_s: float | None = None, workers: int = 0) -> Child:
+def terminated(workdir: Path, strike: Strike, again_s: float | None = None) -> Child:
     """Starts the run, sends a SIGTERM, and perhaps another; it has ended with the code of the contract."""
     before = newest_checkpoint(workdir)
-    with child(workdir, workers, (*SLOW[:-1], "eval=1")) as it:
+    with child(workdir, strike.workers, (*SLOW[:-1], "eval=1")) as it:
         assert it.wait_for(strike.phase, strike.number), f"it ended before {strike}:\n{it.tail()}"
         time.sleep(strike.delay_s)
         it.terminate()
@@ -102,28 +108,26 @@ def test_sigterm_in_a_step_and_in_a_save(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again_s", [None, 0.05, 0.5])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers, again_s", [(0, None), (0, 0.05), (2, 0.5)])
 def test_sigterm_anywhere(workers, again_s, uninterrupted, tmp_path):
-    """One after the other in the same run: in start-up, compile, step, save, evaluation. A second one changes nothing."""
-    for strike in (
-        Strike("data", 0, 0.1),
-        Strike("compile", 1, 0.1),
-        Strike("step", 2, 0.0),
-        Strike("compile", 1, 0.1),
-        Strike("save", 6, 0.0),
-        Strike("saving", 9, 0.1),
-        Strike("eval", 1, 0.2),
+    """One after the other in the same run: in start-up, compile, step, save, evaluation. Another changes nothing."""
+    for phase, number, delay_s in (
+        ("data", 0, 0.1),
+        ("compile", 1, 0.1),
+        ("step", 2, 0.0),
+        ("compile", 2, 0.1),  # with a checkpoint to go on from
+        ("saving", 6, 0.1),
+        ("eval", 1, 0.2),
     ):
-        it = terminated(tmp_path / "run", strike, again_s, workers)
-        if strike.phase == "eval":
+        it = terminated(tmp_path / "run", Strike(phase, number, delay_s, workers), again_s)
+        if phase == "eval":
             assert sum(phase == "eval" for phase, _ in it.said) <= 2, "abandoned at the next batch"
     run_to_the_end(tmp_path / "run", workers)
     assert differences(record(tmp_path / "run"), uninterrupted) == []
 
 
-def random_strike(draw: random.Random, step: int) -> Strike:
-    """Somewhere in a run that has `step` steps behind it, and one of 20 at the most."""
+def random_strike(draw: random.Random, step: int, workers: int) -> Strike:
+    """In some phase of a run that has taken up to `step` steps of 20."""
     phase = draw.choice(("start", "data", "compile", "step", "step", "save", "saving", "saving", "eval", "eval"))
     number = None
     if phase == "compile":
@@ -135,7 +139,7 @@ def random_strike(draw: random.Random, step: int) -> Strike:
     elif phase == "eval":
         number = draw.randint(1, 4)
     longest = {"start": 3.0, "compile": 0.8, "saving": 0.6, "eval": 0.3}.get(phase, 0.25)
-    return Strike(phase, number, round(draw.uniform(0, longest), 3), everyone=draw.random() < 0.7)
+    return Strike(phase, number, round(draw.uniform(0, longest), 3), workers, everyone=draw.random() < 0.7)
 
 
 @pytest.mark.slow
@@ -143,27 +147,26 @@ def test_killed_at_thirty_random_points(uninterrupted, tmp_path, capsys):
     """LLAMAX_KILL_SEED draws others. Every third run is struck twice; every second one has loader processes."""
     seed = int(os.environ.get("LLAMAX_KILL_SEED", time.time_ns() % 1_000_000))
     draw = random.Random(seed)
-    plans = []
-    while sum(len(strikes) for _, strikes in plans) < N_RANDOM:
-        first = random_strike(draw, 0)
-        strikes = [first, random_strike(draw, 14)] if len(plans) % 3 == 2 else [first]
-        plans.append((2 * (len(plans) % 2), strikes[: N_RANDOM - sum(len(s) for _, s in plans)]))
+    plans: list[list[Strike]] = []
+    while left := N_RANDOM - sum(map(len, plans)):
+        workers = 2 * (len(plans) % 2)
+        strikes = [random_strike(draw, 0, workers), random_strike(draw, 14, workers)]
+        plans.append(strikes[: min(left, 2 if len(plans) % 3 == 2 else 1)])
 
     def attempt(number: int) -> list[str]:
-        workers, strikes = plans[number]
         workdir = tmp_path / f"run{number}"
         try:
-            killed(workdir, strikes, workers)
+            killed(workdir, plans[number])
             return differences(record(workdir), uninterrupted)
         except AssertionError as error:
             return [str(error)]
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(attempt, range(len(plans))))
-    equal = sum(len(strikes) for (_, strikes), wrong in zip(plans, found, strict=True) if not wrong)
+    equal = sum(len(strikes) for strikes, wrong in zip(plans, found, strict=True) if not wrong)
     with capsys.disabled():
-        print(f"\nkilled and resumed, bit for bit: {equal} of {N_RANDOM} equal (LLAMAX_KILL_SEED={seed})")
-        for (workers, strikes), wrong in zip(plans, found, strict=True):
+        print(f"\nkilled at random and resumed: {equal} of {N_RANDOM} equal bit for bit (LLAMAX_KILL_SEED={seed})")
+        for strikes, wrong in zip(plans, found, strict=True):
             if wrong:
-                print(f"  {workers} workers, {strikes}:", *wrong[:6], sep="\n    ")
+                print(f"  {strikes}", *wrong[:6], sep="\n    ")
     assert equal == N_RANDOM

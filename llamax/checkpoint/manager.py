@@ -85,6 +85,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers={name: handler() for name, handler in handlers.items()}
         )
+        if cfg is not None:
+            # A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint.
+            for step in sorted(self._manager.all_steps())[: -cfg.keep]:
+                self._manager.delete(step)
 
     def __enter__(self) -> Checkpoints:
         return self

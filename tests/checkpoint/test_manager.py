@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 
 import grain
@@ -152,6 +153,16 @@ def test_keeps_the_newest_and_clears_what_a_killed_save_left(tmp_path):
         checkpoints.wait()
         assert checkpoints.latest() == 4
     assert sorted(os.listdir(tmp_path)) == ["3", "4"]
+
+
+def test_what_a_kill_left_of_a_deleted_checkpoint_is_cleared(tmp_path):
+    with Checkpoints(tmp_path, config.Checkpoint(keep=3)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, **state(data2()), data_iterator=stream(), extra=EXTRA)
+    shutil.rmtree(tmp_path / "1" / "params")
+    with Checkpoints(tmp_path, CFG) as checkpoints:
+        assert checkpoints.steps() == [2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
 def test_errors_name_what_differs(saved, tmp_path):
