@@ -28,6 +28,8 @@ MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
     "train.log_every_steps",
     "evals.*",
     "checkpoint.*",
+    *(f"health.{name}" for name in ("on_nonfinite", "on_spike", "spike_sigmas", "max_bad_steps", "max_roll_backs")),
+    *("health.norms_every_steps", "health.stall_s"),
     "mesh.*",
     "data.workers",
     "data.prefetch_batches",
