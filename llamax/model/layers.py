@@ -41,6 +41,11 @@ def rms(x: Array, eps: float) -> Array:
     return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
 
 
+def mean_square(x: Array) -> Array:
+    """Over the last dimension, in float32, for the eye only: no gradient."""
+    return jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32)), axis=-1)
+
+
 class RMSNorm(nnx.Module):
     """rms(x) in float32, cast back, then times the weight: Llama's order, and no 1 + w."""
 

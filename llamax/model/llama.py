@@ -37,19 +37,27 @@ class Llama(nnx.Module):
 
     def __call__(self, batch: Batch) -> tuple[Array, Trace]:
         """Hidden states after the final norm [B, T, D], and what the layers tell of themselves."""
-        x_BTD = self.seam.constrain(self.embed_batch(batch), ROWS)
+        x_BTD, vision_energy = self.embed_batch(batch)
+        x_BTD = self.seam.constrain(x_BTD, ROWS)
         x_BTD, trace = self.stack(x_BTD, places(batch.positions, batch.segment_ids, self.model))
-        return self.norm(x_BTD), trace
+        return self.norm(x_BTD), trace._replace(vision_energy=vision_energy)
 
-    def embed_batch(self, batch: Batch) -> Array:
-        """Token embeddings with the pictures' features in place; text-only batches never reach the encoder."""
+    def embed_batch(self, batch: Batch) -> tuple[Array, Array | None]:
+        """Token embeddings with the pictures' features in place, and the encoder's energy.
+
+        Text-only batches never reach the encoder.
+        """
         x_BTD = self.embed[...][batch.tokens].astype(self.dtype)
         rows, slots = batch.tiles.shape[:2]
         if not slots:
-            return x_BTD
-        features = self.vision(normalise(batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:]), self.dtype))
+            return x_BTD, None
+        pixels = batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:])
+        features, square_LS = self.vision(normalise(pixels, self.dtype))
         features_BFD = (features @ self.projector[...].astype(self.dtype)).reshape(rows, -1, x_BTD.shape[-1])
-        return fuse(x_BTD, features_BFD, batch.tokens == self.patch_id)
+        is_patch_BT = batch.tokens == self.patch_id
+        used_BM = jnp.arange(slots) < is_patch_BT.sum(axis=1, keepdims=True) // (features_BFD.shape[1] // slots)
+        energy_LB = jnp.sum(jnp.where(used_BM, square_LS.reshape(-1, rows, slots), 0.0), axis=-1)
+        return fuse(x_BTD, features_BFD, is_patch_BT), energy_LB
 
     def head_DV(self) -> Array:
         return self.embed[...].T if self.model.tied_embeddings else self.head[...]

@@ -17,6 +17,7 @@ class Score(NamedTuple):
     logz: Float[Array, "B T"]  # float32: log of the softmax's denominator
     energy: Float[Array, "L B"]  # float32; see stack.Trace
     routing: Routing | None
+    vision_energy: Float[Array, "Lv B"] | None
 
 
 def score(model: Llama, batch: Batch) -> Score:

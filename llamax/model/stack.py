@@ -16,7 +16,7 @@ from jax import Array
 
 from llamax import config
 from llamax.model.attention import Attention, Places
-from llamax.model.layers import RMSNorm, SwiGLU, scan, stacked
+from llamax.model.layers import RMSNorm, SwiGLU, mean_square, scan, stacked
 from llamax.model.moe import MoE, Routing
 from llamax.model.seam import Seam
 
@@ -28,6 +28,7 @@ class Trace(NamedTuple):
 
     energy: Array  # float32 [L, B]: mean square of the residual stream after each layer, summed over real tokens
     routing: Routing | None  # of the MoE layers; None if there is none
+    vision_energy: Array | None = None  # float32 [vision layers, B]: the same, summed over the row's tiles
 
 
 class Block(nnx.Module):
@@ -55,8 +56,7 @@ class Block(nnx.Module):
 
 def energy(x_BTD: Array, real_BT: Array) -> Array:
     """float32 [B]: the sum over real tokens of mean_d x^2."""
-    square_BT = jnp.mean(jnp.square(jax.lax.stop_gradient(x_BTD).astype(jnp.float32)), axis=-1)
-    return jnp.sum(jnp.where(real_BT, square_BT, 0.0), axis=-1)
+    return jnp.sum(jnp.where(real_BT, mean_square(x_BTD), 0.0), axis=-1)
 
 
 class Period(nnx.Module):

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from llamax import config
-from llamax.model.layers import LayerNorm, embedding, matrix, scan, stacked, zeros
+from llamax.model.layers import LayerNorm, embedding, matrix, mean_square, scan, stacked, zeros
 from llamax.model.rope import grid_rotation, rotate
 
 
@@ -66,9 +66,11 @@ class VisionBlock(nnx.Module):
         self.up = Linear(dim, ffn_dim, ("embed", "ffn"), bias=True, rngs=rngs)
         self.down = Linear(ffn_dim, dim, ("ffn", "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, x_SPW: Array) -> tuple[Array, None]:
+    def __call__(self, x_SPW: Array) -> tuple[Array, Array]:
+        """The residual stream after it, and its mean square [S]."""
         x_SPW = x_SPW + self.attend(self.attention_norm(x_SPW))
-        return x_SPW + self.down(jax.nn.gelu(self.up(self.ffn_norm(x_SPW)), approximate=False)), None
+        x_SPW = x_SPW + self.down(jax.nn.gelu(self.up(self.ffn_norm(x_SPW)), approximate=False))
+        return x_SPW, mean_square(x_SPW).mean(axis=-1)
 
     def attend(self, x_SPW: Array) -> Array:
         heads = self.vision.n_heads
@@ -94,12 +96,15 @@ class VisionEncoder(nnx.Module):
         self.adapter_in = Linear(shuffled, adapter_dim, ("embed", "ffn"), bias=False, rngs=rngs)
         self.adapter_out = Linear(adapter_dim, adapter_dim, ("ffn", "embed"), bias=False, rngs=rngs)
 
-    def __call__(self, pixels_SHWC: Array) -> Array:
-        """Normalised pixels [S, side, side, 3] -> features [S, tokens_per_tile, adapter_dim]."""
+    def __call__(self, pixels_SHWC: Array) -> tuple[Array, Array]:
+        """Normalised pixels [S, side, side, 3] -> features [S, tokens_per_tile, adapter_dim].
+
+        Also returns the mean square of the residual stream after each layer, [L, S].
+        """
         x_SPW = self.patch_embedding(patches(pixels_SHWC, self.vision.patch_px))
         last = jnp.broadcast_to(self.class_embedding[...].astype(x_SPW.dtype), (x_SPW.shape[0], 1, x_SPW.shape[2]))
         x_SPW = jnp.concatenate([x_SPW, last], axis=1) + self.position_embedding[...].astype(x_SPW.dtype)
-        x_SPW, _ = scan(self.blocks, self.norm_pre(x_SPW), remat=self.remat)
+        x_SPW, square_LS = scan(self.blocks, self.norm_pre(x_SPW), remat=self.remat)
         x = pixel_shuffle(self.norm_post(x_SPW)[:, :-1], self.vision.shuffle)
         x = jax.nn.gelu(self.adapter_in(x), approximate=False)
-        return jax.nn.gelu(self.adapter_out(x), approximate=False)
+        return jax.nn.gelu(self.adapter_out(x), approximate=False), square_LS

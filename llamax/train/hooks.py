@@ -81,7 +81,7 @@ class Log:
         shown["steps/skipped"] = float(jax.device_get(event.metrics.skipped))
         shown |= self.documents_left_out(last=event.last) | speed | self.goodput.shares()
         if due(event, self.run.health.norms_every_steps):
-            shown |= norms(event)
+            shown |= norms(event, self.tiles(event))
         self.progress.log(event.step, shown)
         self.file.write(event.step, shown)
         self.board.scalars(shown, event.step)
@@ -107,10 +107,11 @@ class Log:
         return {f"data/left_out/{name}": float(n) for name, n in counts.items()}
 
 
-def norms(event: Event) -> dict[str, float]:
-    """norms/gradient/BLOCK, before clipping, and norms/activation/layer_07: the root mean square of the residual stream
-    after that layer, over real tokens."""
-    squares, energy_L = jax.device_get((event.metrics.grad_squares, event.metrics.energy))
+def norms(event: Event, tiles: int) -> dict[str, float]:
+    """norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root mean square of the
+    residual stream after that layer, over real tokens, and over the batch's picture tiles."""
+    got = event.metrics
+    squares, energy_L, vision_L = jax.device_get((got.grad_squares, got.energy, got.vision_energy))
     out: dict[str, float] = {}
     for block, values in squares.items():
         if np.ndim(values):
@@ -118,7 +119,9 @@ def norms(event: Event) -> dict[str, float]:
         else:
             out[f"norms/gradient/{block}"] = float(np.sqrt(values))
     tokens = max(int(np.count_nonzero(event.batch.segment_ids)), 1)
-    return out | {f"norms/activation/layer_{i:02d}": float(np.sqrt(x / tokens)) for i, x in enumerate(energy_L)}
+    for block, energies, n in (("layer", energy_L, tokens), ("vision", [] if vision_L is None else vision_L, tiles)):
+        out |= {f"norms/activation/{block}_{i:02d}": float(np.sqrt(x / max(n, 1))) for i, x in enumerate(energies)}
+    return out
 
 
 @dataclass

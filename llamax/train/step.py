@@ -32,6 +32,7 @@ class Metrics(NamedTuple):
     by_source: Sum  # next-token nats and tokens, [n_sources] each
     routing: router.Stats | None  # None without MoE layers
     energy: Array  # [L]: mean square of the residual stream after each layer, summed over real tokens
+    vision_energy: Array | None  # [vision layers]: the same, summed over tiles; None without pictures
     grad_squares: dict[str, Array]  # by block: blocks.gradient_squares
     grad_norm: Array
     lr: Array
@@ -49,6 +50,7 @@ class Told(NamedTuple):
     by_source: Sum
     routing: router.Stats | None
     energy: Array
+    vision_energy: Array | None
 
 
 def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
@@ -67,7 +69,8 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
         routing = None
         if scored.routing is not None:
             routing = router.stats(*scored.routing, batch.segment_ids > 0)
-        return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1))
+        vision = None if scored.vision_energy is None else scored.vision_energy.sum(axis=1)
+        return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1), vision)
 
     def gradient(params, router_bias, batch: Batch):
         dens = {name: TERMS[name].den(batch) for name in weights}

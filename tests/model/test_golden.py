@@ -35,9 +35,9 @@ def forward(case: str, batch: Batch | None = None, constrained: list | None = No
 
     def program(params):
         llama = skel.bind(params, bias)
-        final, (_, routing) = llama(batch or golden.batch)
+        final, trace = llama(batch or golden.batch)
         hidden = [] if constrained is None else [*seen[::2], final]
-        return hidden, routing.logits, llama.logits(final)
+        return hidden, trace.routing.logits, llama.logits(final)
 
     return quick_jit(program)(params)
 

@@ -49,8 +49,8 @@ def test_layers_run_in_the_order_of_the_plan(plan):
 
     def forward(tree):
         llama = twins.bind(graph, tree)
-        hidden, (_, routing) = llama(TEXT)
-        return hidden, llama.logits(hidden), routing
+        hidden, trace = llama(TEXT)
+        return hidden, llama.logits(hidden), trace.routing
 
     hidden, logits, routing = twins.quick_jit(forward)(tree)
     slow = twins.decode(tree, model, TEXT)

@@ -13,6 +13,7 @@ from llamax import config
 from llamax.model import stack
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
+from llamax.model.vision import normalise
 from llamax.optim.build import optimizer
 from llamax.train.blocks import gradient_squares, move_biases
 from llamax.train.state import State
@@ -140,3 +141,21 @@ def one_repeat(stacked, x, *args):
     graph, state = nnx.split(stacked)
     x, told = nnx.merge(graph, jax.tree.map(lambda w: w[0], state))(x, *args)
     return x, jax.tree.map(lambda a: a[None], told)
+
+
+def test_activation_norms_of_the_encoder_count_the_tiles_in_use():
+    """The first row uses two of its three slots, the second one: what the empty slots hold must not matter."""
+    model = replace(RUN.model, vision=twins.VISION)
+    batch = twins.batch(tiles=(2, 1))
+    padded = np.pad(batch.tiles, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)), constant_values=200)
+    skel = skeleton(model, Seam(), patch_id=twins.PATCH, train=RUN.train)
+    rng = np.random.default_rng(0)
+    params, bias = jax.tree.map(lambda x: rng.normal(0.2, 0.2, x.shape).astype(np.float32), skel.shapes())
+
+    def forward(params):
+        model = skel.bind(params, bias)
+        _, square_LS = model.vision(normalise(np.concatenate([batch.tiles[0, :2], batch.tiles[1, :1]]), np.float32))
+        return model(batch._replace(tiles=padded))[1].vision_energy, square_LS
+
+    energy_LB, square_LS = twins.quick_jit(forward)(params)
+    np.testing.assert_allclose(energy_LB, np.stack([square_LS[:, :2].sum(1), square_LS[:, 2]], 1), rtol=1e-5)
