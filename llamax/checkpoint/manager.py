@@ -38,6 +38,9 @@ SHOWN = 4  # differing leaves that an error names
 class Summed(atomicity.AtomicRenameTemporaryPath):
     """Orbax's temporary folder, which gets the sums of its files before it takes its name; in the background thread."""
 
+    _tmp_path: Any
+    _final_path: Any
+
     async def finalize(self) -> None:
         if health.is_unfinished(self._final_path.parent):  # an item's folder inside of the step's
             return await super().finalize()
@@ -231,6 +234,7 @@ class Checkpoints:
             return None
 
     def _not_saved(self, *, begun: bool) -> None:
+        assert self._saving is not None
         step, bytes_needed = self._saving
         last_good = max(health.steps(self.folder), default=None)
         self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good, begun=begun)
