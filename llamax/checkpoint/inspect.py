@@ -44,8 +44,7 @@ def inspect(folder: str | Path) -> bool:
     if not rows:
         change = "Give the --workdir of a run that has saved."
         raise ConfigError(f"Checkpoints in {folder}", "there are none", change)
-    run = read(workdir) or {}
-    name = run.get("config", {}).get("name")
+    name = name_of_run(workdir)
     shown = Table(title=f"Checkpoints in {checkpoints}" + (f", a run of {name}" if name else ""), title_justify="left")
     for heading, justify in (
         ("step", "right"),
@@ -78,6 +77,15 @@ def inspect(folder: str | Path) -> bool:
 def colour(row: Row) -> str:
     """Green for what a run would go on from, red for what it would not, dim for what it does not look at."""
     return ("green" if row.health == SOUND else "red") if row.name.isdecimal() else "dim"
+
+
+def name_of_run(workdir: Path) -> str | None:
+    """From run.json, if it is there and can be read."""
+    try:
+        run = read(workdir)
+    except ConfigError:
+        return None
+    return run["config"].get("name") if run else None
 
 
 def places(folder: Path) -> tuple[Path, Path]:

@@ -38,6 +38,9 @@ SHOWN = 4  # differing leaves that an error names
 class Summed(atomicity.AtomicRenameTemporaryPath):
     """Orbax's temporary folder, which gets the sums of its files before it takes its name; in the background thread."""
 
+    _tmp_path: Any
+    _final_path: Any
+
     async def finalize(self) -> None:
         if health.is_unfinished(self._final_path.parent):  # an item's folder inside of the step's
             return await super().finalize()
@@ -71,24 +74,38 @@ class Checkpoints:
         self._reading_only = cfg is None
         self._saving: tuple[int, int] | None = None  # the step that is being written, and its bytes
         self._unsaved: space.NotSaved | None = None  # why the newest save did not come about
+        # Orbax would read the metadata of all steps, and fail if that of any is damaged.
+        light = dict(lightweight_initialize=True)
         if cfg is None:
-            options = ocp.CheckpointManagerOptions(create=False)  # its read_only warns three times
+            self._options = ocp.CheckpointManagerOptions(create=False, **light)  # its read_only warns three times
         else:
             self._clear_unfinished()
             for name in ("absl", "asyncio"):  # through these Orbax logs
                 logging.getLogger(name).addFilter(space.QUIET)
-            options = ocp.CheckpointManagerOptions(preservation_policy=_kept(cfg), temporary_path_class=Summed)
+            policy = _kept(cfg)
+            self._options = ocp.CheckpointManagerOptions(
+                preservation_policy=policy, temporary_path_class=Summed, **light
+            )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         handlers = dict.fromkeys(ARRAYS, ocp.StandardCheckpointHandler) | {
             "data": grain.checkpoint.CheckpointHandler,
             "extra": ocp.JsonCheckpointHandler,
         }
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers={name: handler() for name, handler in handlers.items()}
+        return ocp.CheckpointManager(
+            self.folder, options=self._options, item_handlers={name: handler() for name, handler in handlers.items()}
         )
         if cfg is not None:
             # A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint.
             for step in sorted(self._manager.all_steps())[: -cfg.keep]:
                 self._manager.delete(step)
+
+    def _look_again(self) -> None:
+        """Orbax keeps the steps in mind: after a change of the folder it has to be told (and its `reload` reads all
+        metadata again)."""
+        self._manager.close()
+        self._manager = self._open()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -191,7 +208,7 @@ class Checkpoints:
         assert not self._reading_only, "opened for reading only"
         self.wait()
         to = health.set_aside(self.folder / str(step), why)
-        self._manager.reload()
+        self._look_again()
         return to
 
     def wait(self) -> None:
@@ -218,11 +235,12 @@ class Checkpoints:
                 raise
             space.forget(error)
             self._clear_unfinished()
-            self._manager.reload()  # it had counted the step, and dropped the oldest one
+            self._look_again()  # it had counted the step, and dropped the oldest one
             self._not_saved(begun=True)
             return None
 
     def _not_saved(self, *, begun: bool) -> None:
+        assert self._saving is not None
         step, bytes_needed = self._saving
         last_good = max(health.steps(self.folder), default=None)
         self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good, begun=begun)
@@ -249,7 +267,8 @@ class Checkpoints:
         if step is None:
             self.wait()
             step = health.newest_sound(self.folder, rename=not self._reading_only)
-            self._manager.reload()
+            if not self._reading_only:
+                self._look_again()
             return self._existing(step or None)
         problems = health.check(self.folder / str(self._existing(step)))
         if problems:
