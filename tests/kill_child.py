@@ -8,7 +8,7 @@ Run it from the project's root with the environment that tests/conftest.py sets.
     start 0     imports are done             step s      step s is about to be taken
     data 0      the data stream is opened    save s      checkpoint s goes to Orbax
     compile n   the n-th program             saving s    its temporary folder is there, all but renamed
-    restore s   of checkpoint s              eval n      the n-th batch that this process evaluates
+    restore s   of checkpoint s              eval s      a batch is evaluated after step s
 
 and sleeps there as `--slow` says: that changes when things happen and nothing else. WORKDIR.batches gets a line
 `STEP HASH` for every batch that a step was given. The product code knows nothing of this: functions are wrapped here.
@@ -90,19 +90,20 @@ def arguments() -> argparse.Namespace:
 
 def report(at: Callable[[str, int], None], batches: Path) -> None:
     """Wraps what the phases go through."""
-    compiled, evaluated, taken = itertools.count(1), itertools.count(1), itertools.count(1)
+    compiled, taken = itertools.count(1), 0
 
     def restoring(checkpoints: Checkpoints, step: int, **_: Any) -> None:
         nonlocal taken
-        taken = itertools.count(step + 1)
+        taken = step
         at("restore", step)
 
     def stepping(_: Any, state: Any, batch: Any) -> None:
-        step = next(taken)
+        nonlocal taken
+        taken += 1
         digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in batch)).hexdigest()
         with batches.open("a") as file:
-            file.write(f"{step} {digest}\n")
-        at("step", step)
+            file.write(f"{taken} {digest}\n")
+        at("step", taken)
 
     def finalizing(path: AtomicRenameTemporaryPath) -> None:
         name = path.get_final().name
@@ -115,7 +116,7 @@ def report(at: Callable[[str, int], None], batches: Path) -> None:
     before(Checkpoints, "restore", restoring)
     before(Checkpoints, "save", lambda _, step, **__: at("save", step))
     before(AtomicRenameTemporaryPath, "finalize", finalizing)  # everything is written but for the last rename
-    before(perplexity, "sums", lambda *_: at("eval", next(evaluated)))
+    before(perplexity, "sums", lambda *_: at("eval", taken))
 
 
 def before(owner: Any, name: str, do: Callable) -> None:

@@ -1,6 +1,6 @@
-"""Killed and resumed is uninterrupted, bit for bit; a SIGTERM leaves a complete checkpoint. Real processes, real signals.
+"""Killed and resumed is uninterrupted, bit for bit; a SIGTERM leaves a complete checkpoint: real processes and signals.
 
-The strikes: `Strike("step", 5, 0.1)` is a tenth of a second after the process says that it is about to take step 5
+`Strike("step", 5, 0.1)` is a tenth of a second after the process says that it is about to take step 5
 (tests/kill_child.py has the phases).
 """
 
@@ -52,7 +52,7 @@ def uninterrupted(tmp_path_factory) -> Record:
     return found
 
 
-def killed(workdir: Path, strikes: list[Strike]) -> list[str]:
+def killed(workdir: Path, strikes: list[Strike], slow: tuple[str, ...] = SLOW) -> list[str]:
     """Starts the run, kills it, starts it again, ... and lets the last one go to the end.
 
     Returns the temporary checkpoint folders that the kills left behind.
@@ -60,7 +60,7 @@ def killed(workdir: Path, strikes: list[Strike]) -> list[str]:
     left = []
     for strike in strikes:
         before = newest_checkpoint(workdir)
-        with child(workdir, strike.workers, SLOW) as it:
+        with child(workdir, strike.workers, slow) as it:
             assert it.wait_for(strike.phase, strike.number), f"it ended before {strike}:\n{it.tail()}"
             time.sleep(strike.delay_s)
             it.kill(strike.everyone)
@@ -76,6 +76,14 @@ def test_killed_three_times_and_resumed_is_uninterrupted_to_the_bit(uninterrupte
     tells its loader processes; while the resumed run compiles."""
     strikes = [Strike("step", 5, 0.05), Strike("saving", 9, 0.1, 2, everyone=False), Strike("compile", 1, 0.2)]
     assert killed(tmp_path / "run", strikes), "the save was struck before its folder had its name"
+    assert differences(record(tmp_path / "run"), uninterrupted) == []
+
+
+@pytest.mark.slow
+def test_evaluations_that_a_kill_cuts_off_are_made_up_for_and_none_is_there_twice(uninterrupted, tmp_path):
+    """After step 6, whose checkpoint is complete by then; after the last step, between two evaluations."""
+    strikes = [Strike("eval", 6, 1.0), Strike("eval", 20, 2.5)]
+    killed(tmp_path / "run", strikes, slow=("eval=1.5",))
     assert differences(record(tmp_path / "run"), uninterrupted) == []
 
 
@@ -117,7 +125,7 @@ def test_sigterm_anywhere(workers, again_s, uninterrupted, tmp_path):
         ("step", 2, 0.0),
         ("compile", 2, 0.1),  # with a checkpoint to go on from
         ("saving", 6, 0.1),
-        ("eval", 1, 0.2),
+        ("eval", 10, 0.2),
     ):
         it = terminated(tmp_path / "run", Strike(phase, number, delay_s, workers), again_s)
         if phase == "eval":
@@ -137,7 +145,7 @@ def random_strike(draw: random.Random, step: int, workers: int) -> Strike:
     elif phase in ("save", "saving"):
         number = draw.choice([n for n in (3, 6, 9, 12, 15, 18, 20) if n > step])
     elif phase == "eval":
-        number = draw.randint(1, 4)
+        number = draw.choice([n for n in (5, 6, 10, 12, 15, 18, 20) if n > step])
     longest = {"start": 3.0, "compile": 0.8, "saving": 0.6, "eval": 0.3}.get(phase, 0.25)
     return Strike(phase, number, round(draw.uniform(0, longest), 3), workers, everyone=draw.random() < 0.7)
 
