@@ -10,7 +10,7 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.model.attention import places
 from llamax.model.fusion import fuse
-from llamax.model.layers import RMSNorm, embedding, matrix
+from llamax.model.layers import RMSNorm, embedding, linear, matrix
 from llamax.model.moe import Routing
 from llamax.model.seam import Seam
 from llamax.model.stack import ROWS, Stack
@@ -49,7 +49,7 @@ class Llama(nnx.Module):
         if not slots:
             return x_BTD
         features = self.vision(normalise(batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:]), self.dtype))
-        features_BFD = (features @ self.projector[...].astype(self.dtype)).reshape(rows, -1, x_BTD.shape[-1])
+        features_BFD = linear(features, self.projector[...].astype(self.dtype)).reshape(rows, -1, x_BTD.shape[-1])
         return fuse(x_BTD, features_BFD, batch.tokens == self.patch_id)
 
     def head_DV(self) -> Array:
