@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from llamax import config
-from llamax.model.layers import matrix, rms
+from llamax.model.layers import linear, matrix, rms
 from llamax.model.rope import Rotation, frequencies, rotate, rotation
 from llamax.model.seam import Seam
 
@@ -68,9 +68,7 @@ class Attention(nnx.Module):
         self.out = matrix(rngs, (heads, head_dim, dim), ("heads", "head_dim", "embed"), **out)
 
     def __call__(self, x_BTD: Array, at: Places) -> Array:
-        q_BTHDh = jnp.einsum("btd,dhe->bthe", x_BTD, self.query[...].astype(x_BTD.dtype))
-        k_BTKDh = jnp.einsum("btd,dke->btke", x_BTD, self.key[...].astype(x_BTD.dtype))
-        v_BTKDh = jnp.einsum("btd,dke->btke", x_BTD, self.value[...].astype(x_BTD.dtype))
+        q_BTHDh, k_BTKDh, v_BTKDh = (heads(x_BTD, w[...]) for w in (self.query, self.key, self.value))
         if self.kind == "nope_full":
             if self.model.attn_temperature:
                 q_BTHDh = (q_BTHDh * at.temperature[..., None, None]).astype(x_BTD.dtype)
@@ -92,4 +90,11 @@ class Attention(nnx.Module):
             k_seg=segments,
             local_len=self.model.chunk_len if local else None,
         )
-        return jnp.einsum("bthe,hed->btd", o_BTHDh, self.out[...].astype(x_BTD.dtype))
+        out_FD = self.out[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+        return linear(o_BTHDh.reshape(*x_BTD.shape[:2], -1), out_FD)
+
+
+def heads(x_BTD: Array, w_DHDh: Array) -> Array:
+    """x projected to heads: [B, T, H, Dh]."""
+    y_BTF = linear(x_BTD, w_DHDh.astype(x_BTD.dtype).reshape(x_BTD.shape[-1], -1))
+    return y_BTF.reshape(*x_BTD.shape[:2], *w_DHDh.shape[1:])

@@ -35,6 +35,22 @@ def zeros(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, fan_in=1, fan_out=shape[-1], kind="bias")
 
 
+@jax.custom_vjp
+def linear(x: Array, w_DF: Array) -> Array:
+    """x [..., D] @ w_DF. Autodiff would write the weight's gradient as [F, D] and transpose it, for which XLA on CPU
+    also turns dy around: that costs as much again as the matmul."""
+    return x @ w_DF
+
+
+def _linear_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w_DF = saved
+    tokens = tuple(range(x.ndim - 1))
+    return dy @ w_DF.T, jnp.tensordot(x, dy, axes=(tokens, tokens))
+
+
+linear.defvjp(lambda x, w_DF: (x @ w_DF, (x, w_DF)), _linear_backward)
+
+
 def rms(x: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32."""
     x32 = x.astype(jnp.float32)
@@ -81,8 +97,8 @@ class SwiGLU(nnx.Module):
         self.down = matrix(rngs, (ffn_dim, dim), ("ffn", "embed"), fan_in=ffn_dim, fan_out=dim, gain=out_gain)
 
     def __call__(self, x: Array) -> Array:
-        hidden = jax.nn.silu(x @ self.gate[...].astype(x.dtype)) * (x @ self.up[...].astype(x.dtype))
-        return hidden @ self.down[...].astype(x.dtype)
+        gate_DF, up_DF, down_FD = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return linear(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
 
 
 def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nnx.Module:

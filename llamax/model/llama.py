@@ -10,7 +10,7 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.model.attention import places
 from llamax.model.fusion import fuse
-from llamax.model.layers import RMSNorm, embedding, matrix
+from llamax.model.layers import RMSNorm, embedding, linear, matrix
 from llamax.model.seam import Seam
 from llamax.model.stack import ROWS, Stack, Trace
 from llamax.model.vision import VisionEncoder, normalise
@@ -53,7 +53,7 @@ class Llama(nnx.Module):
             return x_BTD, None
         pixels = batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:])
         features, square_LS = self.vision(normalise(pixels, self.dtype))
-        features_BFD = (features @ self.projector[...].astype(self.dtype)).reshape(rows, -1, x_BTD.shape[-1])
+        features_BFD = linear(features, self.projector[...].astype(self.dtype)).reshape(rows, -1, x_BTD.shape[-1])
         is_patch_BT = batch.tokens == self.patch_id
         used_BM = jnp.arange(slots) < is_patch_BT.sum(axis=1, keepdims=True) // (features_BFD.shape[1] // slots)
         energy_LB = jnp.sum(jnp.where(used_BM, square_LS.reshape(-1, rows, slots), 0.0), axis=-1)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from llamax import config
-from llamax.model.layers import LayerNorm, embedding, matrix, mean_square, scan, stacked, zeros
+from llamax.model.layers import LayerNorm, embedding, linear, matrix, mean_square, scan, stacked, zeros
 from llamax.model.rope import grid_rotation, rotate
 
 
@@ -50,7 +50,7 @@ class Linear(nnx.Module):
             self.bias = zeros((fan_out,), axes[1:])
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.weight[...].astype(x.dtype)
+        y = linear(x, self.weight[...].astype(x.dtype))
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
