@@ -87,6 +87,10 @@ class Checkpoints:
                 preservation_policy=policy, temporary_path_class=Summed, **light
             )
         self._manager = self._open()
+        for step in self.steps()[: -cfg.keep] if cfg else []:
+            # A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint.
+            if not cfg.keep_every_steps or step % cfg.keep_every_steps:
+                self._manager.delete(step)
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = dict.fromkeys(ARRAYS, ocp.StandardCheckpointHandler) | {
@@ -96,10 +100,6 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.folder, options=self._options, item_handlers={name: handler() for name, handler in handlers.items()}
         )
-        if cfg is not None:
-            # A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint.
-            for step in sorted(self._manager.all_steps())[: -cfg.keep]:
-                self._manager.delete(step)
 
     def _look_again(self) -> None:
         """Orbax keeps the steps in mind: after a change of the folder it has to be told (and its `reload` reads all
