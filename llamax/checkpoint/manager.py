@@ -87,8 +87,12 @@ class Checkpoints:
                 preservation_policy=policy, temporary_path_class=Summed, **light
             )
         self._manager = self._open()
-        for step in self.steps()[: -cfg.keep] if cfg else []:
-            # A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint.
+        if cfg is not None:
+            self._delete_old(cfg)
+
+    def _delete_old(self, cfg: config.Checkpoint) -> None:
+        """A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint."""
+        for step in self.steps()[: -cfg.keep]:
             if not cfg.keep_every_steps or step % cfg.keep_every_steps:
                 self._manager.delete(step)
 

@@ -163,6 +163,10 @@ def test_what_a_kill_left_of_a_deleted_checkpoint_is_cleared(tmp_path):
     with Checkpoints(tmp_path, CFG) as checkpoints:
         assert checkpoints.steps() == [2, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    with Checkpoints(tmp_path, config.Checkpoint(keep=1, keep_every_steps=2)) as checkpoints:
+        assert checkpoints.steps() == [2, 3], "what is kept for good"
+    with Checkpoints(tmp_path, config.Checkpoint(keep=1)) as checkpoints:
+        assert checkpoints.steps() == [3]
 
 
 def test_errors_name_what_differs(saved, tmp_path):
