@@ -80,12 +80,9 @@ class Checkpoints:
             self._options = ocp.CheckpointManagerOptions(create=False, **light)  # its read_only warns three times
         else:
             self._clear_unfinished()
-            for name in ("absl", "asyncio"):  # through these Orbax logs
-                logging.getLogger(name).addFilter(space.QUIET)
-            policy = _kept(cfg)
-            self._options = ocp.CheckpointManagerOptions(
-                preservation_policy=policy, temporary_path_class=Summed, **light
-            )
+            space.quiet()
+            kept = _kept(cfg)
+            self._options = ocp.CheckpointManagerOptions(preservation_policy=kept, temporary_path_class=Summed, **light)
         self._manager = self._open()
         if cfg is not None:
             self._delete_old(cfg)

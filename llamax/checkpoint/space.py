@@ -39,6 +39,22 @@ class Quiet(logging.Filter):
 QUIET = Quiet()
 
 
+def quiet() -> None:
+    """Keeps libraries from burying the one message of a full disk under their tracebacks; once is enough."""
+    for name in ("absl", "asyncio"):  # through these Orbax logs
+        logging.getLogger(name).addFilter(QUIET)
+    if not getattr(sys.excepthook, "quiet", False):
+        hook = sys.excepthook
+
+        def but_for_closed_loops(kind: type, error: BaseException, trace: Any) -> None:
+            # TensorStore's threads report each write that ends after Orbax has given up on its save.
+            if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+                hook(kind, error, trace)
+
+        but_for_closed_loops.quiet = True  # type: ignore[attr-defined]
+        sys.excepthook = but_for_closed_loops
+
+
 def forget(error: BaseException) -> None:
     """Lets go of the writes that a failed save had not begun; Python says a dozen lines of each unless told not to."""
     old, level = sys.unraisablehook, logging.getLogger("asyncio").level

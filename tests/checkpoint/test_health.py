@@ -98,6 +98,16 @@ def test_damage_to_what_orbax_and_we_write_about_it_is_found(name, copy):
     assert health.check(folder / "2") == [f"{name} changed"]
 
 
+@pytest.mark.parametrize("spoil", [lambda text: text.replace(" ", "\t", 1), lambda text: text[:-6] + "x" + text[-5:]])
+def test_the_sums_have_a_sum_of_their_own(spoil, copy):
+    """Even where what is left says the same of every file."""
+    path = copy[0] / "2/checksums.json"
+    spoilt = spoil(path.read_text())
+    assert json.loads(spoilt)["files"] == json.loads(path.read_text())["files"]
+    path.write_text(spoilt)
+    assert health.check(copy[0] / "2") == ["checksums.json changed"]
+
+
 def test_unknown_and_lost_files_are_found(copy):
     folder, _ = copy
     (folder / "2/opt/d/extra").write_text("?")
