@@ -168,8 +168,8 @@ ONE = given(st.sampled_from(SPECS), an_override().map(lambda one: [one]))
 FEW = given(st.sampled_from(SPECS), st.lists(an_override(), min_size=2, max_size=5))
 test_one_override = quick(250)(ONE(freeze_or_refuse))
 test_a_few_overrides = quick(100)(FEW(freeze_or_refuse))
-test_many_overrides = pytest.mark.slow(thorough(5000)(ONE(freeze_or_refuse)))
-test_many_few_overrides = pytest.mark.slow(thorough(3000)(FEW(freeze_or_refuse)))
+test_many_overrides = pytest.mark.slow(thorough(1000)(ONE(freeze_or_refuse)))
+test_many_few_overrides = pytest.mark.slow(thorough(500)(FEW(freeze_or_refuse)))
 
 
 ODD = ("", "nan", "1e999", "9" * 400, "'", "(", "{}", "語", "\x00", "\ud800", "None", "-1", "{'a': {'b': 3}}")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llamax.config import ConfigError, Source
-from llamax.data import encode, sources, video
+from llamax.data import encode, images, sources, video
 from llamax.data.encode import Encoder
 from llamax.data.packing import pack_window
 from llamax.data.pipeline import SAMPLE_DOCS, HeldOut, build, skipped
@@ -229,6 +229,15 @@ def test_a_document_of_too_many_tiles_is_left_out(monkeypatch):
     monkeypatch.setattr(video, "MAX_CLIP_PIXELS", 16 * 16 * 4)
     assert len(encoder(Document((Picture(hostile.clip("GIF", 4), True),))).tiles) == 4
     assert encoder(Document((Picture(hostile.clip("GIF", 5), True),))).skip == "image_too_many_pixels"
+
+
+def test_an_encoded_picture_of_too_many_bytes_is_not_read(tmp_path, monkeypatch):
+    data = hostile.picture("good")
+    (tmp_path / "a.png").write_bytes(data)
+    for most, reason in ((len(data), ""), (len(data) - 1, "image_too_many_pixels")):
+        monkeypatch.setattr(images, "MAX_FILE_BYTES", most)
+        for picture in (Picture(data), Picture(tmp_path / "a.png")):
+            assert Encoder(RUN.data.tokenizer, VISION)(Document((picture,))).skip == reason
 
 
 def test_runs_without_end_are_tokenized_the_same_everywhere_and_come_back():

@@ -125,7 +125,7 @@ def damage_a_picture(kind: str, seed: int, video: bool) -> None:
 SEEDS = st.integers(0, 2**32 - 1)
 DAMAGED = given(st.sampled_from(sorted(PICTURES)), SEEDS, st.booleans())
 test_damaged_pictures = quick(200)(DAMAGED(damage_a_picture))
-test_many_damaged_pictures = pytest.mark.slow(thorough(5000)(DAMAGED(damage_a_picture)))
+test_many_damaged_pictures = pytest.mark.slow(thorough(1500)(DAMAGED(damage_a_picture)))
 
 
 # ------------------------------------------------------------------------------------------------------ whole streams
@@ -209,7 +209,8 @@ KIND = st.one_of(
     st.sampled_from(["missing picture", "damaged good", "damaged jpeg", "damaged webp", "20,000 tall"]),
 )
 RECORDS = st.lists(st.tuples(KIND, SEEDS), min_size=1, max_size=7)
-MALFORMED = st.lists(st.tuples(st.sampled_from(["malformed", "garbage"]), SEEDS), min_size=0, max_size=1)
+ONE_MALFORMED = st.tuples(st.sampled_from(["malformed", "garbage"]), SEEDS)
+MALFORMED = st.tuples(st.integers(0, 5), ONE_MALFORMED).map(lambda drawn: [] if drawn[0] else [drawn[1]])
 FORM = st.sampled_from(["jsonl", "arrayrecord"])
 
 
@@ -386,9 +387,9 @@ def two_sources(form, kinds, others, malformed, weights) -> None:
     run_a_stream(form, [kinds, others], malformed, weights)
 
 
-test_a_stream_of_one_source = quick(90)(given(FORM, RECORDS, MALFORMED)(one_source))
-test_a_stream_of_two_sources = quick(60)(given(FORM, RECORDS, RECORDS, MALFORMED, WEIGHTS)(two_sources))
-test_many_streams = pytest.mark.slow(thorough(1500)(given(FORM, RECORDS, RECORDS, MALFORMED, WEIGHTS)(two_sources)))
+test_a_stream_of_one_source = quick(150)(given(FORM, RECORDS, MALFORMED)(one_source))
+test_a_stream_of_two_sources = quick(100)(given(FORM, RECORDS, RECORDS, MALFORMED, WEIGHTS)(two_sources))
+test_many_streams = pytest.mark.slow(thorough(400)(given(FORM, RECORDS, RECORDS, MALFORMED, WEIGHTS)(two_sources)))
 
 
 # --------------------------------------------------------------------------------------------- damaged files, manifests
@@ -427,7 +428,7 @@ FRACTION = st.floats(0, 1)
 CUT = st.one_of(st.just(1.0), FRACTION)
 SHARDS = given(FORM, RECORDS, CUT, st.lists(FRACTION, max_size=2), st.booleans())
 test_damaged_shards = quick(60)(SHARDS(damage_a_shard))
-test_many_damaged_shards = pytest.mark.slow(thorough(1500)(SHARDS(damage_a_shard)))
+test_many_damaged_shards = pytest.mark.slow(thorough(500)(SHARDS(damage_a_shard)))
 
 TOML_VALUES = [
     *('"jsonl"', '"arrayrecord"', '"text"', '"multimodal"', '["shard"]', '["*"]', '["**/*"]', '["folder"]', '["loop"]'),
@@ -461,7 +462,7 @@ TOML_VALUES = [
 KEYS = ["format", "files", "kind", "lang", "documents", "bytes", "tokens", "sha256", "token", "", "path", "a.b.c"]
 
 
-def damage_a_manifest(changes: list[tuple[str, str]], at: float, byte: int | None, huge: bool) -> None:
+def damage_a_manifest(changes: list[tuple[str, str]], at: float, byte: int | None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_source("jsonl", folder, "s0", [("good text", 1), ("special", 1)])
@@ -471,7 +472,7 @@ def damage_a_manifest(changes: list[tuple[str, str]], at: float, byte: int | Non
         text = "".join(f"{key} = {value}\n" for key, value in lines.items()).encode()
         if byte is not None:
             text = text[: int(at * len(text))] + bytes([byte]) + text[int(at * len(text)) :]
-        (folder / "s0" / "x.toml").write_bytes(text + b"# " * (2**23 * huge))
+        (folder / "s0" / "x.toml").write_bytes(text)
         data = settings_of(folder, {"s0": 1.0})
         try:
             iterator = iter(build(data, VISION, 0))
@@ -487,9 +488,9 @@ def damage_a_manifest(changes: list[tuple[str, str]], at: float, byte: int | Non
 
 
 CHANGES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(TOML_VALUES)), max_size=3)
-MANIFESTS = given(CHANGES, FRACTION, st.one_of(st.none(), st.integers(0, 255)), st.just(False))
+MANIFESTS = given(CHANGES, FRACTION, st.one_of(st.none(), st.none(), st.integers(0, 255)))
 test_damaged_manifests = quick(90)(MANIFESTS(damage_a_manifest))
-test_many_damaged_manifests = pytest.mark.slow(thorough(3000)(MANIFESTS(damage_a_manifest)))
+test_many_damaged_manifests = pytest.mark.slow(thorough(1000)(MANIFESTS(damage_a_manifest)))
 
 
 def test_manifests_that_are_no_files(tmp_path):
