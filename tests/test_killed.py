@@ -93,11 +93,11 @@ def terminated(workdir: Path, strike: Strike, again_s: float | None = None) -> C
     with child(workdir, strike.workers, (*SLOW[:-1], "eval=1")) as it:
         assert it.wait_for(strike.phase, strike.number), f"it ended before {strike}:\n{it.tail()}"
         time.sleep(strike.delay_s)
-        it.terminate()
+        it.terminate(strike.everyone)
         asked = time.monotonic()
         if again_s is not None:
             time.sleep(again_s)
-            it.terminate()
+            it.terminate(strike.everyone)
         code = it.wait(STOP_S)
         print(f"{strike}: exit code {code} {time.monotonic() - asked:.1f} s after the SIGTERM")
         it.wait_for("nothing of the kind")
@@ -127,7 +127,8 @@ def test_sigterm_anywhere(workers, again_s, uninterrupted, tmp_path):
         ("saving", 6, 0.1),
         ("eval", 10, 0.2),
     ):
-        it = terminated(tmp_path / "run", Strike(phase, number, delay_s, workers), again_s)
+        everyone = phase not in ("data", "compile")  # loader processes that are still starting would die of it
+        it = terminated(tmp_path / "run", Strike(phase, number, delay_s, workers, everyone), again_s)
         if phase == "eval":
             assert sum(phase == "eval" for phase, _ in it.said) <= 2, "abandoned at the next batch"
     run_to_the_end(tmp_path / "run", workers)
