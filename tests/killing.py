@@ -78,8 +78,12 @@ class Child:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
-    def terminate(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
+    def terminate(self, everyone: bool = True) -> None:
+        """SIGTERM to the whole group, as schedulers do, or to the main process alone."""
+        pids = self.group() if everyone else [self._process.pid]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         """Its exit code, once it has ended by itself."""

@@ -33,6 +33,7 @@ class Strike(NamedTuple):
     delay_s: float = 0.0
     workers: int = 0  # loader processes of the run that is struck
     everyone: bool = True  # or the main process alone: its loader processes have to notice
+    slow: tuple[str, ...] = SLOW
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def uninterrupted(tmp_path_factory) -> Record:
     return found
 
 
-def killed(workdir: Path, strikes: list[Strike], slow: tuple[str, ...] = SLOW) -> list[str]:
+def killed(workdir: Path, strikes: list[Strike]) -> list[str]:
     """Starts the run, kills it, starts it again, ... and lets the last one go to the end.
 
     Returns the temporary checkpoint folders that the kills left behind.
@@ -60,7 +61,7 @@ def killed(workdir: Path, strikes: list[Strike], slow: tuple[str, ...] = SLOW) -
     left = []
     for strike in strikes:
         before = newest_checkpoint(workdir)
-        with child(workdir, strike.workers, slow) as it:
+        with child(workdir, strike.workers, strike.slow) as it:
             assert it.wait_for(strike.phase, strike.number), f"it ended before {strike}:\n{it.tail()}"
             time.sleep(strike.delay_s)
             it.kill(strike.everyone)
@@ -82,8 +83,8 @@ def test_killed_three_times_and_resumed_is_uninterrupted_to_the_bit(uninterrupte
 @pytest.mark.slow
 def test_evaluations_that_a_kill_cuts_off_are_made_up_for_and_none_is_there_twice(uninterrupted, tmp_path):
     """After step 6, whose checkpoint is complete by then; after the last step, between two evaluations."""
-    strikes = [Strike("eval", 6, 1.0), Strike("eval", 20, 2.5)]
-    killed(tmp_path / "run", strikes, slow=("eval=1.5",))
+    strikes = [Strike("eval", 6, 3.0, slow=("eval=4",)), Strike("eval", 20, 2.0, slow=("eval=1.5",))]
+    killed(tmp_path / "run", strikes)
     assert differences(record(tmp_path / "run"), uninterrupted) == []
 
 
@@ -93,11 +94,11 @@ def terminated(workdir: Path, strike: Strike, again_s: float | None = None) -> C
     with child(workdir, strike.workers, (*SLOW[:-1], "eval=1")) as it:
         assert it.wait_for(strike.phase, strike.number), f"it ended before {strike}:\n{it.tail()}"
         time.sleep(strike.delay_s)
-        it.terminate()
+        it.terminate(strike.everyone)
         asked = time.monotonic()
         if again_s is not None:
             time.sleep(again_s)
-            it.terminate()
+            it.terminate(strike.everyone)
         code = it.wait(STOP_S)
         print(f"{strike}: exit code {code} {time.monotonic() - asked:.1f} s after the SIGTERM")
         it.wait_for("nothing of the kind")
@@ -127,7 +128,8 @@ def test_sigterm_anywhere(workers, again_s, uninterrupted, tmp_path):
         ("saving", 6, 0.1),
         ("eval", 10, 0.2),
     ):
-        it = terminated(tmp_path / "run", Strike(phase, number, delay_s, workers), again_s)
+        everyone = phase not in ("data", "compile")  # loader processes that are still starting would die of it
+        it = terminated(tmp_path / "run", Strike(phase, number, delay_s, workers, everyone), again_s)
         if phase == "eval":
             assert sum(phase == "eval" for phase, _ in it.said) <= 2, "abandoned at the next batch"
     run_to_the_end(tmp_path / "run", workers)
