@@ -139,12 +139,12 @@ def llamax_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     import jax.numpy as jnp
 
     from llamax.batch import Batch
+    from llamax.model.skeleton import skeleton
     from llamax.optim.build import optimizer
     from llamax.parallel.mesh import make_mesh
     from llamax.run import make_seam
     from llamax.train import state as states
     from llamax.train.step import make_step
-    from llamax.model.skeleton import skeleton
     from tests import goldens
 
     run = l4_tiny()

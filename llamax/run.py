@@ -45,9 +45,9 @@ from llamax.train import hooks
 from llamax.train.health import Health
 from llamax.train.loop import RollBack, StopRequest, fit
 from llamax.train.programs import Programs, abstract_batch
-from llamax.train.routing import RoutingLog
 from llamax.train.state import COUNTS, State, init
 from llamax.train.step import make_step
+from llamax.train.step_log import StepLog
 
 logger = logging.getLogger("llamax")
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
@@ -101,12 +101,12 @@ def train(
     )
     done = preflight.check_steps_left(run, preflight.sound_step(workdir))
     preflight.check_evals(run)
-    provenance.record(workdir, asked, overrides, files)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     shapes = jax.tree.map(shape_at, jax.eval_shape(fresh), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
-    with ExitStack() as open_things:
+    with provenance.alone(workdir), ExitStack() as open_things:
+        provenance.record(workdir, asked, overrides, files)
         stop = open_things.enter_context(StopRequest())
         open_things.enter_context(Watchdog(ledger, run.health.stall_s, workdir, logger.error))
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
@@ -120,20 +120,20 @@ def train(
         goodput = Goodput(workdir / "goodput.json", ledger, first)
         context = Context(run, bones, tokenizer, put, row_multiple, stop.check)
         around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
-        state, finished = fit(
-            state,
-            lambda state, batch: programs(state, put(batch)),
-            batches,
-            first=first,
-            steps=run.train.steps,
-            ledger=ledger,
-            stop=stop,
-            hooks=around,
-            save=around.save.save,
-            go_back=partial(go_back, shapes, checkpoints, around.log, ledger),
-        )
-        if done:
-            finished = around.evaluate.all(first, state.params, state.router_bias)
+        finished = around.evaluate.at_start(first, state.params, state.router_bias)
+        if finished:
+            state, finished = fit(
+                state,
+                lambda state, batch: programs(state, put(batch)),
+                batches,
+                first=first,
+                steps=run.train.steps,
+                ledger=ledger,
+                stop=stop,
+                hooks=around,
+                save=around.save.save,
+                go_back=partial(go_back, shapes, checkpoints, around.log, ledger),
+            )
         ledger.enter("idle")
     goodput.write(int(state.step))
     report(run, workdir, around.evaluate.reports, finished, goodput)
@@ -249,10 +249,10 @@ def make_hooks(
         return max((saved for saved in checkpoints.steps() if saved < step), default=None)
 
     left_out, patch_id = partial(pipeline.skipped, batches, run.data), context.tokenizer.patch
-    routing = RoutingLog(run.model, open_things.enter_context(log.MetricsFile(workdir / "experts.jsonl", first)), board)
+    each_step = StepLog(run.model, open_things.enter_context(log.MetricsFile(workdir / "steps.jsonl", first)), board)
     warn, ledger, every = logger.warning, goodput.ledger, run.train.log_every_steps
     return Hooks(
-        hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, routing, left_out, warn),
+        hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, each_step, left_out, warn),
         Health(run.health, every, newest_before, f"{checkpoints.folder}", warn),
         hooks.Save(checkpoints, run.checkpoint.every_steps, batches, ledger),
         hooks.Evaluate(run, context, ledger, file, board, logger.info),

@@ -19,10 +19,12 @@ from llamax import config
 from llamax.checkpoint import health
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
+from llamax.observe import provenance
 from llamax.run import Result, generate
 from llamax.run import train as train_on_all
 from llamax.sample import engine
 from llamax.train import hooks, loop
+from llamax.train.health import Diverged
 from tests.checkpoint.test_health import flip, one_file
 from tests.runs import FIXTURES, tiny_run
 from tests.tolerances import CURVE, MESH_CURVE
@@ -118,7 +120,7 @@ def test_the_ledger_sums_to_the_wall_time(unbroken):
 
 def test_every_step_logs_its_routing_and_now_and_then_its_norms(unbroken):
     workdir, result, _ = unbroken
-    model, routing = tiny_run().model, lines(workdir, "experts.jsonl")
+    model, routing = tiny_run().model, lines(workdir, "steps.jsonl")
     assert [line["step"] for line in routing] == list(range(1, 21))
     for line in routing:
         load_LE = np.array(line["load"])
@@ -212,8 +214,10 @@ def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
 
 def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):
     workdir, result, _ = unbroken
+    before = (workdir / "metrics.jsonl").read_text()
     again = twenty_steps(workdir)
     assert again.finished and same_bits(again.state, result.state)
+    assert (workdir / "metrics.jsonl").read_text() == before, "what is known is not written twice"
     assert {name: r.scalars for name, r in again.reports.items()} == {n: r.scalars for n, r in result.reports.items()}
     with pytest.raises(ConfigError, match="has taken 20 steps already"):
         train(tiny_run(10), workdir)
@@ -246,7 +250,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path):
     step 2 saved is the ruin."""
     ruin = dict(peak_lr=1e16, warmup_steps=4)
     broken = tiny_run(20, optim=ruin, health=dict(max_bad_steps=3), checkpoint=dict(every_steps=1))
-    with pytest.raises(hooks.Diverged, match="3 to 6, were not finite.* last good checkpoint is step 1"):
+    with pytest.raises(Diverged, match="3 to 6, were not finite.* last good checkpoint is step 1"):
         train(broken, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
@@ -280,6 +284,24 @@ def test_a_workdir_of_another_run_is_refused(unbroken):
     with pytest.raises(ConfigError, match="optim.peak_lr"):
         train(tiny_run(20, optim=dict(peak_lr=1e-4)), workdir)
     assert (workdir / "run.json").read_text() == before
+
+
+def test_evaluations_that_were_cut_off_are_made_up(unbroken, tmp_path):
+    """A death after the checkpoint of step 20 and before its evaluations."""
+    workdir = Path(shutil.copytree(unbroken[0], tmp_path / "run"))
+    known = lines(workdir)
+    kept = [line for line in known if not any(name.startswith("eval/") for name in line)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert twenty_steps(workdir).finished
+    assert [{**line, "time": 0} for line in lines(workdir)] == [{**line, "time": 0} for line in known]
+
+
+def test_a_workdir_is_for_one_process_at_a_time(tmp_path):
+    with provenance.alone(tmp_path), pytest.raises(ConfigError, match="another process is training in it"):
+        train(tiny_run(20), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock"], "nothing was written"
+    with provenance.alone(tmp_path):
+        pass
 
 
 def test_wrong_input_is_refused_before_anything_is_written(tmp_path):

@@ -49,7 +49,7 @@ def setup(level: int = logging.INFO) -> None:
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a logged step, `{"step": 10, "time": 1.7e9, "loss/next_token": 3.2, ...}`.
 
-    `experts.jsonl` is another. What is not finite is written as null, for JSON has no NaN.
+    `steps.jsonl` is another. What is not finite is written as null, for JSON has no NaN.
     """
 
     def __init__(self, path: str | Path, start_step: int = 0):

@@ -8,7 +8,9 @@ Everything but `started` is of the latest start. jax is imported late: the check
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import fnmatch
 import importlib.metadata
 import json
@@ -16,7 +18,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,33 @@ def check_same_files(workdir: str | Path, files: Mapping[str, str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def alone(workdir: str | Path) -> Iterator[None]:
+    """Holds the workdir for this process. ConfigError at once if another one on this machine holds it.
+
+    The system lets go of it with the process, however that ends.
+    """
+    folder = Path(workdir)
+    make_folder(folder)
+    with (folder / "run.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            true, change = "another process is training in it", "Wait for it, end it, or choose another --workdir."
+            raise ConfigError(f"--workdir {workdir}", true, change) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """ConfigError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {folder}", f"it cannot be made: {error}", "Choose another --workdir.") from None
+
+
 def record(
     workdir: str | Path,
     config: Mapping[str, Any],
@@ -122,10 +151,7 @@ def record(
     import jax
 
     folder = Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--workdir {workdir}", f"it cannot be made: {error}", "Choose another --workdir.") from None
+    make_folder(folder)
     for left in folder.glob("*.tmp"):
         if LEFT_OVER.fullmatch(left.name):
             left.unlink(missing_ok=True)

@@ -22,8 +22,8 @@ from llamax.observe.log import MetricsFile
 from llamax.observe.progress import Progress
 from llamax.observe.tensorboard import TensorBoard
 from llamax.train.loop import Event, Stopped, due
-from llamax.train.routing import RoutingLog
 from llamax.train.state import COUNTS, State
+from llamax.train.step_log import StepLog
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Log:
     progress: Progress
     file: MetricsFile
     board: TensorBoard
-    routing: RoutingLog
+    each_step: StepLog
     left_out: Callable[[], Mapping[str, Mapping[str, int]]]  # documents skipped so far: source -> reason -> count
     warn: Callable[[str], None]
     window: metrics.Window = field(default_factory=metrics.Window)
@@ -53,8 +53,7 @@ class Log:
         values = {"loss": got.by_source, "optim/grad_norm": got.grad_norm, "optim/lr": got.lr}
         values |= {f"loss/{name}": term for name, term in got.terms.items()}
         self.window.add(values)
-        if got.routing is not None:
-            self.routing.add(event.step, got.routing)
+        self.each_step.add(event)
         self.steps += 1
         self.tokens += int(np.count_nonzero(event.batch.segment_ids))
         self.flops += count.step_flops(self.run, self.tiles(event))
@@ -75,7 +74,7 @@ class Log:
         speed = self.clock.lap(steps=self.steps, tokens=self.tokens, flops=self.flops)
         shown = metrics.scalars({name: value for name, value in values.items() if name != "loss"})
         shown |= metrics.by_source("loss", values["loss"], sorted(self.run.data.sources), self.langs)
-        shown |= self.routing.fetch(event.last)
+        shown |= self.each_step.fetch(event.last)
         weights = dataclasses.asdict(self.run.losses)
         shown["loss/total"] = sum(weight * shown.get(f"loss/{name}", 0.0) for name, weight in weights.items())
         shown["steps/skipped"] = float(jax.device_get(event.metrics.skipped))
@@ -93,7 +92,7 @@ class Log:
         self.window.fetch()
         self.steps, self.tokens, self.flops = 0, 0, 0.0
         self.clock.lap(steps=0, tokens=0, flops=0)
-        for written in (self.file, self.board, self.routing):
+        for written in (self.file, self.board, self.each_step):
             written.rewind(step)
 
     def documents_left_out(self, last: bool) -> dict[str, float]:
@@ -182,12 +181,19 @@ class Evaluate:
             for name in names:
                 self.evaluate(name, event.step, event.state.params, event.state.router_bias)
 
-    def all(self, step: int, params: Any, router_bias: Any) -> bool:
-        """Every evaluation: a run that has taken all its steps is started once more. False if it was stopped."""
+    def at_start(self, step: int, params: Any, router_bias: Any) -> bool:
+        """What a death or a stop cut off: evaluations of this step's checkpoint that `metrics.jsonl` does not have.
+
+        A run that has taken all its steps is evaluated again, and only shown what is known. False if it was stopped.
+        """
+        known = {name for line in self.file.read() if line["step"] == step for name in line}
         try:
             with self.ledger.during("evaluate"):
-                for name in self.run.evals:
-                    self.evaluate(name, step, params, router_bias)
+                for name, cfg in self.run.evals.items():
+                    new = not any(key.startswith(f"eval/{name}/") for key in known)
+                    missed = new and step > 0 and cfg.every_steps > 0 and step % cfg.every_steps == 0
+                    if missed or step == self.run.train.steps:
+                        self.evaluate(name, step, params, router_bias, write=new)
         except Stopped:
             return False
         return True
@@ -195,11 +201,13 @@ class Evaluate:
     def wanted(self, event: Event, every: int) -> bool:
         return event.step == self.run.train.steps or (every > 0 and event.step % every == 0)
 
-    def evaluate(self, name: str, step: int, params: Any, router_bias: Any) -> None:
+    def evaluate(self, name: str, step: int, params: Any, router_bias: Any, write: bool = True) -> None:
         cfg = self.run.evals[name]
         self.say(f"evaluating {name}")
         report = EVALS[cfg.kind](self.context._replace(params=params, router_bias=router_bias), cfg)
         self.reports[name] = report
+        if not write:
+            return
         values = {f"eval/{name}/{key}": value for key, value in report.scalars.items()}
         self.file.write(step, values)
         self.board.scalars(values, step)

@@ -81,6 +81,15 @@ class StopRequest:
         self.signal = self.signal or number
 
 
+def next_batch(batches: Any, stop: StopRequest) -> Batch:
+    """Stopped instead of an error if a stop was asked for: a signal to the whole group may have ended the loaders."""
+    try:
+        return next(batches)
+    except Exception:
+        stop.check()
+        raise
+
+
 def fit(
     state: State,
     step: Callable[[State, Batch], tuple[State, Metrics]],
@@ -108,9 +117,9 @@ def fit(
     with jax.transfer_guard("disallow"):
         while number < steps:
             place = batches.get_state()
-            with ledger.during("data"):
-                batch = next(batches)
             try:
+                with ledger.during("data"):
+                    batch = next_batch(batches, stop)
                 state, metrics = step(state, batch)
             except Stopped:
                 batches.set_state(place)

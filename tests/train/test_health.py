@@ -39,7 +39,7 @@ def harm(monkeypatch, kind: str, batches=(BAD,)) -> None:
             return batch
         if kind == "nan":
             return batch._replace(loss_weights=np.where(batch.loss_weights > 0, np.inf, 0).astype(np.float32))
-            noise = np.random.default_rng(0).integers(0, 4000, batch.targets.shape, dtype=np.int32)
+        noise = np.random.default_rng(0).integers(0, 4000, batch.targets.shape, dtype=np.int32)
         return batch._replace(targets=noise)
 
     monkeypatch.setattr(pipeline.StreamIterator, "__next__", hostile)
@@ -57,7 +57,7 @@ def test_a_bad_step_takes_the_run_back_to_the_last_checkpoint(kind, tmp_path, mo
     (note,) = [line for line in lines(tmp_path) if "health/rolled_back_from" in line]
     assert note["step"] == 12 and note["health/rolled_back_from"] == 14 and note["health/bad_step"] == 14
     assert json.loads((tmp_path / "goodput.json").read_text())["seconds"]["roll_back"] > 0
-    assert [line["step"] for line in lines(tmp_path, "experts.jsonl")] == list(range(1, 21))
+    assert [line["step"] for line in lines(tmp_path, "steps.jsonl")] == list(range(1, 21))
 
 
 def test_a_roll_back_equals_a_run_that_never_saw_those_batches(tmp_path, monkeypatch):
