@@ -10,7 +10,7 @@ from pathlib import Path
 from llamax import config
 from llamax.checkpoint import health
 from llamax.config import ConfigError
-from llamax.data.sources import read_manifest
+from llamax.data.sources import open_source, read_manifest
 from llamax.data.tokenizer import Tokenizer
 
 
@@ -35,7 +35,7 @@ def with_paths(run: config.Run) -> config.Run:
     tokenizer = str(config.resolve_path(run.data.tokenizer))
     data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
     for evaluation in evals.values():
-        read_manifest(evaluation.path)  # a missing one should not be met after hours of training
+        open_source(read_manifest(evaluation.path))  # a missing or cut one should not be met after hours of training
     return dataclasses.replace(run, data=data, evals=evals)
 
 

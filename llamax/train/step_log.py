@@ -68,14 +68,15 @@ class StepLog:
         for step, note in notes:
             values = {"loss": note.loss, "grad_norm": note.grad_norm, "applied": not note.bad_in_row}
             if note.routing is not None:
-                experts = metrics.experts(*note.routing, self.model.top_k)
+                experts = metrics.experts(note.routing.loads, note.routing.squares, self.model.top_k)
                 self._remember(step, experts.load)
                 values |= {name: np.round(x, DIGITS).tolist() for name, x in experts._asdict().items()}
             self.file.write(step, values)
         stats = [note.routing for _, note in notes if note.routing is not None]
         if not stats:
             return {}
-        window = metrics.experts(*(np.sum(parts, axis=0) for parts in zip(*stats, strict=True)), self.model.top_k)
+        loads, squares = (np.sum(parts, axis=0) for parts in zip(*stats, strict=True))
+        window = metrics.experts(loads, squares, self.model.top_k)
         if self.maps % MAP_EVERY == 0 or last:
             self.board.expert_loads(window.load, self.layers, notes[-1][0])
             steps, history = zip(*self.history, strict=True)
