@@ -136,11 +136,11 @@ def time_map(load_SLE: np.ndarray, steps: Sequence[int], layers: Sequence[int]) 
         bands += [band, gap]
         height += len(band) + len(gap)
     cells = np.concatenate(bands)
-    labels[height - FONT_PX] = f"{steps[0]}"
     out = Image.fromarray(_labelled(cells, labels))
-    end = f"{steps[-1]}"
     draw = ImageDraw.Draw(out)
-    draw.text((out.width - draw.textlength(end, _font()), height - FONT_PX), end, fill="black", font=_font())
+    first, last = f"step {steps[0]}", f"{steps[-1]}"
+    draw.text((out.width - cells.shape[1], height - FONT_PX), first, fill="black", font=_font())
+    draw.text((out.width - draw.textlength(last, _font()), height - FONT_PX), last, fill="black", font=_font())
     return np.asarray(out)
 
 

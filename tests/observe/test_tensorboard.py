@@ -122,3 +122,22 @@ def test_a_full_disk_neither_hangs_nor_ends_the_run(tmp_path, monkeypatch, caplo
         board.scalars({"loss": 1.0}, 50)
     assert [step for _, step, _ in shown(tmp_path)] == [50]
     assert caplog.text.count("the disk is full") == 1
+
+
+def test_loads_over_time_show_a_collapse_that_ends(tmp_path):
+    """Time to the right, a band for each layer, a row for each expert; more steps are seen after a restart too."""
+    load_SLE = np.full((20, 2, 4), 0.25)
+    load_SLE[:10, 1] = [0, 0, 1, 0]  # the second layer's first ten steps: everything to expert 2
+    with TensorBoard(tmp_path) as board:
+        board.expert_loads_over_time(load_SLE, list(range(1, 21)), layers=[3, 7])
+    image = picture(tmp_path, "experts/load_over_time")
+    margin, row = 2 * tensorboard.CELL_PX, tensorboard.CELL_PX // 2
+    band = 4 * row + tensorboard.FONT_PX
+    early, late = margin + 5, image.shape[1] - 5
+
+    def pixel(layer, expert, x):
+        return tuple(image[layer * band + expert * row + row // 2, x])
+
+    white, black, red = tensorboard.RAMP_COLOURS[2], tensorboard.RAMP_COLOURS[0], tensorboard.RAMP_COLOURS[3]
+    assert pixel(0, 2, early) == pixel(0, 0, late) == pixel(1, 0, late) == pixel(1, 2, late) == white
+    assert pixel(1, 2, early) == red and pixel(1, 0, early) == pixel(1, 3, early) == black
