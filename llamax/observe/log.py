@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import math
+import mmap
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from absl import logging as absl_logging
 from rich.console import Console
 from rich.logging import RichHandler
-
-from llamax.observe.provenance import write_whole
 
 # One console: the live line and the log have to know of each other. A file has no width; tables take this one.
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -60,10 +61,8 @@ class MetricsFile:
 
     def _open(self, start_step: int) -> None:
         if self.path.exists():
-            text = self.path.read_text()
-            kept = "".join(f"{line}\n" for line in text.splitlines() if start_step > 0 and _upto(line, start_step))
-            if kept != text:
-                write_whole(self.path, kept)
+            ends = (end for end, line in _backwards(self.path) if _upto(line, start_step))
+            os.truncate(self.path, next(ends, 0) if start_step > 0 else 0)
         self._file = self.path.open("ab", buffering=0)
         self._waiting = bytearray()  # what has not been written yet
         self._warned = False
@@ -73,9 +72,10 @@ class MetricsFile:
         self.close()
         self._open(step)
 
-    def read(self) -> list[dict]:
-        """The lines so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+    def newest(self, n: int) -> list[dict]:
+        """The last `n` lines, in order."""
+        lines = [json.loads(line) for _, line in itertools.islice(_backwards(self.path), n)]
+        return lines[::-1]
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -108,14 +108,26 @@ class MetricsFile:
             self._warned = True
 
 
+def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(place of its end, line), the last one first: the file may be too large to be read whole."""
+    end = path.stat().st_size
+    if not end:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while end:
+            begin = data.rfind(b"\n", 0, end - 1) + 1
+            yield end, data[begin:end]
+            end = begin
+
+
 def _finite(x: float | list) -> float | list | None:
     if isinstance(x, list):
         return [_finite(part) for part in x]
     return float(x) if math.isfinite(x) else None
 
 
-def _upto(line: str, step: int) -> bool:
+def _upto(line: bytes, step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):  # cut short
         return False

@@ -46,7 +46,7 @@ class StepLog:
 
     def __post_init__(self) -> None:
         self.layers = [i for i, kind in enumerate(self.model.layers) if kind.endswith("+moe")]
-        for line in self.file.read():  # of the starts before
+        for line in self.file.newest(REMEMBERED):  # of the starts before
             if "load" in line:
                 self._remember(line["step"], np.array(line["load"], np.float64))
 
