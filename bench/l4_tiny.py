@@ -2,9 +2,9 @@
 
     python bench/l4_tiny.py [--rounds 5] [--steps 15]
 
-L4-tiny: width 256, 4 layers (dense + RoPE, MoE + RoPE, dense + RoPE, MoE + NoPE), 8 query and 2 kv heads of 32, feed-forwards
-of 512, 8 experts top-1 and a shared one, QK norm, chunks of 128, vocabulary 2,048 untied, 8 rows of 256 tokens, float32, AdamW
-behind a clip at norm 1, no auxiliary loss, no rematerialisation in either framework.
+L4-tiny: width 256, 4 layers (dense + RoPE, MoE + RoPE, dense + RoPE, MoE + NoPE), 8 query and 2 kv heads of 32,
+feed-forwards of 512, 8 experts top-1 and a shared one, QK norm on RoPE layers, chunks of 128, vocabulary 2,048 untied,
+8 rows of 256 tokens, float32, AdamW behind a clip at norm 1, no auxiliary loss, no rematerialisation on either side.
 
 llamax's program is the one that `llamax train` runs: `config.Model`, the seam that `run.make_seam` picks, `make_step`,
 one jit with donation. The other is `Llama4ForCausalLM` with `torch.optim.AdamW(fused=True)`. Each lives in a process
@@ -139,12 +139,12 @@ def llamax_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     import jax.numpy as jnp
 
     from llamax.batch import Batch
+    from llamax.model.skeleton import skeleton
     from llamax.optim.build import optimizer
     from llamax.parallel.mesh import make_mesh
     from llamax.run import make_seam
     from llamax.train import state as states
     from llamax.train.step import make_step
-    from llamax.model.skeleton import skeleton
     from tests import goldens
 
     run = l4_tiny()
@@ -209,7 +209,7 @@ def serve(side: str, folder: Path) -> None:
 class Process:
     def __init__(self, side: str, folder: Path):
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
-        # -P: this folder stays off the path, where `kernels.py` would be taken for a package that transformers looks for.
+        # -P: not this folder on the path, whose `kernels.py` would be taken for a package that transformers looks for.
         command = [sys.executable, "-P", __file__, "--serve", side, "--folder", str(folder)]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -238,7 +238,9 @@ def compare(folder: Path) -> None:
 
     losses = {side: loss(x) for side, x in logits.items()}
     apart = np.abs(logits["llamax"] - logits["transformers"]).max()
-    print(f"the same model: logits differ by {apart:.1e} at most (their spread is {logits['llamax'].std():.2f}),", end=" ")
+    print(
+        f"the same model: logits differ by {apart:.1e} at most (their spread is {logits['llamax'].std():.2f}),", end=" "
+    )
     print("first loss " + ", ".join(f"{side} {value:.6f}" for side, value in losses.items()))
     assert apart < 1e-4 and abs(losses["llamax"] - losses["transformers"]) < 1e-4
 

@@ -2,8 +2,8 @@
 
     python bench/memory.py [--only NAME]
 
-Each step is compiled for the CPU from shapes alone, with its state donated as in a run; nothing is allocated. The peak is
-XLA's: arguments + outputs - outputs that take over an argument's memory + temporaries. It is held against
+Each step is compiled for the CPU from shapes alone, with its state donated as in a run; nothing is allocated. The peak
+is XLA's: arguments + outputs - outputs that take over an argument's memory + temporaries. It is held against
 
     params      parameters, float32
     optimizer   AdamW's two moments
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES)
     options = parser.parse_args()
     print("MiB\n")
-    print("| model | params | optimizer | period | chunk | sum | peak | peak / sum | gradients | inputs | peak / all six |")
+    print("| model | params | optimizer | period | chunk | sum | peak | peak / sum | gradients | inputs | with these |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in [options.only] if options.only else CASES:
         print(row(name, CASES[name]), flush=True)
