@@ -2,9 +2,9 @@
 
     python bench/l4_tiny.py [--rounds 5] [--steps 15]
 
-L4-tiny: width 256, 4 layers (dense + RoPE, MoE + RoPE, dense + RoPE, MoE + NoPE), 8 query and 2 kv heads of 32, feed-forwards
-of 512, 8 experts top-1 and a shared one, QK norm, chunks of 128, vocabulary 2,048 untied, 8 rows of 256 tokens, float32, AdamW
-behind a clip at norm 1, no auxiliary loss, no rematerialisation in either framework.
+L4-tiny: width 256, 4 layers (dense + RoPE, MoE + RoPE, dense + RoPE, MoE + NoPE), 8 query and 2 kv heads of 32,
+feed-forwards of 512, 8 experts top-1 and a shared one, QK norm on RoPE layers, chunks of 128, vocabulary 2,048 untied,
+8 rows of 256 tokens, float32, AdamW behind a clip at norm 1, no auxiliary loss, no rematerialisation on either side.
 
 llamax's program is the one that `llamax train` runs: `config.Model`, the seam that `run.make_seam` picks, `make_step`,
 one jit with donation. The other is `Llama4ForCausalLM` with `torch.optim.AdamW(fused=True)`. Each lives in a process
@@ -156,7 +156,9 @@ def llamax_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     params, _ = bones.shapes()
     for name, value in goldens.text_tree(run.model, dict(np.load(weights))).items():
         goldens.put(params, name, value)
-    state = jax.jit(lambda: states.init(bones, tx, seed=0))()._replace(params=jax.tree.map(jnp.array, params))
+    state = jax.jit(lambda: states.init(bones, tx, seed=0, spike_window=run.health.spike_window))()._replace(
+        params=jax.tree.map(jnp.array, params)
+    )
     tokens, targets = data()
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     one, tiles = np.ones((B, T), np.int32), np.zeros((B, 0, 0, 0, 3), np.uint8)
@@ -209,7 +211,7 @@ def serve(side: str, folder: Path) -> None:
 class Process:
     def __init__(self, side: str, folder: Path):
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
-        # -P: this folder stays off the path, where `kernels.py` would be taken for a package that transformers looks for.
+        # -P: not this folder on the path, whose `kernels.py` would be taken for a package that transformers looks for.
         command = [sys.executable, "-P", __file__, "--serve", side, "--folder", str(folder)]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -176,7 +176,7 @@ class RouterBias:
 
 @dataclass(frozen=True)
 class Health:
-    """What a run does about bad steps and stalls. The update of a step that is not finite is never applied."""
+    """What a run does about bad steps and stalls. A step whose loss or gradient is not finite is never applied."""
 
     on_nonfinite: str = "skip"  # skip | roll_back (to the last good checkpoint, past the batches seen since)
     on_spike: str = "warn"  # warn | skip | roll_back

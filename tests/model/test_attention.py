@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llamax import config
+from llamax.kernels.attention import TILE, blocked_attention
 from llamax.model.attention import Attention, places, temperature
 from llamax.model.seam import Seam
 from tests.model import twins
@@ -54,6 +56,30 @@ def test_chunks_restart_with_every_document():
     at = places(jnp.asarray(twins.POSITIONS), jnp.asarray(twins.SEGMENTS), twins.TINY)
     sizes = [np.unique(row[row > 0], return_counts=True)[1].tolist() for row in np.asarray(at.chunks)]
     assert sizes == [[5, 4, 5, 2, 5], [5, 5, 5, 5, 4]]
+
+
+@pytest.mark.parametrize("kind, alone", [("rope_chunk", True), ("rope_full", False)])
+def test_a_local_layer_costs_as_much_a_chunk_on_any_row(kind, alone):
+    """Each chunk of a long row is computed without looking at any other, forward or backward: the cost is O(T C).
+
+    Where the kernel computes a tile that is masked, a NaN in its values comes through (0 x NaN).
+    """
+    C, chunks = TILE, 6
+    model = replace(twins.TINY, chunk_len=C)
+    graph, tree = twins.fresh(partial(Attention, model, kind, Seam(attention=blocked_attention), out_gain=1.0))
+    at = places(jnp.arange(chunks * C)[None], jnp.ones((1, chunks * C), jnp.int32), model)
+    own = np.arange(chunks * C) // C
+
+    @jax.jit
+    def run(x):
+        y, backward = jax.vjp(lambda x: twins.bind(graph, tree)(x, at), x)
+        return y, backward(jnp.ones_like(y))[0]
+
+    x = np.random.default_rng(0).normal(size=(1, chunks * C, model.dim)).astype(np.float32)
+    for chunk in (chunks // 2, chunks - 1):
+        y, dx = run(jnp.where((own == chunk)[None, :, None], x, jnp.nan))
+        assert np.isfinite(y[:, own == chunk]).all() == alone
+        assert np.isfinite(dx[:, own == chunk]).all() == alone
 
 
 def test_temperature_of_the_released_models():
