@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from llamax import config
-from llamax.checkpoint import health, manager
+from llamax.checkpoint import manager, sums
 from llamax.run import train
 
 
@@ -64,15 +64,15 @@ def main() -> None:
     import llamax.run
 
     llamax.run.Checkpoints, hashing = Timed, []
-    health.write = timed(health.write, hashing)
+    sums.write = timed(sums.write, hashing)
     with tempfile.TemporaryDirectory() as workdir:
         train(run, workdir)
         rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
         newest = Path(workdir) / "checkpoints" / str(args.steps)
-        size, n_files = sum(health.files(newest).values()), len(health.files(newest))
+        size, n_files = sum(sums.files(newest).values()), len(sums.files(newest))
         checking: list[float] = []
         for _ in range(5):
-            assert timed(health.check, checking)(newest) == []
+            assert timed(sums.check, checking)(newest) == []
     step_s = statistics.median(row["speed/step_s"] for row in rows[2:])  # the first windows compile
     interval = usual * step_s
     print(f"checkpoint: {size / 1e6:.1f} MB in {n_files} files; a step takes {step_s:.3f} s")

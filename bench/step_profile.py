@@ -100,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     run = l4_tiny()
     program, _, bones = compiled(run)
-    state = jax.jit(lambda: init(bones, optimizer(run.optim, run.train.steps, bones.kinds), 0))()
+    state = jax.jit(lambda: init(bones, optimizer(run.optim, run.train.steps, bones.kinds), 0, 64))()
     tokens = np.random.default_rng(0).integers(0, run.model.vocab_size, (8, 257), dtype=np.int32)
     one, tiles = np.ones((8, 256), np.int32), np.zeros((8, 0, 0, 0, 3), np.uint8)
     positions = np.broadcast_to(np.arange(256, dtype=np.int32), (8, 256))

@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}llamax: {error}{plain}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        return leave(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print("llamax: interrupted; what was saved before stays as it is", file=sys.stderr)
-        return INTERRUPTED
+        return leave(INTERRUPTED)
     except BrokenPipeError:  # `llamax show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return code or 0
+    return leave(code or 0)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -78,11 +78,20 @@ def _train(args: argparse.Namespace) -> int:
 
     run = config.freeze(config.load(args.recipe, args.overrides))  # before jax is imported
     from llamax.run import train
+    from llamax.train.loop import Stopped
 
-    result = train(run, args.workdir, overrides=args.overrides, began=STARTED)
-    code = 0 if result.finished else 128 + (result.signal or signal.SIGINT)
+    try:
+        result = train(run, args.workdir, overrides=args.overrides, began=STARTED)
+    except Stopped as stopped:
+        print(f"llamax: {stopped} before the first step; the same command starts again", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0 if result.finished else 128 + (result.signal or signal.SIGINT)
+
+
+def leave(code: int) -> int:
+    """The exit code; at once if a compiler is at work, which cannot be interrupted and which the interpreter would wait
+    for. All files are closed by now."""
     if any(thread.name.startswith("compile") for thread in threading.enumerate()):
-        # A compiler cannot be interrupted, and the interpreter would wait for it. All files are closed by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

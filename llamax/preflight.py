@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from llamax import config
-from llamax.checkpoint import health
+from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.sources import open_source, read_manifest
 from llamax.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def sound_step(workdir: Path) -> int:
 
     ConfigError if only damaged ones are there.
     """
-    return health.newest_sound(workdir / "checkpoints", rename=True)
+    return sums.newest_sound(workdir / "checkpoints", rename=True)
 
 
 def check_steps_left(run: config.Run, latest: int) -> bool:

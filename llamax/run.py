@@ -77,10 +77,23 @@ def train(
         ConfigError: a person's input is wrong. What can be known beforehand is told before anything is compiled,
             allocated or written; a malformed record, or a checkpoint of other shapes, is met later.
         Diverged: too many bad steps in a row.
+        Stopped: a stop was asked for before the first step; nothing is lost.
     """
     log.setup()
-    ledger = Ledger(began)
-    workdir, asked = Path(workdir), config.to_dict(run)
+    ledger, workdir = Ledger(began), Path(workdir)
+    with StopRequest() as stop, Watchdog(ledger, run.health.stall_s, workdir, logger.error):
+        return _train(run, workdir, overrides, devices, ledger, stop)
+
+
+def _train(
+    run: config.Run,
+    workdir: Path,
+    overrides: Sequence[str],
+    devices: Sequence[jax.Device] | None,
+    ledger: Ledger,
+    stop: StopRequest,
+) -> Result:
+    asked = config.to_dict(run)
     provenance.check_same_run(workdir, asked)
     tokenizer = preflight.check_tokenizer(run)
     run = preflight.with_paths(run)
@@ -99,16 +112,14 @@ def train(
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    done = preflight.check_steps_left(run, preflight.sound_step(workdir))
     preflight.check_evals(run)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     shapes = jax.tree.map(shape_at, jax.eval_shape(fresh), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with provenance.alone(workdir), ExitStack() as open_things:
+        done = preflight.check_steps_left(run, preflight.sound_step(workdir))
         provenance.record(workdir, asked, overrides, files)
-        stop = open_things.enter_context(StopRequest())
-        open_things.enter_context(Watchdog(ledger, run.health.stall_s, workdir, logger.error))
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, ledger, stop))
         batches = iter(data)
@@ -118,8 +129,10 @@ def train(
         row_multiple = math.prod(mesh.shape[axis] for axis in rules.ROWS if axis in mesh.shape)
         clock = metrics.Clock(peak.flops_per_s, ledger)
         goodput = Goodput(workdir / "goodput.json", ledger, first)
-        context = Context(run, bones, tokenizer, put, row_multiple, stop.check)
+        open_things.callback(goodput.write, now=True)
+        context = Context(run, bones, tokenizer, put, row_multiple, check_stop=stop.check)
         around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
+        stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)
         if finished:
             state, finished = fit(
@@ -131,11 +144,12 @@ def train(
                 ledger=ledger,
                 stop=stop,
                 hooks=around,
-                save=around.save.save,
+                leave=partial(leave, around),
                 go_back=partial(go_back, shapes, checkpoints, around.log, ledger),
             )
+        with ledger.during("save"):
+            checkpoints.wait()
         ledger.enter("idle")
-    goodput.write(int(state.step))
     report(run, workdir, around.evaluate.reports, finished, goodput)
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
@@ -184,13 +198,16 @@ def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, b
         platform = next(iter(shapes.step.sharding.device_set)).platform
         options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)(), 0
-    state = restore(shapes, checkpoints, latest, batches)
+    state = restore(shapes, checkpoints, latest, batches, checked=True)
     logger.info("resumed from step %d in %s", latest, checkpoints.folder)
     return state, latest
 
 
-def restore(shapes: State, checkpoints: Checkpoints, step: int, batches: Any) -> State:
-    """The state of a step's checkpoint; the data iterator is moved to where it stood, if there is one."""
+def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: Any, *, checked: bool = False) -> State:
+    """The state of a step's checkpoint; the data iterator is moved to where it stood, if there is one.
+
+    `step` None and `checked` are those of `Checkpoints.restore`.
+    """
     found = checkpoints.restore(
         step,
         params=shapes.params,
@@ -198,7 +215,7 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int, batches: Any) ->
         opt=shapes.opt,
         rng={"key": shapes.rng, "recent": shapes.recent},
         data_iterator=batches,
-        checked=True,
+        checked=checked,
     )
     counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
     trees = {name: found[name] for name in ("params", "router_bias", "opt")}
@@ -208,14 +225,25 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int, batches: Any) ->
 def go_back(shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack) -> State:
     """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
     logger.warning("%s, past the batches in between", back)
-    for step in checkpoints.steps():
+    for step in reversed(checkpoints.steps()):  # the newest first: a death in between leaves no gap
         if step > back.to:
             checkpoints.set_aside(step, "rolled-back")
-    state = restore(shapes, checkpoints, back.to, None)
-    written.rewind(back.to)
-    ledger.lose_steps_after(back.to)
-    written.file.write(back.to, {"health/rolled_back_from": back.now, "health/bad_step": back.bad})
+    state = restore(shapes, checkpoints, None, None)  # the one before, should its files be damaged by now
+    to = int(jax.device_get(state.step))
+    written.rewind(to)
+    ledger.lose_steps_after(to)
+    written.file.write(to, {"health/rolled_back_from": back.now, "health/bad_step": back.bad})
     return state
+
+
+def leave(around: Hooks, step: int, state: State) -> None:
+    """What a stop between two steps must not lose: the lines of the steps before, a checkpoint if they were good."""
+    around.log.flush()
+    try:
+        around.health.look(step)
+    except RollBack:
+        return  # the newest checkpoint is from before the bad step: whoever goes on comes here again
+    around.save.save(step, state)
 
 
 class Hooks(NamedTuple):
@@ -250,9 +278,10 @@ def make_hooks(
 
     left_out, patch_id = partial(pipeline.skipped, batches, run.data), context.tokenizer.patch
     each_step = StepLog(run.model, open_things.enter_context(log.MetricsFile(workdir / "steps.jsonl", first)), board)
-    warn, ledger, every = logger.warning, goodput.ledger, run.train.log_every_steps
+    warn, ledger = logger.warning, goodput.ledger
+    every = (run.train.log_every_steps, run.checkpoint.every_steps, run.health.norms_every_steps)
     return Hooks(
-        hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, each_step, left_out, warn),
+        hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, each_step, left_out, warn, every),
         Health(run.health, every, newest_before, f"{checkpoints.folder}", warn),
         hooks.Save(checkpoints, run.checkpoint.every_steps, batches, ledger),
         hooks.Evaluate(run, context, ledger, file, board, logger.info),
@@ -263,7 +292,8 @@ def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished:
     """What was learnt, where the time went, and how to look at it."""
     logger.info("%s", time_line(goodput.total()))
     if not finished:
-        logger.info("stopped and saved; the same command goes on")
+        newest = provenance.latest_step(workdir)
+        logger.info("stopped; the newest checkpoint is step %d, and the same command goes on from it", newest)
         return
     rows = hooks.table(reports)
     if rows:

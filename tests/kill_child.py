@@ -53,7 +53,7 @@ def killable_run(steps: int, workers: int) -> config.Run:
     }
     return tiny_run(
         steps,
-        train=dict(log_every_steps=1),
+        train=dict(log_every_steps=7),
         checkpoint=dict(every_steps=SAVE_EVERY),
         data=dict(workers=workers),
         evals=evals,

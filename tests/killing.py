@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240  # for anything that a child should come to; a few seconds on two free cores
 STOP_S = 30  # a SIGTERM is obeyed within
-BELONGS = {"checkpoints", "metrics.jsonl", "run.json", "tensorboard"}  # in a workdir
+BELONGS = {"checkpoints", "goodput.json", "metrics.jsonl", "run.json", "run.lock", "steps.jsonl", "tensorboard"}
 COMPARED = ("loss/", "optim/", "experts/", "steps/", "data/left_out", "eval/")  # of a line of metrics.jsonl
 
 
@@ -150,9 +150,8 @@ class Record(NamedTuple):
     arrays: dict[str, str]  # of the last checkpoint, "opt/0/mu/embed" -> dtype, shape and a hash of the bits
     data: dict  # the data iterator's state in it
     extra: dict
-    lines: dict[
-        str, list
-    ]  # of metrics.jsonl: "step 7 loss/next_token" -> its values; one, unless a line is there twice
+    lines: dict[str, list]  # of metrics.jsonl: "step 7 loss/next_token" -> its values; one, unless it is there twice
+    steps: dict[str, list]  # of steps.jsonl, likewise
     curves: dict[str, list]  # TensorBoard's scalars: "step 7 loss/next_token" -> likewise
     batches: dict[str, list]  # step -> the different batches that were taken for it
     debris: list[str]  # files that belong to no run
@@ -171,7 +170,8 @@ def record(workdir: Path) -> Record:
         arrays={name: x for item in ("params", "router_bias", "opt", "rng") for name, x in arrays(newest / item)},
         data=json.loads(next((newest / "data").glob("process_*.json")).read_text()),
         extra=json.loads((newest / "extra" / "metadata").read_text()),
-        lines=metrics_lines(workdir / "metrics.jsonl"),
+        lines=json_lines(workdir / "metrics.jsonl", COMPARED),
+        steps=json_lines(workdir / "steps.jsonl", ("",)),
         curves=curves(workdir / "tensorboard"),
         batches=batches(Path(f"{workdir}.batches")),
         debris=debris,
@@ -207,27 +207,31 @@ def arrays(item: Path) -> Iterator[tuple[str, str]]:
         yield f"{item.name}/{jax.tree_util.keystr(path, simple=True, separator='/')}", f"{x.dtype}{x.shape} {bits}"
 
 
-def differences(got: Record, want: Record) -> list[str]:
+def differences(got: Record, want: Record, stopped: bool = False) -> list[str]:
     """What is not the same, one line each; none if nothing was noticed of the kills.
+
+    A run that was `stopped` logs once more where it stops, so that its windows differ; its steps and evaluations do not.
 
     TensorBoard's files are written every few seconds: points of the last ones before a kill may be missing there (and
     are in metrics.jsonl), but none may be wrong or there twice.
     """
     found = [f"debris: {name}" for name in got.debris]
     got = got._replace(curves={**want.curves, **got.curves})
-    for part in ("arrays", "data", "extra", "lines", "curves", "batches"):
+    for part in ("arrays", "data", "extra", "lines", "steps", "curves", "batches"):
         a, b = getattr(got, part), getattr(want, part)
+        if stopped and part in ("lines", "curves"):
+            a, b = ({name: x for name, x in of.items() if " eval/" in name} for of in (a, b))
         names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
         found += [f"{part}: {name}: {a.get(name)}, not {b.get(name)}" for name in names]
     return found
 
 
-def metrics_lines(path: Path) -> dict[str, list]:
+def json_lines(path: Path, compared: tuple[str, ...]) -> dict[str, list]:
     found: dict[str, list] = {}
     for line in path.read_text().splitlines():
         values = json.loads(line)
         for name, value in values.items():
-            if name.startswith(COMPARED):
+            if name.startswith(compared) and name != "time":
                 found.setdefault(f"step {values['step']} {name}", []).append(value)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from unittest.mock import create_autospec
 import pytest
 
 from llamax import cli, config, show, variants
+from llamax.run import Result
+from llamax.train.loop import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "recipes/scout_pretrain.py:tiny"
@@ -47,7 +50,17 @@ def test_train(monkeypatch):
     assert cli.main(["train", TINY, *words]) == 0
     overrides = ["--config.train.steps=300", "--noconfig.model.qk_norm"]
     run = config.freeze(config.load(TINY, overrides))
-    train.assert_called_once_with(run, "there", overrides=overrides)
+    train.assert_called_once_with(run, "there", overrides=overrides, began=cli.STARTED)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_tells_its_signal(number, code, monkeypatch, capsys):
+    """Before the first step, and after some."""
+    called(monkeypatch, "llamax.run.train", side_effect=Stopped(number))
+    assert cli.main(["train", TINY, "--workdir", "there"]) == code
+    assert "before the first step; the same command starts again" in capsys.readouterr().err
+    called(monkeypatch, "llamax.run.train", return_value=Result(None, {}, False, number))
+    assert cli.main(["train", TINY, "--workdir", "there"]) == code
 
 
 def test_generate(monkeypatch, capsys):

@@ -14,9 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llamax import config
-from llamax.checkpoint import health
+from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
 from llamax.observe import provenance
@@ -25,7 +26,7 @@ from llamax.run import train as train_on_all
 from llamax.sample import engine
 from llamax.train import hooks, loop
 from llamax.train.health import Diverged
-from tests.checkpoint.test_health import flip, one_file
+from tests.checkpoint.test_sums import flip, one_file
 from tests.runs import FIXTURES, tiny_run
 from tests.tolerances import CURVE, MESH_CURVE
 
@@ -127,6 +128,8 @@ def test_every_step_logs_its_routing_and_now_and_then_its_norms(unbroken):
         assert load_LE.shape == (2, model.n_experts) and np.allclose(load_LE.sum(1), 1, atol=1e-3)
         np.testing.assert_allclose(line["max_over_mean"], load_LE.max(1) * model.n_experts, atol=1e-3)
         assert len(line["entropy"]) == len(line["dead"]) == len(line["logit_norm"]) == 2
+    board = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    assert {"experts/load", "experts/load_over_time"} <= set(board.Tags()["images"])
     bias = jax.tree.leaves(result.state.router_bias)[0]
     assert bias.shape == (2, 4) and len(np.unique(np.abs(bias))) > 2, "moved in steps of the rate, both ways"
     last = [line for line in lines(workdir) if "norms/gradient/layer_03" in line]
@@ -267,9 +270,9 @@ def test_a_run_over_a_damaged_newest_checkpoint_ends_with_the_same_bits(unbroken
     assert "step 20 is damaged (params/" in said and "resumed from step 18" in said
     assert same_bits(again.state, unbroken[1].state)
     assert sorted(path.name for path in folder.iterdir()) == ["16", "18", "20", "20.damaged"]
-    assert health.check(folder / "20") == [] and health.check(folder / "20.damaged") != []
+    assert sums.check(folder / "20") == [] and sums.check(folder / "20.damaged") != []
     assert {path.name for path in workdir.glob("*.tmp")} == {"mine.tmp"}
-    for step in health.steps(folder):
+    for step in sums.steps(folder):
         (folder / str(step) / "checksums.json").write_text("")
     for _ in range(2):  # now, and at the next start
         with pytest.raises(

@@ -12,14 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedCo
 from rich.progress import Progress as Live
 from rich.table import Table
 
-from llamax.checkpoint import health
+from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.observe.log import CONSOLE, is_terminal
 from llamax.observe.progress import quantity
 from llamax.observe.provenance import read
 
 SOUND, DAMAGED = "sound", "damaged: "
-SET_ASIDE = re.compile(r"(\d+)\.(.+)")  # what health.set_aside makes
+SET_ASIDE = re.compile(r"(\d+)\.(.+)")  # what sums.set_aside makes
 
 
 class Row(NamedTuple):
@@ -98,7 +98,7 @@ def look(checkpoints: Path) -> list[Row]:
     found = [path for path in checkpoints.glob("[0-9]*") if path.is_dir() and step_of(path) is not None]
     found.sort(key=lambda path: (step_of(path), not path.name.isdecimal(), path.name))
     to_read = [
-        n for path in found if path.name.isdecimal() for file, n in health.files(path).items() if file != health.SUMS
+        n for path in found if path.name.isdecimal() for file, n in sums.files(path).items() if file != sums.SUMS
     ]
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn())
     with Live(*columns, console=CONSOLE, transient=True, disable=not is_terminal()) as live:
@@ -112,8 +112,8 @@ def step_of(path: Path) -> int | None:
     return int(first) if first.isdecimal() else None
 
 
-def row(path: Path, progress: health.Progress) -> Row:
-    sizes = health.files(path)
+def row(path: Path, progress: sums.Progress) -> Row:
+    sizes = sums.files(path)
     items: dict[str, int] = {}
     for name, n in sizes.items():
         item, _, inside = name.partition("/")
@@ -122,16 +122,16 @@ def row(path: Path, progress: health.Progress) -> Row:
     return Row(path.name, step_of(path) or 0, written(path), items, sum(sizes.values()), state(path, progress))
 
 
-def state(path: Path, progress: health.Progress) -> str:
-    if health.is_unfinished(path):
+def state(path: Path, progress: sums.Progress) -> str:
+    if sums.is_unfinished(path):
         return "unfinished"
     aside = SET_ASIDE.fullmatch(path.name)
     if aside:
         return f"set aside ({aside[2]})"
-    problems = health.check(path, progress)
+    problems = sums.check(path, progress)
     if not problems:
         return SOUND
-    return "no checksums" if problems == [health.NO_SUMS] else f"{DAMAGED}{health.summary(problems)}"
+    return "no checksums" if problems == [sums.NO_SUMS] else f"{DAMAGED}{sums.summary(problems)}"
 
 
 def written(path: Path) -> datetime.datetime:

@@ -6,7 +6,7 @@ Layout: `FOLDER/STEP/ITEM`. Step s is the state after s updates. Items:
     data                            the Grain iterator's state, one file a process
     extra                           anything JSON
 
-A step folder takes its name only once it is complete and has the sums of its files (health.py), so a run that dies
+A step folder takes its name only once it is complete and has the sums of its files (sums.py), so a run that dies
 in the middle of a save leaves the earlier checkpoints as they were, and nothing damaged is restored. An item whose
 tree has no arrays (`router_bias` of a dense model) has no folder: Orbax refuses empty items.
 """
@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.path import atomicity
 
 from llamax import config
-from llamax.checkpoint import health, space
+from llamax.checkpoint import space, sums
 from llamax.config import ConfigError
 
 logger = logging.getLogger("llamax")
@@ -42,14 +42,14 @@ class Summed(atomicity.AtomicRenameTemporaryPath):
     _final_path: Any
 
     async def finalize(self) -> None:
-        if health.is_unfinished(self._final_path.parent):  # an item's folder inside of the step's
+        if sums.is_unfinished(self._final_path.parent):  # an item's folder inside of the step's
             return await super().finalize()
         # Orbax adds its last files and renames in one go. So it renames to a name that counts as unfinished still.
         final, whole = self._final_path, self._tmp_path.with_name(f"{self._tmp_path.name}-whole")
         self._final_path = whole
         try:
             await super().finalize()
-            await asyncio.to_thread(health.write, Path(whole))
+            await asyncio.to_thread(sums.write, Path(whole))
             await asyncio.to_thread(whole.rename, final)
         finally:
             self._final_path = final
@@ -208,7 +208,7 @@ class Checkpoints:
         """
         assert not self._reading_only, "opened for reading only"
         self.wait()
-        to = health.set_aside(self.folder / str(step), why)
+        to = sums.set_aside(self.folder / str(step), why)
         self._look_again()
         return to
 
@@ -243,12 +243,12 @@ class Checkpoints:
     def _not_saved(self, *, begun: bool) -> None:
         assert self._saving is not None
         step, bytes_needed = self._saving
-        last_good = max(health.steps(self.folder), default=None)
+        last_good = max(sums.steps(self.folder), default=None)
         self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good, begun=begun)
         logger.error(str(self._unsaved))
 
     def _clear_unfinished(self) -> None:
-        for path in self.folder.glob(f"*{health.UNFINISHED}*"):
+        for path in self.folder.glob(f"*{sums.UNFINISHED}*"):
             logger.info("removing %s, which a save did not finish", path)
             space.remove(path)
 
@@ -267,15 +267,15 @@ class Checkpoints:
         """The step itself, or the newest one, with files that are what was written."""
         if step is None:
             self.wait()
-            step = health.newest_sound(self.folder, rename=not self._reading_only)
+            step = sums.newest_sound(self.folder, rename=not self._reading_only)
             if not self._reading_only:
                 self._look_again()
             return self._existing(step or None)
-        problems = health.check(self.folder / str(self._existing(step)))
+        problems = sums.check(self.folder / str(self._existing(step)))
         if problems:
             asked, others = f"Checkpoint of step {step} in {self.folder}", [s for s in self.steps() if s != step]
             change = f"Name another: {', '.join(map(str, others))}." if others else "Bring it back from a copy."
-            raise ConfigError(asked, f"it is damaged: {health.summary(problems)}", change)
+            raise ConfigError(asked, f"it is damaged: {sums.summary(problems)}", change)
         return step
 
     def _read(self, step: int, call: Callable[[], Any]) -> Any:

@@ -22,9 +22,9 @@ class Context(NamedTuple):
     tokenizer: Tokenizer
     put: Callable[[Batch], Batch]  # a host batch onto the mesh
     row_multiple: int  # the rows of a batch divide by it
-    check_stop: Callable[[], None]  # raises if the run is to stop: called between batches
     params: Any = None
     router_bias: Any = None
+    check_stop: Callable[[], None] = lambda: None  # raises if the run is to stop: called between batches
 
 
 @dataclass

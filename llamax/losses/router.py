@@ -27,14 +27,18 @@ def stats(
 ) -> Stats:
     """What every step logs of its routing."""
     squares_LBT = jnp.sum(jax.lax.stop_gradient(logits_LBTE) ** 2, axis=-1)
-    squares_L = jnp.sum(jnp.where(mask_BT, squares_LBT, 0.0), axis=(1, 2))
-    return Stats(loads(index_LBTK, mask_BT, logits_LBTE.shape[-1]), squares_L)
+    return Stats(loads(index_LBTK, mask_BT, logits_LBTE.shape[-1]), _over_tokens(squares_LBT, mask_BT))
+
+
+def _over_tokens(x: Array, mask: Array) -> Array:
+    """Sums [L, B, T, ...] over the real tokens. Not a matmul with the mask: TPUs and GPUs would round its terms."""
+    return jnp.sum(jnp.where(mask, x, 0.0), axis=(1, 2))
 
 
 def loads(index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"], n_experts: int) -> Float[Array, "L E"]:
     """How many real tokens each expert of each layer was given: float32 [L, E]."""
     chosen_LBTE = jax.nn.one_hot(index_LBTK, n_experts, dtype=jnp.float32).sum(axis=3)
-    return jnp.einsum("lbte,bt->le", chosen_LBTE, mask_BT.astype(jnp.float32))
+    return _over_tokens(chosen_LBTE, mask_BT[..., None])
 
 
 def balance(
@@ -47,11 +51,10 @@ def balance(
     split by accumulation. As a Sum it is weighted by the tokens that it was measured on.
     """
     n_experts = logits_LBTE.shape[-1]
-    mask_BT = mask_BT.astype(jnp.float32)
-    tokens = mask_BT.sum()
+    tokens = mask_BT.sum().astype(jnp.float32)
     safe = jnp.maximum(tokens, 1.0)
     share_LE = loads(index_LBTK, mask_BT, n_experts) / (safe * index_LBTK.shape[-1])
-    mean_LE = jnp.einsum("lbte,bt->le", jax.nn.softmax(logits_LBTE, axis=-1), mask_BT) / safe
+    mean_LE = _over_tokens(jax.nn.softmax(logits_LBTE, axis=-1), mask_BT[..., None]) / safe
     return Sum(tokens * n_experts * jnp.sum(share_LE * mean_LE, axis=-1).mean(), tokens)
 
 
@@ -82,15 +85,13 @@ def sequence_balance(
 
     share_LBTE = (at(past_BT) - at(first_BT)) / (jnp.maximum(lengths_BT, 1) * index_LBTK.shape[-1])[..., None]
     products_LBT = jnp.sum(share_LBTE * jax.nn.softmax(logits_LBTE, axis=-1), axis=-1)
-    mask_BT = real_BT.astype(jnp.float32)
-    return Sum(n_experts * jnp.einsum("lbt,bt->l", products_LBT, mask_BT).mean(), mask_BT.sum())
+    return Sum(n_experts * _over_tokens(products_LBT, real_BT).mean(), real_BT.sum().astype(jnp.float32))
 
 
 def z_loss(logits_LBTE: Float[Array, "L B T E"], mask_BT: Bool[Array, "B T"]) -> Sum:
     """Mean of (log sum_e exp z_e)^2 over tokens and layers (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small."""
     squared_LBT = jax.nn.logsumexp(logits_LBTE, axis=-1) ** 2
-    mask_BT = mask_BT.astype(jnp.float32)
-    return Sum(jnp.einsum("lbt,bt->", squared_LBT, mask_BT) / squared_LBT.shape[0], mask_BT.sum())
+    return Sum(_over_tokens(squared_LBT, mask_BT).mean(), mask_BT.sum().astype(jnp.float32))
 
 
 def bias_step(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,11 @@ from typing import Any
 
 from llamax.observe.provenance import write_whole
 
+WRITE_EVERY_S = 20.0
+MARKS = 64  # newest safe steps that a start keeps in mind
+
 PHASES = ("start", "compile", "data", "step", "save", "evaluate", "roll_back", "idle")
+FACTS = {"began", "ended", "reached", "seconds", "stepping_at"}  # of a start in `goodput.json`
 
 
 class Ledger:
@@ -72,6 +77,7 @@ class Ledger:
     def mark(self, step: int) -> None:
         """Step `step` is safe: saved, or restored from."""
         self._stepping_at[step] = self.seconds()["step"]
+        self._stepping_at = dict(list(self._stepping_at.items())[-MARKS:])
 
     def lose_steps_after(self, step: int) -> None:
         """The run goes back to step `step`: what was spent on steps since then is lost."""
@@ -97,20 +103,25 @@ class Goodput:
 
     def __init__(self, path: str | Path, ledger: Ledger, first: int):
         """`first`: the step that this start goes on from; what earlier ones did beyond it is lost."""
-        self.path, self.ledger = Path(path), ledger
-        self.before = [_lose(start, first) for start in self._read()] if first else []
+        self.path, self.ledger, self.reached = Path(path), ledger, first  # reached: the last step taken
+        self.before = [_lose(start, first) for start in self._read()]
+        self._written = -math.inf
         ledger.mark(first)
+        self.write()
 
     def _read(self) -> list[dict[str, Any]]:
         try:
             starts = json.loads(self.path.read_text())["starts"]
-            return [start for start in starts if start["seconds"].keys() == set(PHASES)]
+            return [start for start in starts if start["seconds"].keys() == set(PHASES) and start.keys() >= FACTS]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []  # a figure for people; a run does not stop for it
 
-    def write(self, step: int) -> None:
-        """`step`: the last one taken."""
-        starts = [*self.before, self.ledger.record(step)]
+    def write(self, now: bool = False) -> None:
+        """Unless that was a moment ago, and it need not be `now`."""
+        if not now and time.monotonic() < self._written + WRITE_EVERY_S:
+            return
+        self._written = time.monotonic()
+        starts = [*self.before, self.ledger.record(self.reached)]
         with contextlib.suppress(OSError):  # a full disk: a figure for people is no reason to stop
             write_whole(self.path, json.dumps({"seconds": self.total(), "starts": starts}, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -72,10 +73,15 @@ class MetricsFile:
         self.close()
         self._open(step)
 
-    def newest(self, n: int) -> list[dict]:
-        """The last `n` lines, in order."""
-        lines = [json.loads(line) for _, line in itertools.islice(_backwards(self.path), n)]
-        return lines[::-1]
+    def of_step(self, step: int) -> list[dict]:
+        """The lines of the newest step, if it is this one."""
+        return list(itertools.takewhile(lambda line: line["step"] == step, self.backwards()))
+
+    def backwards(self) -> Iterator[dict]:
+        """The lines, the last one first."""
+        for _, line in _backwards(self.path):
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
     def __enter__(self) -> MetricsFile:
         return self

@@ -113,9 +113,9 @@ def by_source(name: str, total: Total, sources: Sequence[str], langs: Sequence[s
 class Experts(NamedTuple):
     """How evenly the experts of each of L layers share the work, in one step or over several."""
 
-    load: np.ndarray  # [L, E]: the share of the layer's tokens that each expert got; 1 / E each is balance
-    max_over_mean: np.ndarray  # [L]: the busiest expert relative to an even share; 1 is balance, E is collapse
-    entropy: np.ndarray  # [L]: of the load, over log E; 1 is balance, 0 is collapse
+    load: np.ndarray  # [L, E]: the share of the layer's choices, K a token, that fell on each expert; 1 / E is balance
+    max_over_mean: np.ndarray  # [L]: the busiest expert relative to an even share; 1 is balance, E / K is collapse
+    entropy: np.ndarray  # [L]: of the load, over log E; 1 is balance, log K / log E is collapse
     dead: np.ndarray  # [L]: experts that got nothing
     logit_norm: np.ndarray  # [L]: root of the mean squared length of a token's router logits
 

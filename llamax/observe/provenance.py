@@ -119,7 +119,12 @@ def alone(workdir: str | Path) -> Iterator[None]:
     """
     folder = Path(workdir)
     make_folder(folder)
-    with (folder / "run.lock").open("a") as file:
+    try:
+        file = (folder / "run.lock").open("a")
+    except OSError as error:
+        true = f"nothing can be written there: {error}"
+        raise ConfigError(f"--workdir {workdir}", true, "Make room or rights, or choose another --workdir.") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -172,7 +177,11 @@ def record(
         },
         "started": [*started, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")],
     }
-    write_whole(path, json.dumps(run, indent=2) + "\n")
+    try:
+        write_whole(path, json.dumps(run, indent=2) + "\n")
+    except OSError as error:
+        true = f"its run.json cannot be written: {error}"
+        raise ConfigError(f"--workdir {workdir}", true, "Make room or rights, or choose another --workdir.") from None
     return run
 
 

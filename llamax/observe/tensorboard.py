@@ -23,7 +23,7 @@ from llamax.observe.log import FULL
 from llamax.observe.provenance import flat
 
 CELL_PX = 18  # of the heat map
-TIME_PX = 600  # width of the heat map over time
+TIME_PX, MAP_PX = 600, 2000  # width of the heat map over time, and its height where many experts are a pixel each
 TILE_PX = 200  # width of a picture with its caption
 COLUMNS = 4  # of pictures
 FONT_PX = 22  # TensorBoard shows a sheet at a third of its size
@@ -127,7 +127,7 @@ def time_map(load_SLE: np.ndarray, steps: Sequence[int], layers: Sequence[int]) 
     """
     rgb_SLEC = colours(load_SLE)
     width = max(1, TIME_PX // len(steps))
-    row = max(3, CELL_PX // 2)
+    row = max(1, min(CELL_PX // 2, MAP_PX // load_SLE[0].size))
     bands, labels, height = [], {}, 0
     for number, layer in enumerate(layers):
         band = rgb_SLEC[:, number].swapaxes(0, 1).repeat(row, 0).repeat(width, 1)

@@ -1,15 +1,19 @@
-"""The gradient's size block by block, and the routers' biases moved: both walk the parameter tree by layers."""
+"""Block by block: the gradient's size, the routers' biases moved, and norms for people."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from llamax.losses import router
 from llamax.model.stack import moe_slots
+
+if TYPE_CHECKING:
+    from llamax.train.step import Metrics
 
 
 def gradient_squares(grads: dict[str, Any], plan: tuple) -> dict[str, Array]:
@@ -49,3 +53,18 @@ def move_biases(router_bias: Any, loads_LE: Array, plan: tuple, rate: float, upd
         return router.bias_step(bias_RE, loads_LE[layers], rate, update)
 
     return jax.tree.map_with_path(move, router_bias)
+
+
+def norms(got: Metrics, tokens: int, tiles: int) -> dict[str, float]:
+    """norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root mean square of the
+    residual stream after that layer, over the step's real tokens, and over its picture tiles."""
+    squares, energy_L, vision_L = jax.device_get((got.grad_squares, got.energy, got.vision_energy))
+    out: dict[str, float] = {}
+    for block, values in squares.items():
+        if np.ndim(values):
+            out |= {f"norms/gradient/{block}_{i:02d}": float(np.sqrt(x)) for i, x in enumerate(values)}
+        else:
+            out[f"norms/gradient/{block}"] = float(np.sqrt(values))
+    for block, energies, n in (("layer", energy_L, tokens), ("vision", [] if vision_L is None else vision_L, tiles)):
+        out |= {f"norms/activation/{block}_{i:02d}": float(np.sqrt(x / max(n, 1))) for i, x in enumerate(energies)}
+    return out

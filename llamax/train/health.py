@@ -6,7 +6,7 @@ steps' results are fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import jax
 
 from llamax import config
 from llamax.config import ConfigError
-from llamax.train.loop import Event, RollBack, due
+from llamax.train.loop import Event, RollBack, fetched
 
 
 class Diverged(ConfigError):
@@ -34,20 +34,21 @@ class Sign(NamedTuple):
 
 @dataclass
 class Health:
-    """Looks at the steps since the last log. Raises RollBack where the run asks for it, Diverged at its limits."""
+    """Looks at the steps since the last look. Raises RollBack where the run asks for it, Diverged at its limits."""
 
     cfg: config.Health
-    every: int  # steps between two looks: those of the log
+    every: Sequence[int]  # when it looks: loop.fetched
     newest_before: Callable[[int], int | None]  # the newest checkpoint before a step
     where: str  # the checkpoints' folder
     warn: Callable[[str], None]
     signs: list[Sign] = field(default_factory=list)
-    went_back: list[int] = field(default_factory=list)  # the checkpoints that the run rolled back to
+    went_back: list[int] = field(default_factory=list)  # to these checkpoints, since the run last made progress
+    furthest: int = 0  # the step of the last roll-back
 
     def __call__(self, event: Event) -> None:
         got = event.metrics
         self.signs.append(Sign(got.loss, got.finite, got.spike, got.bad_in_row))
-        if due(event, self.every):
+        if fetched(event, self.every):
             self.look(event.step)
 
     def look(self, step: int) -> None:
@@ -58,30 +59,35 @@ class Health:
             if sign.finite and sign.spike:
                 done = "its update was left out" if self.cfg.on_spike != "warn" else "it was applied (health.on_spike)"
                 self.warn(f"loss spike at step {number}: {sign.loss:.4f}; {done}")
-        last, worst = max(numbered, key=lambda item: item[1].bad_in_row)
-        if worst.bad_in_row >= self.cfg.max_bad_steps:
-            self.diverged(int(worst.bad_in_row), last)
         first_bad = next((number for number, sign in numbered if self.goes_back(sign)), None)
         if first_bad is not None:
             self.roll_back(first_bad, step)
+        last, worst = max(numbered, key=lambda item: item[1].bad_in_row, default=(step, None))
+        if worst is not None and worst.bad_in_row >= self.cfg.max_bad_steps:
+            self.diverged(int(worst.bad_in_row), last)
 
     def goes_back(self, sign: Sign) -> bool:
         on_spike, on_nonfinite = self.cfg.on_spike == "roll_back", self.cfg.on_nonfinite == "roll_back"
         return bool((on_nonfinite and not sign.finite) or (on_spike and sign.finite and sign.spike))
 
     def roll_back(self, first_bad: int, step: int) -> None:
-        good = self.newest_before(first_bad)
-        if good is None:
-            self.warn(f"step {first_bad} was bad, and no checkpoint was saved before it to roll back to; going on")
-            return
-        if self.went_back.count(good) >= self.cfg.max_roll_backs:
+        """To the newest checkpoint from before; where that did not help, to the one before that: it may be the ruin."""
+        if first_bad > self.furthest:
+            self.went_back = []
+        self.furthest = max(self.furthest, step)
+        good = self.newest_before(min([first_bad, *self.went_back]))
+        if good is not None and len(self.went_back) < self.cfg.max_roll_backs:
+            self.went_back.append(good)
+            raise RollBack(good, first_bad, step)
+        if self.went_back:
+            limit = len(self.went_back) == self.cfg.max_roll_backs
             raise Diverged(
                 f"--config.health.max_roll_backs={self.cfg.max_roll_backs}",
-                f"step {first_bad} was bad again after as many roll-backs to step {good}",
+                f"step {first_bad} was bad again after roll-backs to {', '.join(map(str, self.went_back))}"
+                + ("" if limit else ", and no checkpoint is older"),
                 f"Look at the data, or lower --config.optim.peak_lr in another --workdir. {self.last_good(first_bad)}",
             )
-        self.went_back.append(good)
-        raise RollBack(good, first_bad, step)
+        self.warn(f"step {first_bad} was bad, and no checkpoint was saved before it to roll back to; going on")
 
     def diverged(self, bad: int, last: int) -> None:
         raise Diverged(

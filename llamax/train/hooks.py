@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from llamax import config
 from llamax.checkpoint.manager import Checkpoints
+from llamax.config import ConfigError
 from llamax.data.sources import SKIP_REASONS
 from llamax.evals import EVALS, Report
 from llamax.evals.report import Context
@@ -21,14 +22,15 @@ from llamax.observe.goodput import Goodput, Ledger
 from llamax.observe.log import MetricsFile
 from llamax.observe.progress import Progress
 from llamax.observe.tensorboard import TensorBoard
-from llamax.train.loop import Event, Stopped, due
+from llamax.train import blocks
+from llamax.train.loop import Event, Stopped, due, fetched
 from llamax.train.state import COUNTS, State
 from llamax.train.step_log import StepLog
 
 
 @dataclass
 class Log:
-    """Fetches what the steps returned, every `log_every_steps`, for the live line, metrics.jsonl and TensorBoard."""
+    """Fetches what the steps returned, now and then, for the live line, metrics.jsonl and TensorBoard."""
 
     run: config.Run
     langs: list[str]  # of the sources, in the order of their ids
@@ -41,11 +43,11 @@ class Log:
     each_step: StepLog
     left_out: Callable[[], Mapping[str, Mapping[str, int]]]  # documents skipped so far: source -> reason -> count
     warn: Callable[[str], None]
+    every: Sequence[int]  # when it fetches: loop.fetched
     window: metrics.Window = field(default_factory=metrics.Window)
     steps: int = 0
     tokens: int = 0  # without padding
     flops: float = 0.0
-    logged: int = 0
     warned: set[str] = field(default_factory=set)  # "source/reason" of skips that were mentioned
 
     def __call__(self, event: Event) -> None:
@@ -58,8 +60,8 @@ class Log:
         self.tokens += int(np.count_nonzero(event.batch.segment_ids))
         self.flops += count.step_flops(self.run, self.tiles(event))
         self.progress.step(event.step)
-        # The first step of a process stands alone: compiling it must not spoil the speed of those after it.
-        if not self.logged or due(event, self.run.train.log_every_steps):
+        self.goodput.reached = event.step
+        if fetched(event, self.every):
             self.log(event)
 
     def tiles(self, event: Event) -> int:
@@ -80,12 +82,16 @@ class Log:
         shown["steps/skipped"] = float(jax.device_get(event.metrics.skipped))
         shown |= self.documents_left_out(last=event.last) | speed | self.goodput.shares()
         if due(event, self.run.health.norms_every_steps):
-            shown |= norms(event, self.tiles(event))
+            shown |= blocks.norms(event.metrics, int(np.count_nonzero(event.batch.segment_ids)), self.tiles(event))
         self.progress.log(event.step, shown)
         self.file.write(event.step, shown)
         self.board.scalars(shown, event.step)
-        self.goodput.write(event.step)
-        self.steps, self.tokens, self.flops, self.logged = 0, 0, 0.0, self.logged + 1
+        self.goodput.write()
+        self.steps, self.tokens, self.flops = 0, 0, 0.0
+
+    def flush(self) -> None:
+        """The lines of the steps since the last fetch, when a stop comes between."""
+        self.each_step.fetch(last=False)
 
     def rewind(self, step: int) -> None:
         """The run has gone back to step `step`: forget what was not logged, hide what was."""
@@ -104,23 +110,6 @@ class Log:
                 self.warn(f"{n} documents of {source} left out so far: {SKIP_REASONS[why]}")
         self.warned |= counts.keys()
         return {f"data/left_out/{name}": float(n) for name, n in counts.items()}
-
-
-def norms(event: Event, tiles: int) -> dict[str, float]:
-    """norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root mean square of the
-    residual stream after that layer, over real tokens, and over the batch's picture tiles."""
-    got = event.metrics
-    squares, energy_L, vision_L = jax.device_get((got.grad_squares, got.energy, got.vision_energy))
-    out: dict[str, float] = {}
-    for block, values in squares.items():
-        if np.ndim(values):
-            out |= {f"norms/gradient/{block}_{i:02d}": float(np.sqrt(x)) for i, x in enumerate(values)}
-        else:
-            out[f"norms/gradient/{block}"] = float(np.sqrt(values))
-    tokens = max(int(np.count_nonzero(event.batch.segment_ids)), 1)
-    for block, energies, n in (("layer", energy_L, tokens), ("vision", [] if vision_L is None else vision_L, tiles)):
-        out |= {f"norms/activation/{block}_{i:02d}": float(np.sqrt(x / max(n, 1))) for i, x in enumerate(energies)}
-    return out
 
 
 @dataclass
@@ -186,8 +175,7 @@ class Evaluate:
 
         A run that has taken all its steps is evaluated again, and only shown what is known. False if it was stopped.
         """
-        newest = self.file.newest(2 * len(self.run.evals) + 2)  # at most a line each, and that of the step
-        known = {name for line in newest if line["step"] == step for name in line}
+        known = {name for line in self.file.of_step(step) for name in line}
         try:
             with self.ledger.during("evaluate"):
                 for name, cfg in self.run.evals.items():
@@ -205,7 +193,13 @@ class Evaluate:
     def evaluate(self, name: str, step: int, params: Any, router_bias: Any, write: bool = True) -> None:
         cfg = self.run.evals[name]
         self.say(f"evaluating {name}")
-        report = EVALS[cfg.kind](self.context._replace(params=params, router_bias=router_bias), cfg)
+        try:
+            report = EVALS[cfg.kind](self.context._replace(params=params, router_bias=router_bias), cfg)
+        except ConfigError as error:  # its data cannot be used: no reason to end a run that has steps to take
+            if step == self.run.train.steps:
+                raise
+            self.say(f"evaluation {name} left out: {error}")
+            return
         self.reports[name] = report
         if not write:
             return

@@ -37,6 +37,16 @@ def due(event: Event, every: int) -> bool:
     return event.last or (every > 0 and event.step % every == 0)
 
 
+def fetched(event: Event, every: Sequence[int]) -> bool:
+    """Whether the results since the last such step are fetched, logged and judged.
+
+    After the first step, so that compiling it does not spoil the speed of those after it; every so many steps; after
+    the last one. Where a checkpoint is written is among them: a run that goes on from it logs and judges by the same
+    windows as one that was never interrupted, and no checkpoint lies beyond a step that nobody has looked at.
+    """
+    return event.step == 1 or any(due(event, n) for n in every)
+
+
 class RollBack(Exception):
     """Asks the loop to go back to the checkpoint of step `to`, and on with the batches that no step has seen."""
 
@@ -48,12 +58,20 @@ class RollBack(Exception):
 class Stopped(Exception):
     """A stop was asked for, and what was under way had better be left than waited for."""
 
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
 
 class StopRequest:
-    """Ctrl-C or SIGTERM asks the loop to stop after the step under way; a second Ctrl-C interrupts at once."""
+    """Ctrl-C or SIGTERM asks the loop to stop after the step under way; a second Ctrl-C interrupts at once.
+
+    `at_once`: while there is nothing to save yet, a signal raises Stopped wherever the main thread is.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None  # the first one received
+        self.at_once = True
 
     @property
     def asked(self) -> bool:
@@ -61,8 +79,8 @@ class StopRequest:
 
     def check(self) -> None:
         """Raises Stopped if a stop was asked for: called where something long can be left."""
-        if self.asked:
-            raise Stopped
+        if self.signal is not None:
+            raise Stopped(self.signal)
 
     def __enter__(self) -> StopRequest:
         self._old: dict[int, Any] = {}
@@ -78,7 +96,10 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = self.signal or number
+        if self.signal is None:
+            self.signal = number
+            if self.at_once:
+                raise Stopped(number)
 
 
 def next_batch(batches: Any, stop: StopRequest) -> Batch:
@@ -100,7 +121,7 @@ def fit(
     ledger: Ledger,
     stop: StopRequest,
     hooks: Sequence[Hook],
-    save: Callable[[int, State], None],
+    leave: Callable[[int, State], None],
     go_back: Callable[[RollBack], State],
 ) -> tuple[State, bool]:
     """Takes the steps `first` + 1 ... `steps`; returns the state, and whether all was done (not stopped before).
@@ -108,7 +129,7 @@ def fit(
     Args:
       step: may raise Stopped instead of taking the step.
       batches: a Grain iterator.
-      save: saves the state after a step, when a stop leaves no time for the hooks.
+      leave: what has to be kept of the state after a step, when a stop leaves no time for the hooks.
       go_back: the state that a RollBack asks for.
     """
     number = first
@@ -118,26 +139,33 @@ def fit(
         while number < steps:
             place = batches.get_state()
             try:
+                stop.check()
                 with ledger.during("data"):
                     batch = next_batch(batches, stop)
                 state, metrics = step(state, batch)
-            except Stopped:
-                batches.set_state(place)
+            except Stopped:  # before the step was taken
                 if number > first:
-                    save(number, state)
+                    batches.set_state(place)
+                    leave(number, state)
                 return state, False
             number += 1
             event = Event(number, number == steps or stop.asked, state, batch, metrics)
+            back = None
             try:
                 for hook in hooks:
                     hook(event)
-            except RollBack as back:
-                with ledger.during("roll_back"):
-                    state, number = go_back(back), back.to
-                continue
-            except Stopped:
-                save(number, state)
+            except RollBack as asked:
+                back = asked.with_traceback(None)  # its frames hold the state
+            except Stopped:  # by the evaluations, which come after everything else
                 return state, False
+            if back is not None:
+                if stop.asked:  # the checkpoint is from before the bad step: whoever goes on comes here again
+                    return state, False
+                del state, event, metrics  # there may be no room for two
+                with ledger.during("roll_back"):
+                    state = go_back(back)
+                    number = int(jax.device_get(state.step))
+                continue
             if event.last:
                 return state, number == steps
     return state, True

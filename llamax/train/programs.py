@@ -35,7 +35,7 @@ class Programs:
         return self
 
     def __exit__(self, *_) -> None:
-        self._pool.shutdown(wait=not self._stop.asked, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a compile under way may take longer than a stop allows
 
     def __call__(self, state: State, batch: Batch) -> tuple[State, Any]:
         """Raises Stopped if a stop is asked for while the program is still being compiled."""

@@ -22,7 +22,7 @@ from llamax.observe.tensorboard import TensorBoard
 from llamax.train.loop import Event
 
 MAP_EVERY = 10  # fetches between two heat maps
-REMEMBERED = 600  # steps in the heat map over time; every second one is dropped when there are more
+REMEMBERED = 600  # steps in the heat map over time: when there are more, every second one of them, and so on
 DIGITS = 4  # of a share in steps.jsonl
 
 
@@ -41,14 +41,14 @@ class StepLog:
     file: MetricsFile
     board: TensorBoard
     notes: list[tuple[int, Note]] = field(default_factory=list)
-    history: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (step, load [L, E])
+    history: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (step, load [L, E]), oldest first
+    stride: int = 1  # steps between two of them
     maps: int = 0  # fetches so far
 
     def __post_init__(self) -> None:
         self.layers = [i for i, kind in enumerate(self.model.layers) if kind.endswith("+moe")]
-        for line in self.file.newest(REMEMBERED):  # of the starts before
-            if "load" in line:
-                self._remember(line["step"], np.array(line["load"], np.float64))
+        if self.layers:
+            self._recall()
 
     def add(self, event: Event) -> None:
         """Notes a step; waits for nothing."""
@@ -79,12 +79,27 @@ class StepLog:
         window = metrics.experts(loads, squares, self.model.top_k)
         if self.maps % MAP_EVERY == 0 or last:
             self.board.expert_loads(window.load, self.layers, notes[-1][0])
+        nth, rest = divmod(self.maps, MAP_EVERY)
+        if last or (rest == 0 and nth & (nth - 1) == 0):  # rarer and rarer: 0, 1, 2, 4, 8, ... times MAP_EVERY
             steps, history = zip(*self.history, strict=True)
             self.board.expert_loads_over_time(np.array(history), steps, self.layers)
         self.maps += 1
         return metrics.expert_scalars(window, self.layers)
 
     def _remember(self, step: int, load_LE: np.ndarray) -> None:
+        if (step - 1) % self.stride:
+            return
         self.history.append((step, load_LE))
         if len(self.history) > REMEMBERED:
-            self.history = self.history[::2]
+            self.stride *= 2
+            self.history = [item for item in self.history if (item[0] - 1) % self.stride == 0]
+
+    def _recall(self) -> None:
+        """What the starts before have written, thinned as it would have been."""
+        newest = next(self.file.backwards(), None)
+        while newest and newest["step"] > REMEMBERED * self.stride:
+            self.stride *= 2
+        for line in self.file.backwards():
+            if (line["step"] - 1) % self.stride == 0 and "load" in line:
+                self.history.append((line["step"], np.array(line["load"], np.float64)))
+        self.history.reverse()

@@ -12,7 +12,7 @@ import pytest
 
 from llamax import cli
 from llamax.checkpoint import inspect
-from tests.checkpoint.test_health import flip, one_file, written  # noqa: F401
+from tests.checkpoint.test_sums import flip, one_file, written  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 

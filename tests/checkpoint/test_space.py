@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from llamax.checkpoint import health, space
+from llamax.checkpoint import space, sums
 from llamax.checkpoint.manager import Checkpoints
 from llamax.run import train
-from tests.checkpoint.test_health import messages  # noqa: F401
 from tests.checkpoint.test_manager import CFG, stream
+from tests.checkpoint.test_sums import messages  # noqa: F401
 from tests.runs import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ CHILD = """
     from pathlib import Path
     import grain, jax, numpy as np
     from llamax import config
-    from llamax.checkpoint import health, space
+    from llamax.checkpoint import sums, space
     from llamax.checkpoint.manager import Checkpoints
 
     folder = Path(sys.argv[1])
@@ -78,12 +78,12 @@ def test_what_a_killed_save_leaves_is_cleared_at_the_next_start(tmp_path):
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     left = sorted(path.name for path in folder.iterdir())
-    assert len(left) == 2 and left[0] == "1" and health.is_unfinished(folder / left[1])
+    assert len(left) == 2 and left[0] == "1" and sums.is_unfinished(folder / left[1])
     with Checkpoints(folder, CFG) as checkpoints:
         assert [path.name for path in folder.iterdir()] == ["1"], "at once, not when the next save comes"
-        assert checkpoints.latest() == 1 and health.check(folder / "1") == []
+        assert checkpoints.latest() == 1 and sums.check(folder / "1") == []
         assert save(checkpoints, 2)
-    assert health.steps(folder) == [1, 2]
+    assert sums.steps(folder) == [1, 2]
 
 
 def test_killed_between_the_sums_and_the_name(tmp_path):
@@ -103,7 +103,7 @@ def test_too_little_space_starts_no_save_and_says_how_much_it_takes(tmp_path, mo
         assert "Saving step 2 in" in messages.text
         assert "it needs 1.1MB, and 500.0kB are free; the last good checkpoint is step 1" in messages.text
         assert save(checkpoints, 3), "there is room again"
-    assert health.steps(tmp_path) == [1, 3], "and what failed in between ends nothing"
+    assert sums.steps(tmp_path) == [1, 3], "and what failed in between ends nothing"
 
 
 def test_if_the_newest_save_had_no_space_the_end_is_an_error(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_other_errors_of_a_background_save_are_raised(tmp_path, monkeypatch):
         raise PermissionError(13, "not allowed")
 
     with Checkpoints(tmp_path, CFG) as checkpoints:
-        monkeypatch.setattr(health, "write", fail)
+        monkeypatch.setattr(sums, "write", fail)
         save(checkpoints, 1)
         with pytest.raises(PermissionError, match="not allowed"):
             checkpoints.wait()
@@ -147,7 +147,7 @@ def test_a_full_disk_that_the_sums_meet(tmp_path, monkeypatch, messages):  # noq
     with pytest.raises(space.NotSaved), Checkpoints(tmp_path, CFG) as checkpoints:
         save(checkpoints, 1)
         checkpoints.wait()
-        monkeypatch.setattr(health, "write", fail)
+        monkeypatch.setattr(sums, "write", fail)
         save(checkpoints, 2)
         assert checkpoints.steps() == [1] and "the disk was full before all was written" in messages.text
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
@@ -177,7 +177,7 @@ def test_a_disk_that_is_really_full(tmp_path):
                     checkpoints.wait()
                 assert checkpoints.steps() == [1, 2], "the oldest is not given up for one that failed"
                 assert {path.name for path in (folder / "checkpoints").iterdir()} == {"1", "2"}
-                assert not health.check(folder / "checkpoints/2")
+                assert not sums.check(folder / "checkpoints/2")
                 checkpoints.save(4, **trees(1), data_iterator=stream(), extra={})
                 checkpoints.wait()
                 assert checkpoints.steps() == [2, 4], "room for a small one, and the oldest goes"
@@ -201,10 +201,8 @@ def test_a_full_disk_ends_no_run_before_its_end(tmp_path, monkeypatch, capsys):
     """Steps 2 and 4 are saved, then there is no room; all steps are taken all the same, and then it is an error."""
     usage, free = shutil.disk_usage(tmp_path), space.free
     none = usage._replace(free=12_345)
-    monkeypatch.setattr(space, "free", lambda at: none.free if health.steps(at)[-1:] == [4] else free(at))
+    monkeypatch.setattr(space, "free", lambda at: none.free if sums.steps(at)[-1:] == [4] else free(at))
     with pytest.raises(space.NotSaved, match=r"Saving step 20 .* needs 5.2MB, and 12.3kB are free; .* is step 4"):
         train(tiny_run(20), tmp_path, devices=jax.devices()[:1])
     assert capsys.readouterr().err.count("but it needs") == 8
-    assert (
-        health.steps(tmp_path / "checkpoints") == [2, 4] and (tmp_path / "metrics.jsonl").read_text().count("\n") == 11
-    )
+    assert sums.steps(tmp_path / "checkpoints") == [2, 4] and (tmp_path / "metrics.jsonl").read_text().count("\n") == 11

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,12 @@ import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
 
+from llamax import config
 from llamax.data import pipeline
-from llamax.train import hooks, programs
+from llamax.train import health, hooks, programs
 from llamax.train.health import Diverged
+from llamax.train.loop import RollBack
+from tests.checkpoint.test_sums import flip, one_file
 from tests.runs import tiny_run
 from tests.test_run import lines, losses, same_bits, train
 
@@ -79,10 +85,89 @@ def test_a_roll_back_equals_a_run_that_never_saw_those_batches(tmp_path, monkeyp
     assert losses(tmp_path / "rolled", after=14) == losses(tmp_path / "never", after=14)
 
 
+@pytest.mark.parametrize("on", ["kill", "stop"])
+def test_a_death_or_a_stop_before_a_bad_step_was_looked_at_changes_nothing(on, tmp_path, monkeypatch):
+    """Logged every 10 steps and saved every 4; step 14 is bad; the run ends in step 15, and the same command goes on. The
+    checkpoint of step 16 must not lie beyond a step that nobody has looked at, and a stop must not look earlier."""
+    run = run_of(train=dict(log_every_steps=10))
+    harm(monkeypatch, "nan")
+    whole = train(run, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        log = hooks.Log.__call__
+
+        def strike(self, event):
+            if event.step == 15:
+                if on == "kill":
+                    raise Dead
+                os.kill(os.getpid(), signal.SIGTERM)
+            log(self, event)
+
+        patch.setattr(hooks.Log, "__call__", strike)
+        if on == "kill":
+            with pytest.raises(Dead):
+                train(run, tmp_path / "struck")
+        else:
+            assert not train(run, tmp_path / "struck").finished
+    resumed = train(run, tmp_path / "struck")
+    assert same_bits(resumed.state, whole.state)
+
+    def told(name: str, workdir: Path) -> list[dict]:
+        drop = ("time", "speed/", "goodput/")
+        return [{k: v for k, v in line.items() if not k.startswith(drop)} for line in lines(workdir, name)]
+
+    assert told("steps.jsonl", tmp_path / "struck") == told("steps.jsonl", tmp_path / "whole")
+    if on == "kill":  # a stop logs once more, where it stops
+        assert told("metrics.jsonl", tmp_path / "struck") == told("metrics.jsonl", tmp_path / "whole")
+
+
+class Dead(BaseException):
+    """Of a process that is killed: nothing after it happens."""
+
+
+def test_a_roll_back_does_not_trust_its_checkpoint(tmp_path, monkeypatch, capsys):
+    """A bit of the checkpoint of step 12 has flipped since it was written: it is set aside, and step 8's is taken."""
+    harm(monkeypatch, "nan")
+    look = health.Health.roll_back
+
+    def damage_first(self, first_bad, step):
+        flip(one_file(tmp_path / "checkpoints" / "12", "params"), 99)
+        look(self, first_bad, step)
+
+    monkeypatch.setattr(health.Health, "roll_back", damage_first)
+    result = train(run_of(), tmp_path)
+    assert result.finished and int(result.state.step) == 20
+    assert (tmp_path / "checkpoints" / "12.damaged").is_dir() and "12" in capsys.readouterr().err
+    (note,) = [line for line in lines(tmp_path) if "health/rolled_back_from" in line]
+    assert note["step"] == 8
+
+
+def test_a_second_roll_back_goes_further():
+    """The checkpoint right before a bad step may be what makes it bad. With progress, the count begins anew."""
+    said = []
+    saved = [4, 8, 12, 16]
+    newest_before = lambda step: max((s for s in saved if s < step), default=None)  # noqa: E731
+    watch = health.Health(
+        config.Health(on_nonfinite="roll_back", max_roll_backs=3), (4,), newest_before, "", said.append
+    )
+
+    def bad(first_bad, step):
+        with pytest.raises(RollBack) as back:
+            watch.roll_back(first_bad, step)
+        return back.value.to
+
+    assert bad(14, 16) == 12 and bad(13, 16) == 8 and bad(16, 16) == 4
+    with pytest.raises(Diverged, match="roll-backs to 12, 8, 4$|roll-backs to 12, 8, 4\\D"):
+        watch.roll_back(13, 16)
+    assert bad(18, 20) == 16, "past the trouble"
+    watch.went_back, watch.furthest = [], 0
+    watch.roll_back(3, 4)
+    assert "no checkpoint was saved before it" in said[0]
+
+
 def test_a_harm_that_comes_again_stops_the_run(tmp_path, monkeypatch):
     """Every batch from there on: after as many roll-backs as allowed, Diverged, and the good checkpoint is there."""
     harm(monkeypatch, "nan", batches=range(6, 99))
-    with pytest.raises(Diverged, match="max_roll_backs=2.*step . was bad again"):
+    with pytest.raises(Diverged, match="max_roll_backs=2.*was bad again after roll-backs to 4, and no checkpoint"):
         train(run_of(dict(max_roll_backs=2)), tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["4"], "and no checkpoint of a bad step"

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from llamax import config
-from llamax.checkpoint import health
+from llamax.checkpoint import sums
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from tests.checkpoint.test_manager import CFG, abstract, bits, data2, state, stream
@@ -66,11 +66,11 @@ def restore(folder: Path, trees, cfg=CFG, **how):
 def test_a_checkpoint_is_sound_and_its_sums_cover_all_of_it(written):
     folder, _ = written
     for step in ("1", "2"):
-        sums = json.loads((folder / step / "checksums.json").read_text())["files"]
-        assert health.check(folder / step) == []
-        assert set(sums) == set(health.files(folder / step)) - {"checksums.json"}
-        assert {"_CHECKPOINT_METADATA", "commit_success.txt"} < set(sums)
-        assert {path.split("/")[0] for path in sums if "/" in path} == set(ITEMS)
+        written = json.loads((folder / step / "checksums.json").read_text())["files"]
+        assert sums.check(folder / step) == []
+        assert set(written) == set(sums.files(folder / step)) - {"checksums.json"}
+        assert {"_CHECKPOINT_METADATA", "commit_success.txt"} < set(written)
+        assert {path.split("/")[0] for path in written if "/" in path} == set(ITEMS)
         assert not list((folder / step).glob("*/checksums.json")), "items have none of their own"
 
 
@@ -80,22 +80,22 @@ def test_damage_to_any_item_is_found_and_named(item, copy):
     path = one_file(folder / "2", item)
     name, size, whole = path.relative_to(folder / "2").as_posix(), path.stat().st_size, path.read_bytes()
     flip(path, size // 2)
-    assert health.check(folder / "2") == [f"{name} changed"]
+    assert sums.check(folder / "2") == [f"{name} changed"]
     path.write_bytes(whole[: size // 2])
-    assert health.check(folder / "2") == [f"{name} truncated {size} -> {size // 2} bytes"]
+    assert sums.check(folder / "2") == [f"{name} truncated {size} -> {size // 2} bytes"]
     path.write_bytes(whole + b"x")
-    assert health.check(folder / "2") == [f"{name} grown {size} -> {size + 1} bytes"]
+    assert sums.check(folder / "2") == [f"{name} grown {size} -> {size + 1} bytes"]
     path.unlink()
-    assert health.check(folder / "2") == [f"{name} missing"]
+    assert sums.check(folder / "2") == [f"{name} missing"]
     path.write_bytes(whole)
-    assert health.check(folder / "2") == []
+    assert sums.check(folder / "2") == []
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt", "params/_METADATA", "checksums.json"])
 def test_damage_to_what_orbax_and_we_write_about_it_is_found(name, copy):
     folder, _ = copy
     flip(folder / "2" / name, 20)
-    assert health.check(folder / "2") == [f"{name} changed"]
+    assert sums.check(folder / "2") == [f"{name} changed"]
 
 
 @pytest.mark.parametrize("spoil", [lambda text: text.replace(" ", "\t", 1), lambda text: text[:-6] + "x" + text[-5:]])
@@ -105,30 +105,30 @@ def test_the_sums_have_a_sum_of_their_own(spoil, copy):
     spoilt = spoil(path.read_text())
     assert json.loads(spoilt)["files"] == json.loads(path.read_text())["files"]
     path.write_text(spoilt)
-    assert health.check(copy[0] / "2") == ["checksums.json changed"]
+    assert sums.check(copy[0] / "2") == ["checksums.json changed"]
 
 
 def test_unknown_and_lost_files_are_found(copy):
     folder, _ = copy
     (folder / "2/opt/d/extra").write_text("?")
-    assert health.check(folder / "2") == ["opt/d/extra unknown"]
+    assert sums.check(folder / "2") == ["opt/d/extra unknown"]
     (folder / "1/checksums.json").unlink()
-    assert health.check(folder / "1") == [health.NO_SUMS]
+    assert sums.check(folder / "1") == [sums.NO_SUMS]
     shutil.rmtree(folder / "2/rng")
-    assert any(line.startswith("rng/") and line.endswith("missing") for line in health.check(folder / "2"))
+    assert any(line.startswith("rng/") and line.endswith("missing") for line in sums.check(folder / "2"))
 
 
 def test_any_flipped_bit_of_any_file_is_found(copy):
     folder, _ = copy
     rng = random.Random(7)
-    sizes = {path: n for path, n in health.files(folder / "2").items() if n}
+    sizes = {path: n for path, n in sums.files(folder / "2").items() if n}
     for _ in range(100):
         name = rng.choice(list(sizes))
         at, bit = rng.randrange(sizes[name]), rng.randrange(8)
         flip(folder / "2" / name, at, bit)
-        assert health.check(folder / "2"), f"bit {bit} of byte {at} of {name}"
+        assert sums.check(folder / "2"), f"bit {bit} of byte {at} of {name}"
         flip(folder / "2" / name, at, bit)
-    assert health.check(folder / "2") == []
+    assert sums.check(folder / "2") == []
 
 
 def test_damaged_is_set_aside_and_the_one_before_taken(copy, messages):
@@ -142,7 +142,7 @@ def test_damaged_is_set_aside_and_the_one_before_taken(copy, messages):
     with Checkpoints(folder, CFG) as checkpoints:  # the step comes again
         assert checkpoints.steps() == [1]
         assert checkpoints.save(2, **trees, data_iterator=stream(), extra={})
-    assert health.steps(folder) == [1, 2] and health.check(folder / "2") == []
+    assert sums.steps(folder) == [1, 2] and sums.check(folder / "2") == []
 
 
 def test_a_reader_takes_the_one_before_and_renames_nothing(copy, messages):
@@ -178,10 +178,10 @@ def test_all_damaged_is_refused_now_and_later(copy):
     with pytest.raises(ConfigError, match=r"all that are there are damaged \(1.damaged, 2.damaged\). Bring one back"):
         restore(folder, trees)
     with pytest.raises(ConfigError, match="move these away to start afresh"):
-        health.newest_sound(folder, rename=True)
+        sums.newest_sound(folder, rename=True)
     for path in folder.iterdir():
         path.rename(folder.parent / path.name)
-    assert health.newest_sound(folder, rename=True) == 0
+    assert sums.newest_sound(folder, rename=True) == 0
 
 
 def test_set_aside_by_name(copy):
@@ -191,8 +191,8 @@ def test_set_aside_by_name(copy):
         assert checkpoints.steps() == [1] and checkpoints.latest() == 1
         assert checkpoints.save(2, **trees, data_iterator=stream(), extra={})
         assert checkpoints.set_aside(2, "rolled-back") == folder / "2.rolled-back-2"
-    assert health.newest_sound(folder, rename=True) == 1, "what was rolled back is not damaged"
-    assert health.check(folder / "2.rolled-back") == []
+    assert sums.newest_sound(folder, rename=True) == 1, "what was rolled back is not damaged"
+    assert sums.check(folder / "2.rolled-back") == []
 
 
 def test_a_failure_that_is_no_damage_sets_nothing_aside(copy, monkeypatch):
@@ -203,22 +203,22 @@ def test_a_failure_that_is_no_damage_sets_nothing_aside(copy, monkeypatch):
         monkeypatch.setattr(ocp.CheckpointManager, "restore", failing)
         with pytest.raises(ConfigError, match=r"step 2 .* files are sound, and reading them failed \(MemoryError: too"):
             checkpoints.restore(**abstract(trees), data_iterator=stream())
-    assert health.steps(folder) == [1, 2]
+    assert sums.steps(folder) == [1, 2]
 
 
 def test_the_sums_are_written_in_the_background(tmp_path, monkeypatch):
     """And before the step takes its name."""
-    seen, write = {}, health.write
+    seen, write = {}, sums.write
 
     def note(folder):
-        seen.update(thread=threading.current_thread(), name=folder.name, steps=health.steps(folder.parent))
+        seen.update(thread=threading.current_thread(), name=folder.name, steps=sums.steps(folder.parent))
         write(folder)
 
-    monkeypatch.setattr(health, "write", note)
+    monkeypatch.setattr(sums, "write", note)
     with Checkpoints(tmp_path, CFG) as checkpoints:
         checkpoints.save(1, **state(data2()), data_iterator=stream(), extra={})
     assert seen["thread"] is not threading.main_thread()
-    assert health.UNFINISHED in seen["name"] and seen["steps"] == []
+    assert sums.UNFINISHED in seen["name"] and seen["steps"] == []
 
 
 @pytest.mark.parametrize(("keep", "every", "left"), [(2, 0, [4, 5]), (1, 2, [2, 4, 5])])
@@ -228,4 +228,4 @@ def test_retention(keep, every, left, tmp_path):
         for step in range(1, 6):
             checkpoints.save(step, **small, data_iterator=stream(), extra={})
         assert checkpoints.steps() == left
-    assert health.steps(tmp_path) == left
+    assert sums.steps(tmp_path) == left
