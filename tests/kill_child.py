@@ -30,11 +30,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from llamax import cli, config
 from llamax import run as composition
-from llamax.checkpoint.manager import Checkpoints
+from llamax.checkpoint.manager import Checkpoints, Summed
 from llamax.data import pipeline
 from llamax.evals import perplexity
 from llamax.train import programs
@@ -105,7 +104,7 @@ def report(at: Callable[[str, int], None], batches: Path) -> None:
             file.write(f"{taken} {digest}\n")
         at("step", taken)
 
-    def finalizing(path: AtomicRenameTemporaryPath) -> None:
+    def finalizing(path: Summed) -> None:
         name = path.get_final().name
         if name.isdigit():  # not an item's own folder
             at("saving", int(name))
@@ -115,7 +114,7 @@ def report(at: Callable[[str, int], None], batches: Path) -> None:
     before(programs.Programs, "__call__", stepping)
     before(Checkpoints, "restore", restoring)
     before(Checkpoints, "save", lambda _, step, **__: at("save", step))
-    before(AtomicRenameTemporaryPath, "finalize", finalizing)  # everything is written but for the last rename
+    before(Summed, "finalize", finalizing)  # everything is written but for the sums and the last rename
     before(perplexity, "sums", lambda *_: at("eval", taken))
 
 

@@ -210,7 +210,7 @@ def arrays(item: Path) -> Iterator[tuple[str, str]]:
 def differences(got: Record, want: Record, stopped: bool = False) -> list[str]:
     """What is not the same, one line each; none if nothing was noticed of the kills.
 
-    A run that was `stopped` logs once more where it stops, so that its windows differ; its steps and evaluations do not.
+    A run that was `stopped` logs once more where it stops, so that its windows differ; its steps do not.
 
     TensorBoard's files are written every few seconds: points of the last ones before a kill may be missing there (and
     are in metrics.jsonl), but none may be wrong or there twice.

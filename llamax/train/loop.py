@@ -156,7 +156,8 @@ def fit(
                     hook(event)
             except RollBack as asked:
                 back = asked.with_traceback(None)  # its frames hold the state
-            except Stopped:  # by the evaluations, which come after everything else
+            except Stopped:  # by an evaluation
+                leave(number, state)
                 return state, False
             if back is not None:
                 if stop.asked:  # the checkpoint is from before the bad step: whoever goes on comes here again

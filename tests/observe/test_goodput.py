@@ -97,7 +97,7 @@ def test_a_roll_back_loses_the_steps_since_its_checkpoint(clock):
 def test_a_broken_file_stops_nothing(tmp_path, text):
     path = tmp_path / "goodput.json"
     path.write_text(text)
-    book = Goodput(path, Ledger(), first=5)
+    Goodput(path, Ledger(), first=5)
     assert len(json.loads(path.read_text())["starts"]) == 1
 
 

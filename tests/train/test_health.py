@@ -87,8 +87,10 @@ def test_a_roll_back_equals_a_run_that_never_saw_those_batches(tmp_path, monkeyp
 
 @pytest.mark.parametrize("on", ["kill", "stop"])
 def test_a_death_or_a_stop_before_a_bad_step_was_looked_at_changes_nothing(on, tmp_path, monkeypatch):
-    """Logged every 10 steps and saved every 4; step 14 is bad; the run ends in step 15, and the same command goes on. The
-    checkpoint of step 16 must not lie beyond a step that nobody has looked at, and a stop must not look earlier."""
+    """Logged every 10 steps and saved every 4; step 14 is bad; the run ends in step 15, and the same command goes on.
+
+    The checkpoint of step 16 must not lie beyond a step that nobody has looked at, and a stop must not look earlier.
+    """
     run = run_of(train=dict(log_every_steps=10))
     harm(monkeypatch, "nan")
     whole = train(run, tmp_path / "whole")
