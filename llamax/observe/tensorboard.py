@@ -49,7 +49,7 @@ class TensorBoard:
             self._folder,
             purge_step=purge_step,
             max_queue=10_000,  # far more than one step adds: none of them waits for a thread that has just died
-            flush_secs=10,
+            flush_secs=2,  # a kill loses what is not written
             filename_suffix=f".{time.time_ns()}",  # two starts in one second must not share a file
         )
 
