@@ -25,6 +25,7 @@ except ImportError:
 TERMINATED = 143  # 128 + SIGTERM, the shell's own
 SLOW = ("compile=0.4", "saving=0.8", "eval=0.15")  # seconds: phases that would be over too soon to be struck
 N_RANDOM = 30
+WHERE = ("start", "data", "compile", "step", "step", "save", "saving", "saving", "eval", "eval")  # as often each
 
 
 class Strike(NamedTuple):
@@ -78,6 +79,16 @@ def test_killed_three_times_and_resumed_is_uninterrupted_to_the_bit(uninterrupte
     strikes = [Strike("step", 5, 0.05), Strike("saving", 9, 0.1, 2, everyone=False), Strike("compile", 1, 0.2)]
     assert killed(tmp_path / "run", strikes), "the save was struck before its folder had its name"
     assert differences(record(tmp_path / "run"), uninterrupted) == []
+
+
+@pytest.mark.slow
+def test_the_program_that_users_run(tmp_path, monkeypatch):
+    """Other tests compile without optimisation; this one as `llamax train` does."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_backend_optimization_level=0", "")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    run_to_the_end(tmp_path / "whole")
+    killed(tmp_path / "struck", [Strike("step", 8, 0.05), Strike("saving", 12, 0.1, 2)])
+    assert differences(record(tmp_path / "struck"), record(tmp_path / "whole")) == []
 
 
 @pytest.mark.slow
@@ -138,9 +149,8 @@ def test_sigterm_anywhere(workers, again_s, uninterrupted, tmp_path):
     assert differences(record(tmp_path / "run"), uninterrupted, stopped=True) == []
 
 
-def random_strike(draw: random.Random, step: int, workers: int) -> Strike:
-    """In some phase of a run that has taken up to `step` steps of 20."""
-    phase = draw.choice(("start", "data", "compile", "step", "step", "save", "saving", "saving", "eval", "eval"))
+def random_strike(draw: random.Random, phase: str, step: int, workers: int) -> Strike:
+    """In this phase of a run that has taken up to `step` steps of 20."""
     number = None
     if phase == "compile":
         number = draw.choice((1, 2))
@@ -150,7 +160,7 @@ def random_strike(draw: random.Random, step: int, workers: int) -> Strike:
         number = draw.choice([n for n in (3, 6, 9, 12, 15, 18, 20) if n > step])
     elif phase == "eval":
         number = draw.choice([n for n in (5, 6, 10, 12, 15, 18, 20) if n > step])
-    longest = {"start": 3.0, "compile": 0.8, "saving": 0.6, "eval": 0.3}.get(phase, 0.25)
+    longest = {"start": 3.0, "data": 1.5, "compile": 1.5, "saving": 0.6, "eval": 0.3}.get(phase, 0.25)
     return Strike(phase, number, round(draw.uniform(0, longest), 3), workers, everyone=draw.random() < 0.7)
 
 
@@ -159,11 +169,13 @@ def test_killed_at_thirty_random_points(uninterrupted, tmp_path, capsys):
     """LLAMAX_KILL_SEED draws others. Every third run is struck twice; every second one has loader processes."""
     seed = int(os.environ.get("LLAMAX_KILL_SEED", time.time_ns() % 1_000_000))
     draw = random.Random(seed)
+    phases = [phase for phase in WHERE for _ in range(N_RANDOM // len(WHERE))]
+    draw.shuffle(phases)
     plans: list[list[Strike]] = []
-    while left := N_RANDOM - sum(map(len, plans)):
+    while phases:
         workers = 2 * (len(plans) % 2)
-        strikes = [random_strike(draw, 0, workers), random_strike(draw, 14, workers)]
-        plans.append(strikes[: min(left, 2 if len(plans) % 3 == 2 else 1)])
+        steps = (0, 14)[: min(len(phases), 2 if len(plans) % 3 == 2 else 1)]
+        plans.append([random_strike(draw, phases.pop(), step, workers) for step in steps])
 
     def attempt(number: int) -> list[str]:
         workdir = tmp_path / f"run{number}"
