@@ -25,12 +25,19 @@ import numpy as np
 from llamax.batch import Batch
 from llamax.data.encode import Encoded
 
-# Of one window, which is whole in memory while it is packed and while its rows are used. A place of a row is 24 bytes
-# and the token in it 4 more: 1.8 GiB, and less than twice that where much is padding. The largest text of a single
-# document is a quarter of it, and a row of 10 million tokens a seventh. Tiles are there twice while they are sorted
-# into rows: 4 GiB. 256 pictures of 16 tiles of 336 pixels and a global one are 1.4 GiB.
-MAX_WINDOW_PLACES = 2**26
-MAX_WINDOW_TILE_BYTES = 2**31
+
+class Room(NamedTuple):
+    """The most that a window may hold: what goes beyond is left out."""
+
+    places: int  # of rows
+    tile_bytes: int
+
+
+# A window is whole in memory while it is packed and while its rows are used. A place of a row is 24 bytes and the token
+# in it 4 more: 1.8 GiB, and less than twice that where much is padding. The largest text of a single document is a
+# quarter of it, and a row of 10 million tokens a seventh. Tiles are there twice while they are sorted into rows: 4 GiB.
+# 256 pictures of 16 tiles of 336 pixels and a global one are 1.4 GiB.
+ROOM = Room(places=2**26, tile_bytes=2**31)
 
 
 class Piece(NamedTuple):
@@ -110,7 +117,9 @@ def places(n_tokens: float, n_tiles: float, seq_len: int, tiles_per_row: int) ->
     return max(n_tokens, n_tiles * seq_len / max(tiles_per_row, 1))
 
 
-def pack_window(documents: Iterable[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator) -> Window:
+def pack_window(
+    documents: Iterable[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator, room: Room = ROOM
+) -> Window:
     """Packs the documents of a window; `rng` shuffles the rows.
 
     Documents with `skip` and those for which there is no room are counted and left out. The documents may be an
@@ -125,7 +134,7 @@ def pack_window(documents: Iterable[Encoded], seq_len: int, tiles_per_row: int, 
         cut = None if document.skip else split(document, seq_len, tiles_per_row)
         reason = document.skip or ("image_too_large" if cut is None else "")
         its_places = places(len(document.tokens), len(document.tiles), seq_len, tiles_per_row)
-        full = n_places + its_places > MAX_WINDOW_PLACES or n_tile_bytes + document.tiles.nbytes > MAX_WINDOW_TILE_BYTES
+        full = n_places + its_places > room.places or n_tile_bytes + document.tiles.nbytes > room.tile_bytes
         if reason := reason or ("window_full" if full else ""):
             key = f"{document.source_id}/{reason}"
             skipped[key] += 1

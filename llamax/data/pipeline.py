@@ -139,9 +139,9 @@ def _window_docs(
     share = {name: n / sum(documents.values()) for name, n in documents.items()}
     n_places = sum(p * packing.places(*means[name], data.seq_len, tiles_per_row) for name, p in share.items())
     n_tiles = sum(p * means[name].tiles for name, p in share.items())
-    most = packing.MAX_WINDOW_PLACES / 2 / n_places
+    most = packing.ROOM.places / 2 / n_places
     if n_tiles and vision:
-        most = min(most, packing.MAX_WINDOW_TILE_BYTES / 2 / (n_tiles * vision.tile_px**2 * 3))
+        most = min(most, packing.ROOM.tile_bytes / 2 / (n_tiles * vision.tile_px**2 * 3))
     return max(1, min(window_docs, int(most)))
 
 
@@ -171,10 +171,12 @@ def _pack(
 ) -> grain.MapDataset:
     """Encoded documents to packed windows. A window's are encoded one after the other, as the packer asks for them."""
 
+    room = packing.ROOM
+
     def pack(number: int) -> Window:
         first = number * window_docs
         window = (documents[n] for n in range(first, min(first + window_docs, len(documents))))
-        return pack_window(window, seq_len, tiles_per_row, np.random.default_rng((*seed, number)))
+        return pack_window(window, seq_len, tiles_per_row, np.random.default_rng((*seed, number)), room)
 
     return grain.MapDataset.range(-(-len(documents) // window_docs)).map(pack)
 
