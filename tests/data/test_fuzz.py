@@ -188,6 +188,8 @@ def write_record(form: str, folder: Path, number: int, kind: str, seed: int) -> 
     broken = kind.startswith("damaged ")
     kind = kind.removeprefix("damaged ")
     data, about = hostile.picture(kind), PICTURES[kind]
+    if kind == "good" and not broken:  # unlike any other, so that an exchanged one shows
+        data = hostile.noise(number, seed)
     if broken:
         data = hostile.damaged(data, seed)
     if form == "jsonl":
@@ -195,8 +197,9 @@ def write_record(form: str, folder: Path, number: int, kind: str, seed: int) -> 
     piece = {"video" if about.video else "image": f"{number}.bin" if form == "jsonl" else data}
     # "image_too_large" cannot come: the largest picture fits a row of this model.
     outcomes = hostile.ANY if broken else about.outcomes
-    line = packed({"pieces": [{"text": name}, piece, {"text": SPECIAL_TEXT}]})
-    return Record(line, name + SPECIAL_TEXT, outcomes, data, about.video)
+    after = "" if kind == "good" and seed % 2 else SPECIAL_TEXT  # short, for several to come into a row
+    line = packed({"pieces": [{"text": name}, piece, {"text": after}]})
+    return Record(line, name + after, outcomes, data, about.video)
 
 
 BAD_TEXT = ["empty", "no UTF-8", "surrogate"]
@@ -434,6 +437,24 @@ def two_sources(form, kinds, others, says_text, weights) -> None:
 test_a_stream_of_one_source = quick(150)(given(FORM, RECORDS, SAYS_TEXT)(one_source))
 test_a_stream_of_two_sources = quick(100)(given(FORM, RECORDS, RECORDS, SAYS_TEXT, WEIGHTS)(two_sources))
 test_many_streams = pytest.mark.slow(thorough(400)(given(FORM, RECORDS, RECORDS, SAYS_TEXT, WEIGHTS)(two_sources)))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "arrayrecord"])
+def test_pictures_stay_with_their_documents_where_rows_hold_several(tmp_path, form):
+    bad = ["malformed", "missing picture", "truncated png", "garbage"]
+    kinds = [(bad[i // 5 % len(bad)] if i % 5 == 2 else "good", 2 * i + 1) for i in range(50)]
+    data = settings_of(tmp_path, {"s0": 1.0})
+    records = write_source(form, tmp_path, "s0", kinds)
+    (alone,) = judge_each_document(data, [records])
+    assert len(alone) == 40 and len({document.tiles.tobytes() for document in alone}) == 40
+    iterator, several, seen = iter(build(data, VISION, 0)), 0, set()
+    while len(seen) < 40:
+        batch = next(iterator)
+        check_batch(batch, 1)
+        several += sum((row == TOKENIZER.image).sum() > 1 for row in batch.tokens)
+        assert check_tiles(batch, [alone])
+        seen |= {tiles.tobytes() for _, _, tiles in pieces_of(batch) if len(tiles)} & {d.tiles.tobytes() for d in alone}
+    assert several > 5
 
 
 # --------------------------------------------------------------------------------------------- damaged files, manifests
