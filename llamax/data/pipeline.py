@@ -40,7 +40,7 @@ logger = logging.getLogger("llamax")
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
 MAX_GROWTH = 8  # times data.window_docs
-MAX_EMPTY_WINDOWS = 20  # in a row, before the stream gives up
+MAX_UNUSABLE_DOCS = 5_000  # in a row, whole windows of them, before the stream gives up
 WORKER_GRACE_S = 60  # a loader process outlives a SIGTERM by so much, for the run that is ending to be fed
 
 
@@ -220,8 +220,8 @@ class Rows(Iterator[tuple[Window, int]]):
 
     def _open_window(self) -> Window:
         """The next window that has rows."""
-        windows = self.start()
-        for _ in range(MAX_EMPTY_WINDOWS):
+        windows, unusable = self.start(), 0
+        while unusable < MAX_UNUSABLE_DOCS:
             window = next(windows)
             if self._row == 0:
                 self._skipped.update(window.skipped)
@@ -229,9 +229,10 @@ class Rows(Iterator[tuple[Window, int]]):
             if len(window.tile_counts):
                 return window
             self._window += 1
+            unusable += max(1, sum(window.skipped.values()))
         raise ConfigError(
             f"data source {', '.join(sorted({self._name_and_reason(key)[0] for key in self._skipped}))}",
-            f"{MAX_EMPTY_WINDOWS} windows of documents in a row hold nothing usable: "
+            f"{unusable} documents in a row hold nothing usable: "
             + "; ".join(sorted({self._name_and_reason(key)[1] for key in self._skipped})),
             "Look at them with `llamax data show MANIFEST`, and repair them or drop the source.",
         )

@@ -76,6 +76,19 @@ def test_a_source_of_one_document_repeats_it(tmp_path):
             assert TOKENIZER.decode(batch.tokens[b, t + 1 : t + n]) == "only this"
 
 
+def test_a_stream_goes_on_past_many_unusable_documents_but_not_without_end(tmp_path):
+    source = jsonl(tmp_path, "x", {"text": "one is good"}, *[{"text": ""}] * 3000, about="tokens = 9000\n")
+    stream = build(settings(sources={"x": source}), None, 1)
+    iterator = iter(stream)
+    batch = next(iterator)
+    assert iterator.get_state()["text"]["window"] > 60  # it comes late in the order of this seed
+    assert "one is good" in TOKENIZER.decode([i for i in batch.tokens[0] if i < TOKENIZER.n_ranks])
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"one is good", b" " * 11))
+    with pytest.raises(ConfigError, match=r"data source x, but 50\d\d documents in a row hold nothing usable"):
+        next(iter(stream))
+
+
 @pytest.mark.parametrize("n", [3, 3 * SAMPLE_DOCS])
 def test_a_source_of_nothing_usable_is_refused_at_the_start_by_its_name(tmp_path, n):
     bad = [{"text": ""}, {"text": "\ud800"}, {"text": "  "}] * (n // 3)
