@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamax.config import ConfigError, Vision
+from llamax.config import Vision
 from llamax.data.images import PictureError, image_tokens, open_image, tile_image, to_rgb
 from llamax.data.sources import Document, Picture
 from llamax.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     pictures: np.ndarray  # int32 [pictures, 3]: first token, one past the last token, number of tiles
     tiles: np.ndarray  # uint8 [n, P, P, 3], in the order of the patch tokens
     skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
-    where: str = ""  # the document's record and file
+    where: str = ""  # the document's record and file, and what is wrong with it
 
 
 @functools.cache
@@ -46,7 +46,7 @@ class Encoder:
         return _tokenizer(self.tokenizer_path)
 
     def __call__(self, document: Document) -> Encoded:
-        """ConfigError for a picture where there is no vision encoder; other faults give `skip`."""
+        """What cannot be trained on has `skip`: a picture where there is no vision encoder, too."""
         if document.skip:
             return self._skipped(document.skip, document)
         ids, pictures, tiles = [self._ids([self.tokenizer.bos])], [], []
@@ -56,8 +56,10 @@ class Encoder:
                 ids.append(self.tokenizer.encode_array(piece))
                 length += len(ids[-1])
                 continue
+            if self.vision is None:
+                return self._skipped("unexpected_picture", document)
             try:
-                for picture_tiles, block in self._picture(piece, document):
+                for picture_tiles, block in self._picture(piece, self.vision):
                     pictures.append((length, length + len(block), len(picture_tiles)))
                     tiles.append(picture_tiles)
                     ids.append(self._ids(block))
@@ -74,22 +76,17 @@ class Encoder:
     def _ids(ids: list[int]) -> np.ndarray:
         return np.array(ids, np.int32)
 
-    def _picture(self, picture: Picture, document: Document) -> Iterator[tuple[np.ndarray, list[int]]]:
+    def _picture(self, picture: Picture, vision: Vision) -> Iterator[tuple[np.ndarray, list[int]]]:
         """(tiles, token ids) of every frame."""
-        if self.vision is None:
-            raise ConfigError(
-                f"a text-only stream of {self.where}",
-                f"{document.where or 'one of its documents'} carries a picture",
-                'Write kind = "multimodal" in the manifest, and use a model with a vision encoder.',
-            )
         frames = read_frames(picture.data) if picture.video else [to_rgb(open_image(picture.data))]
         for frame in frames:
-            tiles, (rows, cols) = tile_image(frame, self.vision)
-            yield tiles, image_tokens(rows, cols, self.vision, self.tokenizer)
+            tiles, (rows, cols) = tile_image(frame, vision)
+            yield tiles, image_tokens(rows, cols, vision, self.tokenizer)
 
     def _skipped(self, reason: str, document: Document) -> Encoded:
         nothing = np.zeros(0, np.int32), np.zeros((0, 3), np.int32), self._stack([])
-        return Encoded(self.source_id, *nothing, reason, document.where)
+        where = f"{document.where} ({document.detail})" if document.detail else document.where
+        return Encoded(self.source_id, *nothing, reason, where)
 
     def _stack(self, tiles: list[np.ndarray]) -> np.ndarray:
         P = self.vision.tile_px if self.vision else 0

@@ -8,19 +8,36 @@ tokens and `tiles_per_row` picture tiles; what is left over is padding. At last 
 
 Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt.
 
+A window is held in memory, so there is a most that it may hold. A document that would go beyond it is left out and
+counted, and smaller ones behind it are still taken.
+
 What comes out depends on the window's documents and its number alone. Letters: R rows, T = seq_len, P tile pixels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from llamax.batch import Batch
 from llamax.data.encode import Encoded
+
+
+class Room(NamedTuple):
+    """The most that a window may hold: what goes beyond is left out."""
+
+    places: int  # of rows
+    tile_bytes: int
+
+
+# A window is whole in memory while it is packed and while its rows are used. A place of a row is 24 bytes and the token
+# in it 4 more: 1.8 GiB, and less than twice that where much is padding. The largest text of a single document is a
+# quarter of it, and a row of 10 million tokens a seventh. Tiles are there twice while they are sorted into rows: 4 GiB.
+# 256 pictures of 16 tiles of 336 pixels and a global one are 1.4 GiB.
+ROOM = Room(places=2**26, tile_bytes=2**31)
 
 
 class Piece(NamedTuple):
@@ -48,6 +65,7 @@ class Window(NamedTuple):
     tile_counts: np.ndarray  # int32 [R]: tiles of each row
     skipped: dict[str, int]  # "source id/reason" -> documents left out
     first_skipped: dict[str, str]  # the same keys -> record and file of the first of them
+    taken: np.ndarray  # int32: the documents in the rows, by their number in the window
 
 
 def split(document: Encoded, seq_len: int, tiles_per_row: int) -> list[Piece] | None:
@@ -94,19 +112,37 @@ def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int) -> list[list[
     return rows
 
 
-def pack_window(documents: Sequence[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator) -> Window:
-    """Packs the documents of a window; `rng` shuffles the rows. Documents with `skip` are counted and left out."""
+def places(n_tokens: float, n_tiles: float, seq_len: int, tiles_per_row: int) -> float:
+    """Places of rows that so much takes: its tokens, or more where the slots for tiles run out before them."""
+    return max(n_tokens, n_tiles * seq_len / max(tiles_per_row, 1))
+
+
+def pack_window(
+    documents: Iterable[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator, room: Room = ROOM
+) -> Window:
+    """Packs the documents of a window; `rng` shuffles the rows.
+
+    Documents with `skip` and those for which there is no room are counted and left out. The documents may be an
+    iterator that encodes them as they are asked for: no more than the window may hold are held at once.
+    """
     skipped: Counter[str] = Counter()
     first_skipped: dict[str, str] = {}
     pieces: list[Piece] = []
-    for document in documents:
+    taken: list[int] = []
+    n_places = n_tile_bytes = 0.0
+    for number, document in enumerate(documents):
         cut = None if document.skip else split(document, seq_len, tiles_per_row)
-        if cut is None:
-            key = f"{document.source_id}/{document.skip or 'image_too_large'}"
+        reason = document.skip or ("image_too_large" if cut is None else "")
+        its_places = places(len(document.tokens), len(document.tiles), seq_len, tiles_per_row)
+        full = n_places + its_places > room.places or n_tile_bytes + document.tiles.nbytes > room.tile_bytes
+        if reason := reason or ("window_full" if full else ""):
+            key = f"{document.source_id}/{reason}"
             skipped[key] += 1
             first_skipped.setdefault(key, document.where)
-        else:
-            pieces += cut
+            continue
+        pieces += cut or []
+        taken.append(number)
+        n_places, n_tile_bytes = n_places + its_places, n_tile_bytes + document.tiles.nbytes
     rows = fit(pieces, seq_len, tiles_per_row)
     rows = [rows[i] for i in rng.permutation(len(rows))]
     batch = _blank(len(rows), seq_len)
@@ -118,7 +154,7 @@ def pack_window(documents: Sequence[Encoded], seq_len: int, tiles_per_row: int, 
     tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for row in rows for piece in row if piece.n_tiles]
     counts = np.array([sum(piece.n_tiles for piece in row) for row in rows], np.int32)
     flat = np.concatenate(tiles) if tiles else batch.tiles
-    return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped)
+    return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped, np.array(taken, np.int32))
 
 
 def _blank(rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3)) -> Batch:

@@ -18,9 +18,9 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -29,6 +29,7 @@ from absl import flags
 from llamax import config
 from llamax.batch import Batch
 from llamax.config import ConfigError
+from llamax.data import packing
 from llamax.data.encode import Encoded, Encoder
 from llamax.data.mixture import Deal, Mixture, Shuffled, deal_text, is_multimodal, two_streams
 from llamax.data.packing import Window, collate, pack_window, split
@@ -39,7 +40,7 @@ logger = logging.getLogger("llamax")
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
 MAX_GROWTH = 8  # times data.window_docs
-MAX_EMPTY_WINDOWS = 20  # in a row, before the stream gives up
+MAX_UNUSABLE_DOCS = 5_000  # in a row, whole windows of them, before the stream gives up
 WORKER_GRACE_S = 60  # a loader process outlives a SIGTERM by so much, for the run that is ending to be fed
 
 
@@ -59,7 +60,7 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
             "Take a model with a vision encoder, or drop the source.",
         )
     shares = two_streams({name: data.sources[name].weight for name in names}, pictures, data.multimodal_steps)
-    readers, encoders, mean_tokens = {}, {}, {}
+    readers, encoders, means = {}, {}, {}
     for source_id, name in enumerate(names):
         if name in shares.text or name in shares.multimodal:
             readers[name] = open_source(manifests[name])
@@ -67,7 +68,7 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
                 data.tokenizer, vision if name in pictures else None, source_id, str(manifests[name].path)
             )
             _check_usable(name, readers[name], encoders[name], data)
-            mean_tokens[name] = _mean_tokens(manifests[name], readers[name], encoders[name])
+            means[name] = _means(manifests[name], readers[name], encoders[name])
 
     def windows(weights: dict[str, float], deal: Deal, stream: int, tiles_per_row: int) -> grain.MapDataset | None:
         if not weights:
@@ -78,11 +79,9 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
             order = np.random.SeedSequence([seed, names.index(name)]).generate_state(1)
             parts.append(grain.MapDataset.source(Shuffled(readers[name], int(order[0]))).map(encoders[name]))
         deals = [deal if name in shares.text and name in shares.multimodal else Deal() for name in weights]
-        mixture = Mixture(list(weights.values()), [mean_tokens[name] for name in weights], deals)
+        mixture = Mixture(list(weights.values()), [means[name].tokens for name in weights], deals)
         mixed = grain.MapDataset.select_from_datasets(parts, mixture)
-        documents_a_token = sum(weight / mean_tokens[name] for name, weight in weights.items())
-        enough = int(MIN_WINDOW_ROWS * data.seq_len * documents_a_token)
-        window_docs = max(data.window_docs, min(enough, MAX_GROWTH * data.window_docs))
+        window_docs = _window_docs(weights, means, data, tiles_per_row, vision)
         return _pack(mixed, window_docs, data.seq_len, tiles_per_row, (seed, stream))
 
     to_text, to_mixed = deal_text(shares)
@@ -106,20 +105,44 @@ def tile_slots(data: config.Data) -> list[int]:
     return [0] * bool(shares.text) + [data.tiles_per_row] * bool(shares.multimodal)
 
 
-def _mean_tokens(manifest: Manifest, reader: Sequence[Document], encoder: Encoder) -> float:
-    """Mean places that a document takes in a row: its tokens, less the last one, which is only a target.
+class Means(NamedTuple):
+    """Of a source's documents."""
 
-    Text tokens are the manifest's where it states them. Pictures depend on the model's tiling and are counted, like
+    tokens: float  # less the last one, which is only a target
+    tiles: float
+
+
+def _means(manifest: Manifest, reader: Sequence[Document], encoder: Encoder) -> Means:
+    """Text tokens are the manifest's where it states them. Pictures depend on the model's tiling and are counted, like
     text that is not stated, in documents spread evenly over the source.
     """
     text = manifest.tokens / len(reader) + 1
     if manifest.tokens and manifest.kind == "text":
-        return text
-    total = n = 0
+        return Means(text, 0)
+    total = tiles = n = 0
     for encoded in _sample(reader, encoder):  # one at a time: a sample of large documents is not held in memory
         of_pictures = int((encoded.pictures[:, 1] - encoded.pictures[:, 0]).sum())
         total, n = total + (of_pictures if manifest.tokens else max(0, len(encoded.tokens) - 1)), n + 1
-    return text + total / n if manifest.tokens else max(1.0, total / n)
+        tiles += len(encoded.tiles)
+    return Means(text + total / n if manifest.tokens else max(1.0, total / n), tiles / n)
+
+
+def _window_docs(
+    weights: Mapping[str, float], means: Mapping[str, Means], data: config.Data, tiles_per_row: int, vision
+) -> int:
+    """Documents of a window: data.window_docs, more if they are short, fewer if they are so large that the mean window
+    would take more than half of the memory that a window may take.
+    """
+    documents = {name: weight / means[name].tokens for name, weight in weights.items()}  # a token of the stream
+    enough = int(MIN_WINDOW_ROWS * data.seq_len * sum(documents.values()))
+    window_docs = max(data.window_docs, min(enough, MAX_GROWTH * data.window_docs))
+    share = {name: n / sum(documents.values()) for name, n in documents.items()}
+    n_places = sum(p * packing.places(*means[name], data.seq_len, tiles_per_row) for name, p in share.items())
+    n_tiles = sum(p * means[name].tiles for name, p in share.items())
+    most = packing.ROOM.places / 2 / n_places
+    if n_tiles and vision:
+        most = min(most, packing.ROOM.tile_bytes / 2 / (n_tiles * vision.tile_px**2 * 3))
+    return max(1, min(window_docs, int(most)))
 
 
 def _sample(reader: Sequence[Document], encoder: Encoder) -> Iterator[Encoded]:
@@ -146,12 +169,16 @@ def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data:
 def _pack(
     documents: grain.MapDataset, window_docs: int, seq_len: int, tiles_per_row: int, seed: tuple[int, int]
 ) -> grain.MapDataset:
-    """Encoded documents to packed windows."""
+    """Encoded documents to packed windows. A window's are encoded one after the other, as the packer asks for them."""
 
-    def pack(number: int, window: list[Encoded]) -> Window:
-        return pack_window(window, seq_len, tiles_per_row, np.random.default_rng((*seed, number)))
+    room = packing.ROOM
 
-    return documents.batch(window_docs, batch_fn=list).map_with_index(pack)
+    def pack(number: int) -> Window:
+        first = number * window_docs
+        window = (documents[n] for n in range(first, min(first + window_docs, len(documents))))
+        return pack_window(window, seq_len, tiles_per_row, np.random.default_rng((*seed, number)), room)
+
+    return grain.MapDataset.range(-(-len(documents) // window_docs)).map(pack)
 
 
 class Rows(Iterator[tuple[Window, int]]):
@@ -193,8 +220,8 @@ class Rows(Iterator[tuple[Window, int]]):
 
     def _open_window(self) -> Window:
         """The next window that has rows."""
-        windows = self.start()
-        for _ in range(MAX_EMPTY_WINDOWS):
+        windows, unusable = self.start(), 0
+        while unusable < MAX_UNUSABLE_DOCS:
             window = next(windows)
             if self._row == 0:
                 self._skipped.update(window.skipped)
@@ -202,9 +229,10 @@ class Rows(Iterator[tuple[Window, int]]):
             if len(window.tile_counts):
                 return window
             self._window += 1
+            unusable += max(1, sum(window.skipped.values()))
         raise ConfigError(
             f"data source {', '.join(sorted({self._name_and_reason(key)[0] for key in self._skipped}))}",
-            f"{MAX_EMPTY_WINDOWS} windows of documents in a row hold nothing usable: "
+            f"{unusable} documents in a row hold nothing usable: "
             + "; ".join(sorted({self._name_and_reason(key)[1] for key in self._skipped})),
             "Look at them with `llamax data show MANIFEST`, and repair them or drop the source.",
         )
@@ -318,8 +346,8 @@ def skipped(iterator: grain.DatasetIterator, data: config.Data) -> dict[str, dic
 class HeldOut:
     """The documents of one manifest, once each, as Batches of the training shapes; the last one is padded.
 
-    Takes at most `max_docs` documents (0: all), spread evenly. Of the last pass, `taken` has the documents in those
-    batches, and `skipped` the number of those left out, by reason.
+    Takes at most `max_docs` documents (0: all), spread evenly. Of the last pass, `taken` has the numbers in the source
+    of the documents in those batches, and `skipped` the number of those left out, by reason.
     """
 
     def __init__(
@@ -328,7 +356,7 @@ class HeldOut:
         self.manifest, self.data, self.source_id = read_manifest(path), data, source_id
         self.vision = vision if self.manifest.kind == "multimodal" else None
         self.max_docs = max_docs
-        self.taken: list[Document] = []
+        self.taken: list[int] = []
         self.skipped: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -337,21 +365,25 @@ class HeldOut:
         n = min(self.max_docs or len(reader), len(reader))
         encode = Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path))
         tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
-        self.taken = []
+        self.taken, self.skipped = [], {}
 
-        def take(i: int) -> Encoded:
-            document = reader[i * len(reader) // n]
-            encoded = encode(document)
-            if not encoded.skip and split(encoded, data.seq_len, tiles[0]) is not None:
-                self.taken.append(document)
-            return encoded
+        def note(number: int, window: Window) -> Window:
+            first = number * data.window_docs
+            self.taken += [(first + int(i)) * len(reader) // n for i in window.taken]
+            return window
 
-        encoded = grain.MapDataset.range(n).map(take)
-        windows = _pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0))
+        encoded = grain.MapDataset.range(n).map(lambda i: encode(reader[i * len(reader) // n]))
+        windows = _pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0)).map_with_index(note)
         rows = Rows(windows, workers=0, names=[str(self.manifest.path)] * (self.source_id + 1))
         while batch := list(itertools.islice(rows, data.rows)):
             yield collate(batch, data.rows, data.seq_len, tiles)
         self.skipped = {key.split("/")[1]: count for key, count in rows.state["skipped"].items()}
+
+    def texts(self) -> Iterator[str]:
+        """The texts of the documents in the batches of the last pass, read again: all of them may not fit in memory."""
+        reader = open_source(self.manifest)
+        for number in self.taken:
+            yield from (piece for piece in reader[number].pieces if isinstance(piece, str))
 
 
 def text_bytes(batch: Batch, byte_lengths: np.ndarray, n_sources: int = 1) -> np.ndarray:

@@ -42,6 +42,8 @@ def show(
     for number in (i * len(source) // n for i in range(n)):
         document = source[number]
         _print_document(console, document, number, reader)
+        if about.kind == "text" and any(isinstance(piece, Picture) for piece in document.pieces):
+            console.print(f"[red]skipped: {SKIP_REASONS['unexpected_picture']}[/red]", highlight=False)
         try:
             pictures = [image for piece in document.pieces if isinstance(piece, Picture) for image in images(piece)]
         except PictureError as error:
@@ -49,8 +51,6 @@ def show(
                 f"[red]skipped: {SKIP_REASONS[error.reason]}: {escape(str(error.args[1]))}[/red]", highlight=False
             )
             continue
-        if pictures and about.kind == "text":
-            console.print('[red]a picture, and the manifest says kind = "text": training refuses it[/red]')
         if pictures:
             rows.append(pictures)
     if not rows:
@@ -83,7 +83,8 @@ def _print_manifest(console: Console, about, documents: int) -> None:
 def _print_document(console: Console, document: Document, number: int, tokenizer: Tokenizer) -> None:
     title = f"[bold]{number}[/bold] {escape(document.id)}"
     if document.skip:
-        console.print(f"\n{title} [red]skipped: {SKIP_REASONS[document.skip]}[/red]", highlight=False)
+        why = SKIP_REASONS[document.skip] + (f": {document.detail}" if document.detail else "")
+        console.print(f"\n{title} [red]skipped: {escape(why)}[/red]", highlight=False)
         return
     texts = [piece for piece in document.pieces if isinstance(piece, str)]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)

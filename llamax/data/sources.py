@@ -14,8 +14,9 @@ A record is `{"pieces": [{"text": str} | {"image": ...} | {"video": ...}, ...], 
 bytes (PNG, ...); in JSONL files it is a line and pictures are paths relative to the file. Text that spells a special
 token is plain text.
 
-A record that is damaged in content (`SKIP_REASONS`) becomes a document with `skip` set, which the packer leaves out
-and counts. A record that is no such map is a ConfigError, like a wrong manifest: then the file is not what it says.
+A record that is damaged, in its content or as a whole, becomes a document with `skip` set to one of `SKIP_REASONS`,
+which the packer leaves out and counts. A manifest that is wrong, a file that cannot be opened and storage that fails
+are a ConfigError.
 """
 
 from __future__ import annotations
@@ -40,17 +41,21 @@ from llamax.config import ConfigError
 
 KINDS = ("text", "multimodal")
 SKIP_REASONS = {
+    "malformed": "the record is damaged, or no map with pieces of text, image or video",
     "empty": "the document has neither a picture nor a character that is not white space",
     "invalid_utf8": "a text is not valid UTF-8",
+    "unexpected_picture": 'a picture in a source whose manifest says kind = "text"',
     "image_missing": "a picture's file does not exist",
     "image_unreadable": "a picture cannot be decoded",
     "image_too_many_pixels": "a picture or clip has too many pixels or bytes to be decoded safely",
     "image_too_large": "one picture alone needs more tokens or tiles than a row holds",
     "too_large": "the document has more text or pictures than one document may",
+    "window_full": "the documents that are packed together with it fill the memory that they may take",
 }
 MAX_TEXT_BYTES = 2**24  # of one document, as UTF-8: a window of documents is held in memory, 24 bytes a token
 MAX_LINE_BYTES = 8 * MAX_TEXT_BYTES  # of a JSONL record; JSON may spell a byte with six
 MAX_MANIFEST_BYTES = 2**24
+STORAGE = "See that the file is where it was and can be read, then start again: a run goes on from its checkpoint."
 BLOCK = 2**20  # bytes read at once in the search for the ends of lines
 
 
@@ -70,6 +75,7 @@ class Document(NamedTuple):
     meta: dict[str, Any] = {}  # never changed
     skip: str = ""  # a key of SKIP_REASONS where the record cannot be used
     where: str = ""  # record and file, for messages
+    detail: str = ""  # what is wrong with it, where `skip` does not say all
 
 
 @dataclass(frozen=True)
@@ -240,7 +246,7 @@ class Shards(Sequence[Document]):
         return int(self._ends[-1])
 
     def __getitem__(self, number: int) -> Document:
-        """A Document, with `skip` where the record is damaged in content; ConfigError if it is malformed."""
+        """A Document, with `skip` where the record is damaged; ConfigError if the storage fails."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         i = int(np.searchsorted(self._ends, number, side="right"))
@@ -251,13 +257,16 @@ class Shards(Sequence[Document]):
             encoded = shard[number]
             if encoded is None:
                 return Document((), self.lang, skip="too_large", where=where)
-            record = self.decode(encoded)
+            return parse(self.decode(encoded), self.lang, where, None if self.pictures_inside else path.parent)
         except UnicodeDecodeError:
             return Document((), self.lang, skip="invalid_utf8", where=where)
+        except ConfigError as error:
+            return Document((), self.lang, skip="malformed", where=where, detail=error.true)
         except Exception as error:  # damaged bytes raise nearly anything; array_record's own are bare RuntimeErrors
-            true = f"it cannot be decoded: {_one_line(error) or type(error).__name__}"
-            raise ConfigError(where, true, "Correct or build the file again.") from None
-        return parse(record, self.lang, where, None if self.pictures_inside else path.parent)
+            true = _one_line(error) or type(error).__name__
+            if isinstance(error, (OSError, MemoryError)) or not _is_file(path):  # no fault of the record's
+                raise ConfigError(where, f"it cannot be read: {true}", STORAGE) from None
+            return Document((), self.lang, skip="malformed", where=where, detail=f"it cannot be decoded: {true}")
 
 
 class ArrayRecord(Shards):

@@ -2,7 +2,8 @@
 
 With the picture, the model says what it likes. With the picture blanked, where only chance is left, it has to choose:
 the likeliest colour, and the likeliest shape after the true colour, so that it cannot dodge with another word. A
-document's meta holds the `prompt` and the truth, `colour` and `shape`; the answer is "colour shape".
+document's meta holds the `prompt` and the truth, `colour` and `shape`; the answer is "colour shape". Drawings that
+cannot be read are left out of all figures, and their number is told.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llamax.config import ConfigError
 from llamax.data.encode import Encoder
 from llamax.data.sources import SKIP_REASONS, Document
 from llamax.evals.held_out import documents
-from llamax.evals.report import Context, Report
+from llamax.evals.report import Context, Report, left_out_of
 from llamax.sample.engine import Prompt, generate
 
 ASKED = ("colour", "shape")
@@ -29,9 +30,9 @@ BLANK = 255  # white paper
 
 
 def scored_documents(cfg: config.Eval) -> list[Document]:
-    """The documents that state a prompt and a truth. ConfigError if there is none."""
-    found = [d for d in documents(cfg.path, cfg.max_docs) if {"prompt", *ASKED} <= d.meta.keys()]
-    if not found:
+    """The documents that state a prompt and a truth, and damaged ones. ConfigError if none states them."""
+    found = [d for d in documents(cfg.path, cfg.max_docs) if d.skip or {"prompt", *ASKED} <= d.meta.keys()]
+    if all(document.skip for document in found):
         change = "Point the evaluation's path at drawings_heldout.toml, which `llamax data build` makes."
         raise ConfigError(
             f"drawings evaluation of {cfg.path}", "no document has a prompt, a colour and a shape", change
@@ -40,11 +41,17 @@ def scored_documents(cfg: config.Eval) -> list[Document]:
 
 
 def run(ctx: Context, cfg: config.Eval) -> Report:
-    found = scored_documents(cfg)
-    prompts = [prompt_of(ctx, document) for document in found]
+    looked_at = scored_documents(cfg)
+    asked = [(document, prompt_of(ctx, document)) for document in looked_at]
+    found = [document for document, prompt in asked if isinstance(prompt, Prompt)]
+    prompts = [prompt for _, prompt in asked if isinstance(prompt, Prompt)]
+    if not found:
+        true = f"none of its {len(asked)} drawings can be used: {SKIP_REASONS[str(asked[0][1])]} ({asked[0][0].where})"
+        raise ConfigError(f"drawings evaluation of {cfg.path}", true, "Build or copy the data again.")
+    left_out = left_out_of(len(asked) - len(found), len(asked))
     blank = [p._replace(tiles=np.full_like(p.tiles, BLANK)) for p in prompts]
     seen = answers(ctx, prompts)
-    report = Report()
+    report = Report({"left_out": len(asked) - len(found)})
     for what in ASKED:
         truth = [document.meta[what] for document in found]
         names = sorted(set(truth))
@@ -53,22 +60,28 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
         blank = [p._replace(tokens=p.tokens + ctx.tokenizer.encode(f" {t}")) for p, t in zip(blank, truth, strict=True)]
         noise = 3 * math.sqrt(chance * (1 - chance) / len(truth))
         report.scalars |= {f"{what}_accuracy": with_picture, f"{what}_accuracy_blank": without}
-        compared = f"{without:.1%} with the picture blanked, chance {chance:.1%} ± {noise:.1%} (3σ)"
+        compared = f"{without:.1%} with the picture blanked, chance {chance:.1%} ± {noise:.1%} (3σ)" + left_out
         report.rows.append((f"{what} of {len(found)}", f"{with_picture:.1%}", compared))
     for prompt, answer in list(zip(prompts, seen, strict=True))[:SHOWN]:
         report.pictures.append((prompt.tiles[0], answer.strip()))
     return report
 
 
-def prompt_of(ctx: Context, document: Document) -> Prompt:
-    """ConfigError if the document's picture cannot be read: an evaluation with holes would look like a worse model."""
-    encoder = Encoder(ctx.tokenizer.path, ctx.run.model.vision)
+def prompt_of(ctx: Context, document: Document) -> Prompt | str:
+    """What the model is asked, or the reason, a key of SKIP_REASONS, for which it cannot be asked."""
+    if document.skip:
+        return document.skip
+    if not all(isinstance(said := document.meta[key], str) and said.strip() for key in ("prompt", *ASKED)):
+        return "malformed"
+    if any("\ud800" <= char <= "\udfff" for key in ("prompt", *ASKED) for char in document.meta[key]):
+        return "invalid_utf8"
     pictures = tuple(piece for piece in document.pieces if not isinstance(piece, str))
+    if not pictures:
+        return "malformed"
+    encoder = Encoder(ctx.tokenizer.path, ctx.run.model.vision)
     encoded = encoder(document._replace(pieces=(*pictures, document.meta["prompt"])))
-    if encoded.skip:
-        asked = f"drawings evaluation of document {document.id!r}"
-        raise ConfigError(asked, SKIP_REASONS[encoded.skip], "Build or copy the data again.")
-    return Prompt(encoded.tokens[:-1].tolist(), encoded.tiles)  # without the end-of-text id
+    # Without the end-of-text id.
+    return encoded.skip or Prompt(encoded.tokens[:-1].tolist(), encoded.tiles)
 
 
 def answers(ctx: Context, prompts: Sequence[Prompt]) -> list[str]:

@@ -2,7 +2,7 @@
 
     bits per byte = sum of -log2 p(token) over the text's tokens / bytes of the text
 
-over the documents that the packer takes; those that it leaves out count in neither.
+over the documents that the packer takes; those that it leaves out count in neither, and their number is told.
 
 The unigram is fitted on the held-out text itself, which no real one could beat; zlib compresses all of it as one
 stream. The end of a document is predicted too and counts against the model.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -22,7 +23,7 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.config import ConfigError
 from llamax.data.pipeline import HeldOut, text_bytes
-from llamax.evals.report import Context, Report
+from llamax.evals.report import Context, Report, left_out_of
 from llamax.model.score import score
 from llamax.model.skeleton import Skeleton
 
@@ -37,12 +38,14 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
     if not size:
         raise ConfigError(f"perplexity evaluation of {cfg.path}", "no document has text", "Name another manifest.")
-    texts = [piece for document in held_out.taken for piece in document.pieces if isinstance(piece, str)]
     bits = nats / math.log(2) / size
-    unigram, packed = unigram_bits(ctx, texts) / size, zlib_bits(texts) / size
+    unigram, packed = unigram_bits(ctx, held_out.texts()) / size, zlib_bits(held_out.texts()) / size
     scalars = {"bits_per_byte": bits, "nats_per_token": nats / tokens}
     scalars |= {"unigram_bits_per_byte": unigram, "zlib_bits_per_byte": packed}
     compared = f"unigram {unigram:.3f} ({bits / unigram - 1:+.0%}), zlib -9 {packed:.3f} ({bits / packed - 1:+.0%})"
+    left_out = sum(held_out.skipped.values())
+    scalars["left_out"] = left_out
+    compared += left_out_of(left_out, left_out + len(held_out.taken))
     return Report(scalars, [("bits per byte", f"{bits:.3f}", compared)])
 
 
@@ -53,12 +56,13 @@ def sums(skeleton: Skeleton, params, router_bias, batch: Batch):
     return -jnp.sum(logp_BT * batch.loss_weights), jnp.sum(batch.loss_weights)
 
 
-def unigram_bits(ctx: Context, texts: list[str]) -> float:
+def unigram_bits(ctx: Context, texts: Iterable[str]) -> float:
     """Bits of all tokens under their own frequencies."""
     counts = Counter(token for text in texts for token in ctx.tokenizer.encode(text))
     total = sum(counts.values())
     return -sum(n * math.log2(n / total) for n in counts.values())
 
 
-def zlib_bits(texts: list[str]) -> float:
-    return 8.0 * len(zlib.compress("".join(texts).encode(), 9))
+def zlib_bits(texts: Iterable[str]) -> float:
+    stream = zlib.compressobj(9)
+    return 8.0 * (sum(len(stream.compress(text.encode())) for text in texts) + len(stream.flush()))

@@ -34,3 +34,8 @@ class Report:
     scalars: dict[str, float] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+
+def left_out_of(n: int, total: int) -> str:
+    """The end of a row that tells how many documents could not be used; empty if all could."""
+    return f"; {n} of {total} documents left out" if n else ""

@@ -31,6 +31,13 @@ def drawing(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image
     return Image.fromarray(pixels.astype(np.uint8), "RGBA").convert(mode)
 
 
+def noise(*seed: int) -> bytes:
+    """A picture like no other, of one tile of 28 pixels or of several."""
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(8, 60, 2)
+    return encoded(Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)))
+
+
 def frames(n: int = 4, size: tuple[int, int] = (16, 16)) -> list[Image.Image]:
     return [Image.new("RGB", size, (60 * i % 256, 30, 90)) for i in range(n)]
 

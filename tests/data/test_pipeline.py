@@ -15,7 +15,7 @@ from PIL import Image
 
 from llamax.config import ConfigError, Data, Source, Vision
 from llamax.data.encode import Encoder
-from llamax.data.pipeline import HeldOut, _mean_tokens, build, skipped, text_bytes
+from llamax.data.pipeline import HeldOut, _means, build, skipped, text_bytes
 from llamax.data.sources import open_source, read_manifest, write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
 
@@ -239,7 +239,7 @@ def test_pictures_need_a_vision_encoder_and_a_multimodal_manifest(config, tmp_pa
         build(config, None, 0)
     (tmp_path / "data.jsonl").write_text('{"pieces": [{"image": "a.png"}]}\n')
     (tmp_path / "data.toml").write_text('format = "jsonl"\nfiles = ["data.jsonl"]\ntokens = 3\n')
-    with pytest.raises(ConfigError, match='kind = "multimodal"'):
+    with pytest.raises(ConfigError, match='a picture in a source whose manifest says kind = "text"'):
         next(iter(build(dataclasses.replace(config, sources={"x": Source(str(tmp_path / "data.toml"))}), VISION, 0)))
 
 
@@ -275,5 +275,5 @@ def test_stated_tokens_weigh_like_counted_ones(config, folder, tokenizer_path):
         texts = [piece for document in reader for piece in document.pieces if isinstance(piece, str)]
         stated = dataclasses.replace(manifest, tokens=sum(len(tokenizer.encode(piece)) for piece in texts))
         true = np.mean([len(encoder(document).tokens) - 1 for document in reader])
-        assert _mean_tokens(stated, reader, encoder) == pytest.approx(true, rel=0.02)
-        assert _mean_tokens(manifest, reader, encoder) == pytest.approx(true, rel=0.1)
+        assert _means(stated, reader, encoder).tokens == pytest.approx(true, rel=0.02)
+        assert _means(manifest, reader, encoder).tokens == pytest.approx(true, rel=0.1)

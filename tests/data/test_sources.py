@@ -94,9 +94,13 @@ def test_invalid_utf8_in_msgpack_is_skipped(tmp_path):
     "record",
     [{}, {"txt": "a"}, {"pieces": "a"}, {"pieces": [{"sound": "a"}]}, {"text": 3}, {"pieces": [{}]}, ["a"], b"{broken"],
 )
-def test_a_malformed_record_is_an_error_that_names_it(tmp_path, record):
-    message = refused(jsonl(tmp_path, {"text": "fine"}, record))
-    assert "record 1" in message and "data.jsonl" in message
+def test_a_malformed_record_is_skipped_and_says_where_and_why(tmp_path, record):
+    before, bad, after = documents(jsonl(tmp_path, {"text": "fine"}, record, {"text": "and well"}))
+    assert (before.pieces, before.skip, after.pieces, after.skip) == (("fine",), "", ("and well",), "")
+    assert bad.skip == "malformed" and not bad.pieces and bad.where == f"record 1 of {tmp_path / 'data.jsonl'}"
+    assert (
+        "cannot be decoded" in bad.detail if record == b"{broken" else f"text, image or video: {record}" in bad.detail
+    )
 
 
 def test_the_writer_refuses_what_readers_would(tmp_path):
@@ -126,8 +130,9 @@ def test_a_wrong_manifest_is_refused_in_three_parts(tmp_path):
     assert "cannot be opened" in refused(manifest(tmp_path, format="arrayrecord", files=["bad.arrayrecord"]))
 
 
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
-    write_arrayrecord(tmp_path / "d.arrayrecord", [{"text": f"text {i} " * 50} for i in range(40)])
+def test_a_damaged_file_loses_its_damaged_records_alone_or_is_an_error_that_names_it(tmp_path):
+    texts = [f"text {i} " * 50 for i in range(40)]
+    write_arrayrecord(tmp_path / "d.arrayrecord", [{"text": text} for text in texts])
     path = manifest(tmp_path, format="arrayrecord", files=["d.arrayrecord"])
     whole = (tmp_path / "d.arrayrecord").read_bytes()
     seen = set()
@@ -135,11 +140,18 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
         (tmp_path / "d.arrayrecord").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         try:
             source = open_source(read_manifest(path))
-            seen |= {source[i].skip for i in range(len(source))}
         except ConfigError as error:
             assert "d.arrayrecord" in str(error)
             seen.add("refused")
-    assert "refused" in seen
+            continue
+        assert [source[i].skip or source[i].pieces[0] for i in range(40)] == [
+            source[i].skip and "malformed" or text for i, text in enumerate(texts)
+        ]
+        bad = [i for i in range(39, -1, -1) if source[i].skip]  # backwards the same
+        assert len(bad) <= 2 and bad == [i for i in range(40) if source[i].skip][::-1]
+        assert all(source[i].where.startswith(f"record {i} of ") and source[i].detail for i in bad)
+        seen |= {source[i].skip for i in bad}
+    assert "malformed" in seen
 
 
 def test_verify_compares_hashes(tmp_path):

@@ -17,7 +17,7 @@ from tests.runs import tiny_run
 
 RUN = tiny_run()
 TOKENIZER = Tokenizer(RUN.data.tokenizer)
-CTX = Context(RUN, None, TOKENIZER, lambda batch: batch, 1, {}, {})
+CTX = Context(RUN, None, TOKENIZER, lambda batch: batch, 1, lambda: None, {}, {})
 TRUTH = [("red", "star"), ("blue", "ring"), ("red", "ring"), ("blue", "star")]
 PAINT = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
@@ -28,20 +28,28 @@ def png(colour: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-def manifest(tmp_path) -> str:
-    records = [
-        {"pieces": [{"image": png(c)}, {"text": "unused"}], "meta": {"prompt": "What?", "colour": c, "shape": s}}
-        for c, s in TRUTH
-    ]
-    write_arrayrecord(tmp_path / "d.arrayrecord", records)
-    path = tmp_path / "d.toml"
+def record(picture: bytes, **meta) -> dict:
+    return {"pieces": [{"image": picture}, {"text": "unused"}], "meta": {"prompt": "What?"} | meta}
+
+
+GOOD = [record(png(colour), colour=colour, shape=shape) for colour, shape in TRUTH]
+
+
+def source(folder, records: list[dict]) -> str:
+    write_arrayrecord(folder / "d.arrayrecord", records)
+    path = folder / "d.toml"
     path.write_text('format = "arrayrecord"\nfiles = ["d.arrayrecord"]\nkind = "multimodal"\nlang = "en"\n')
     return str(path)
 
 
-def test_an_eye_for_colour_alone(manifest, monkeypatch):
-    """The stand-in names the colour that it is shown, red where it sees none, and always a star."""
+@pytest.fixture
+def manifest(tmp_path) -> str:
+    return source(tmp_path, GOOD)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """What a stand-in is asked: it names the colour that it is shown, red where it sees none, and always a star."""
     asked = []
 
     def look(skeleton, params, router_bias, prompts, **how):
@@ -53,16 +61,21 @@ def test_an_eye_for_colour_alone(manifest, monkeypatch):
         return [[next(id for id in ids if id in how["allowed"])] for ids in said]  # " star" where shapes are asked
 
     monkeypatch.setattr(drawings, "generate", look)
+    return asked
+
+
+def test_an_eye_for_colour_alone(manifest, asked):
     report = drawings.run(CTX, config.Eval(path=manifest))
     assert report.scalars == {
         **{"colour_accuracy": 1.0, "colour_accuracy_blank": 0.5},
         **{"shape_accuracy": 0.5, "shape_accuracy_blank": 0.5},
+        "left_out": 0,
     }
     assert len(asked) == 12 and all((p.tiles == 255).all() for p in asked[4:])
     endings = ["What?"] * 8 + ["What? " + colour for colour, _ in TRUTH]
     assert all(TOKENIZER.decode(p.tokens).endswith(end) for p, end in zip(asked, endings, strict=True))
     assert report.pictures[1][1] == "blue star." and (report.pictures[1][0][..., 2] == 255).all()
-    assert "chance 50.0%" in report.rows[0][2]
+    assert "chance 50.0%" in report.rows[0][2] and "left out" not in report.rows[0][2]
 
 
 def test_the_first_name_counts():
@@ -71,14 +84,32 @@ def test_the_first_name_counts():
     assert drawings.accuracy(texts, ["red", "red", "blue", "red", "blue"], names) == 3 / 5
 
 
-def test_pictures_that_cannot_be_read_are_refused(tmp_path):
-    record = {"pieces": [{"image": b"no picture"}], "meta": {"prompt": "What?", "colour": "red", "shape": "star"}}
-    write_arrayrecord(tmp_path / "d.arrayrecord", [record])
-    path = tmp_path / "d.toml"
-    path.write_text('format = "arrayrecord"\nfiles = ["d.arrayrecord"]\nkind = "multimodal"\nlang = "en"\n')
-    with pytest.raises(ConfigError, match="cannot be decoded"):
-        drawings.run(CTX, config.Eval(path=str(path)))
-    path.write_text(path.read_text().replace("d.arrayrecord", "e.arrayrecord"))
-    write_arrayrecord(tmp_path / "e.arrayrecord", [{"text": "no drawing"}])
-    with pytest.raises(ConfigError, match="no document has a prompt"):
-        drawings.run(CTX, config.Eval(path=str(path)))
+BAD = [
+    record(b"no picture", colour="green", shape="cube"),
+    {"pieces": [{"text": " "}], "meta": {}},  # an empty document
+    record(png("red"), colour=["red"], shape="star"),
+    record(png("red"), colour="red", shape=" "),
+    record(png("red"), colour="red", shape=3),
+    {"text": "no picture at all", "meta": {"prompt": "What?", "colour": "red", "shape": "star"}},
+]
+
+
+def test_drawings_that_cannot_be_read_are_left_out_and_told(tmp_path, asked):
+    good = drawings.run(CTX, config.Eval(path=source(tmp_path, GOOD)))
+    del asked[:]
+    report = drawings.run(CTX, config.Eval(path=source(tmp_path, [*BAD[:3], *GOOD, *BAD[3:], {"text": "other"}])))
+    assert report.scalars == good.scalars | {"left_out": 6}
+    assert len(asked) == 12 and len(report.pictures) == 4
+    assert all(what == f"{name} of 4" for name, (what, *_) in zip(drawings.ASKED, report.rows, strict=True))
+    assert all(compared.endswith("; 6 of 10 documents left out") for *_, compared in report.rows)
+
+
+def test_drawings_of_which_none_can_be_used_are_refused(tmp_path):
+    path = source(tmp_path, [BAD[0]])
+    with pytest.raises(
+        ConfigError, match=r"none of its 1 drawings can be used: a picture cannot be decoded \(record 0"
+    ):
+        drawings.run(CTX, config.Eval(path=path))
+    for other in ({"text": "no drawing"}, {"text": ""}):
+        with pytest.raises(ConfigError, match="no document has a prompt"):
+            drawings.run(CTX, config.Eval(path=source(tmp_path, [other])))

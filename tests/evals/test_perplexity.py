@@ -37,7 +37,7 @@ def ctx(monkeypatch) -> Context:
 
     monkeypatch.setattr(perplexity, "score", uniform)
     perplexity.sums.clear_cache()
-    return Context(RUN, Ignorant(), TOKENIZER, lambda batch: batch, 1, {}, {})
+    return Context(RUN, Ignorant(), TOKENIZER, lambda batch: batch, 1, lambda: None, {}, {})
 
 
 def manifest(folder, lines: list[dict], kind: str = "multimodal") -> str:
@@ -60,8 +60,11 @@ def test_ignorance_costs_the_logarithm_of_the_vocabulary(ctx, tmp_path):
 def test_documents_left_out_count_in_neither_text_nor_baselines(ctx, tmp_path):
     good = perplexity.run(ctx, config.Eval(path=manifest(tmp_path, [{"text": text} for text in TEXTS])))
     lost = {"pieces": [{"image": "nowhere.png"}, {"text": "lost " * 500}]}
-    lines = [lost, *({"text": text} for text in TEXTS), {"text": " "}]
-    assert perplexity.run(ctx, config.Eval(path=manifest(tmp_path, lines))).scalars == pytest.approx(good.scalars)
+    lines = [lost, *({"text": text} for text in TEXTS), {"text": " "}, {"txt": "malformed"}]
+    holes = perplexity.run(ctx, config.Eval(path=manifest(tmp_path, lines)))
+    assert good.scalars["left_out"] == 0 and "left out" not in good.rows[0][2]
+    assert holes.scalars == pytest.approx(good.scalars | {"left_out": 3})
+    assert holes.rows == [(*good.rows[0][:2], good.rows[0][2] + "; 3 of 6 documents left out")]
     with pytest.raises(ConfigError, match="no document has text"):
         perplexity.run(ctx, config.Eval(path=manifest(tmp_path, [lost])))
 
