@@ -150,6 +150,7 @@ def _train(
         with ledger.during("save"):
             checkpoints.wait()
         ledger.enter("idle")
+    goodput.write(now=True)
     report(run, workdir, around.evaluate.reports, finished, goodput)
     return Result(state, around.evaluate.reports, finished, stop.signal)
 

@@ -184,12 +184,12 @@ def test_another_seed_is_another_run(unbroken, tmp_path):
 
 
 def stop_at(step: int, run) -> None:
-    """Ctrl-C while step `step` is logged."""
+    """Ctrl-C after step `step` was logged."""
     log = hooks.Log.__call__
 
     def interrupt(self, event):
         log(self, event)
-        if event.step == step - 1:
+        if event.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -253,7 +253,7 @@ def test_too_many_bad_steps_stop_the_run(tmp_path):
     step 2 saved is the ruin."""
     ruin = dict(peak_lr=1e16, warmup_steps=4)
     broken = tiny_run(20, optim=ruin, health=dict(max_bad_steps=3), checkpoint=dict(every_steps=1))
-    with pytest.raises(Diverged, match="3 to 6, were not finite.* last good checkpoint is step 1"):
+    with pytest.raises(Diverged, match="3 to 5, were not finite.* last good checkpoint is step 1"):
         train(broken, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
@@ -348,10 +348,19 @@ def test_generate_asks_the_newest_checkpoint_with_the_picture(unbroken, monkeypa
 
 def test_a_second_interrupt_does_not_wait():
     with loop.StopRequest() as stop:
+        stop.at_once = False
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_before_the_first_step_a_stop_is_obeyed_at_once():
+    with loop.StopRequest() as stop:
+        with pytest.raises(loop.Stopped, match="SIGTERM") as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.signal == stop.signal == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ from jax import Array
 
 from llamax.losses import router
 from llamax.model.stack import moe_slots
-
-if TYPE_CHECKING:
-    from llamax.train.step import Metrics
 
 
 def gradient_squares(grads: dict[str, Any], plan: tuple) -> dict[str, Array]:
@@ -55,9 +52,9 @@ def move_biases(router_bias: Any, loads_LE: Array, plan: tuple, rate: float, upd
     return jax.tree.map_with_path(move, router_bias)
 
 
-def norms(got: Metrics, tokens: int, tiles: int) -> dict[str, float]:
-    """norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root mean square of the
-    residual stream after that layer, over the step's real tokens, and over its picture tiles."""
+def norms(got: Any, tokens: int, tiles: int) -> dict[str, float]:
+    """Of a step's Metrics: norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root
+    mean square of the residual stream after that layer, over the step's real tokens, and over its picture tiles."""
     squares, energy_L, vision_L = jax.device_get((got.grad_squares, got.energy, got.vision_energy))
     out: dict[str, float] = {}
     for block, values in squares.items():
