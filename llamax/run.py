@@ -150,8 +150,8 @@ def _train(
         with ledger.during("save"):
             checkpoints.wait()
         ledger.enter("idle")
-    goodput.write(now=True)
     report(run, workdir, around.evaluate.reports, finished, goodput)
+    goodput.write(now=True)
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
 

@@ -53,7 +53,7 @@ def move_biases(router_bias: Any, loads_LE: Array, plan: tuple, rate: float, upd
 
 
 def norms(got: Any, tokens: int, tiles: int) -> dict[str, float]:
-    """Of a step's Metrics: norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root
+    """Of a step: norms/gradient/BLOCK, before clipping, and norms/activation/layer_07, .../vision_03: the root
     mean square of the residual stream after that layer, over the step's real tokens, and over its picture tiles."""
     squares, energy_L, vision_L = jax.device_get((got.grad_squares, got.energy, got.vision_energy))
     out: dict[str, float] = {}
