@@ -89,7 +89,7 @@ def compiled(run: config.Run) -> tuple[jax.stages.Compiled, State, Skeleton]:
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, 0)), shardings)
+    shapes = jax.tree.map(shape_at, jax.eval_shape(partial(init, bones, tx, 0, run.health.spike_window)), shardings)
     return step.lower(shapes, abstract_batch(run, 0, rows)).compile(), shapes, bones
 
 
