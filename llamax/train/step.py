@@ -74,19 +74,18 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
 
     def gradient(params, router_bias, batch: Batch):
         dens = {name: TERMS[name].den(batch) for name in weights}
-        grad = jax.grad(loss, has_aux=True)
         if run.train.accumulate == 1:
-            return grad(params, router_bias, batch, dens)
-        micro = split_rows(batch, run.train.accumulate)
-        first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, router_bias, first, dens)
-        )
+            return jax.grad(loss, has_aux=True)(params, router_bias, batch, dens)
+        # The backward pass adds to these in place: a micro-batch's own gradient never exists as a whole.
+        totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-        def add(total, batch):
-            return jax.tree.map(jnp.add, total, grad(params, router_bias, batch, dens)), None
+        def add(_, batch):
+            value, backward, told = jax.vjp(lambda p: loss(p, router_bias, batch, dens), params, has_aux=True)
+            backward.with_refs(totals)(jnp.ones_like(value))
+            return None, told
 
-        return jax.lax.scan(add, zeros, micro)[0]
+        _, told = jax.lax.scan(add, None, split_rows(batch, run.train.accumulate))
+        return jax.tree.map(jax.freeze, totals), jax.tree.map(lambda x: x.sum(axis=0), told)
 
     return gradient
 
