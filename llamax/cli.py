@@ -76,6 +76,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _train(args: argparse.Namespace) -> int:
     from llamax import config
 
+    signal.signal(signal.SIGTERM, terminated)  # for the moments before those that `train` looks after
     run = config.freeze(config.load(args.recipe, args.overrides))  # before jax is imported
     from llamax.run import train
     from llamax.train.loop import Stopped
@@ -85,7 +86,14 @@ def _train(args: argparse.Namespace) -> int:
     except Stopped as stopped:
         print(f"llamax: {stopped} before the first step; the same command starts again", file=sys.stderr)
         return 128 + stopped.signal
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done: another one must not change the exit code
     return 0 if result.finished else 128 + (result.signal or signal.SIGINT)
+
+
+def terminated(*_: Any) -> None:
+    """Of a SIGTERM while there is nothing to save: the exit code is that of any other moment."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def leave(code: int) -> int:

@@ -32,6 +32,14 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """`llamax train` sets them for its whole process."""
+    old = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, old)
+
+
 def called(monkeypatch, target: str, **behaviour):
     """The function at `target`, replaced by one that only takes what the real one takes."""
     module, _, name = target.rpartition(".")

@@ -202,7 +202,7 @@ def test_a_full_disk_ends_no_run_before_its_end(tmp_path, monkeypatch, capsys):
     usage, free = shutil.disk_usage(tmp_path), space.free
     none = usage._replace(free=12_345)
     monkeypatch.setattr(space, "free", lambda at: none.free if sums.steps(at)[-1:] == [4] else free(at))
-    with pytest.raises(space.NotSaved, match=r"Saving step 20 .* needs 5.2MB, and 12.3kB are free; .* is step 4"):
+    with pytest.raises(space.NotSaved, match=r"Saving step 20 .* needs 5.\dMB, and 12.3kB are free; .* is step 4"):
         train(tiny_run(20), tmp_path, devices=jax.devices()[:1])
     assert capsys.readouterr().err.count("but it needs") == 8
     assert sums.steps(tmp_path / "checkpoints") == [2, 4] and (tmp_path / "metrics.jsonl").read_text().count("\n") == 11
