@@ -79,20 +79,21 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
         # The backward pass adds to these in place: a micro-batch's own gradient never exists as a whole.
         totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-        def add(_, batch):
-            value, backward, told = jax.vjp(lambda p: loss(p, router_bias, batch, dens), params, has_aux=True)
+        def add(_, part):
+            batch_of_part = each_nth_row(batch, run.train.accumulate, part)
+            value, backward, told = jax.vjp(lambda p: loss(p, router_bias, batch_of_part, dens), params, has_aux=True)
             backward.with_refs(totals)(jnp.ones_like(value))
             return None, told
 
-        _, told = jax.lax.scan(add, None, split_rows(batch, run.train.accumulate))
+        _, told = jax.lax.scan(add, None, jnp.arange(run.train.accumulate))
         return jax.tree.map(jax.freeze, totals), jax.tree.map(lambda x: x.sum(axis=0), told)
 
     return gradient
 
 
-def split_rows(batch: Batch, parts: int) -> Batch:
-    """[B, ...] -> [parts, B / parts, ...], every part taking each `parts`-th row: a device keeps the rows it holds."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1), batch)
+def each_nth_row(batch: Batch, n: int, first: Array) -> Batch:
+    """[B, ...] -> [B / n, ...]: the rows first, first + n, first + 2n, ...; a device keeps the rows that it holds."""
+    return jax.tree.map(lambda x: jnp.take(x.reshape(len(x) // n, n, *x.shape[1:]), first, axis=1), batch)
 
 
 def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> Callable:

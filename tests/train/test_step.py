@@ -20,7 +20,7 @@ from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
 from llamax.train import step as train_step
 from llamax.train.state import State, init
-from llamax.train.step import Told, is_spike, make_gradient, make_step, split_rows
+from llamax.train.step import Told, each_nth_row, is_spike, make_gradient, make_step
 from tests.model import twins
 from tests.tolerances import MESH_GRAD, MESH_LOSS, ORACLE
 
@@ -116,10 +116,10 @@ def test_loss_is_that_of_the_slow_twin(tiny, whole):
 
 
 def test_every_micro_batch_takes_each_nth_row():
-    parts = split_rows(ROWS, 2)
-    np.testing.assert_array_equal(parts.tokens[0], ROWS.tokens[[0, 2]])
-    np.testing.assert_array_equal(parts.tokens[1], ROWS.tokens[[1, 3]])
-    assert parts.tiles.shape == (2, 2, *ROWS.tiles.shape[1:])
+    parts = [each_nth_row(ROWS, 2, first) for first in range(2)]
+    np.testing.assert_array_equal(parts[0].tokens, ROWS.tokens[[0, 2]])
+    np.testing.assert_array_equal(parts[1].tokens, ROWS.tokens[[1, 3]])
+    assert parts[1].tiles.shape == (2, *ROWS.tiles.shape[1:])
 
 
 def test_loss_falls_on_a_fixed_batch(tiny):
