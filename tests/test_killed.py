@@ -149,17 +149,17 @@ def test_sigterm_anywhere(workers, again_s, uninterrupted, tmp_path):
     assert differences(record(tmp_path / "run"), uninterrupted, stopped=True) == []
 
 
-def random_strike(draw: random.Random, phase: str, step: int, workers: int) -> Strike:
-    """In this phase of a run that has taken up to `step` steps of 20."""
+def random_strike(draw: random.Random, phase: str, step: int, workers: int, last: int = 20) -> Strike:
+    """In this phase of a run that has taken up to `step` steps of 20; at step `last` at most."""
     number = None
     if phase == "compile":
         number = draw.choice((1, 2))
     elif phase == "step":
-        number = draw.randint(step + 1, 20)
+        number = draw.randint(step + 1, last)
     elif phase in ("save", "saving"):
-        number = draw.choice([n for n in (3, 6, 9, 12, 15, 18, 20) if n > step])
+        number = draw.choice([n for n in (3, 6, 9, 12, 15, 18, 20) if step < n <= last])
     elif phase == "eval":
-        number = draw.choice([n for n in (5, 6, 10, 12, 15, 18, 20) if n > step])
+        number = draw.choice([n for n in (5, 6, 10, 12, 15, 18, 20) if step < n <= last])
     longest = {"start": 3.0, "data": 1.5, "compile": 1.5, "saving": 0.6, "eval": 0.3}.get(phase, 0.25)
     return Strike(phase, number, round(draw.uniform(0, longest), 3), workers, everyone=draw.random() < 0.7)
 
@@ -175,7 +175,9 @@ def test_killed_at_thirty_random_points(uninterrupted, tmp_path, capsys):
     while phases:
         workers = 2 * (len(plans) % 2)
         steps = (0, 14)[: min(len(phases), 2 if len(plans) % 3 == 2 else 1)]
-        plans.append([random_strike(draw, phases.pop(), step, workers) for step in steps])
+        plans.append(
+            [random_strike(draw, phases.pop(), step, workers, 20 if step == steps[-1] else 14) for step in steps]
+        )
 
     def attempt(number: int) -> list[str]:
         workdir = tmp_path / f"run{number}"
