@@ -75,7 +75,7 @@ def train(
 
     Raises:
         ConfigError: a person's input is wrong. What can be known beforehand is told before anything is compiled,
-            allocated or written; a malformed record, or a checkpoint of other shapes, is met later.
+            allocated or written; a checkpoint of other shapes, or a file that can no longer be read, is met later.
         Diverged: too many bad steps in a row.
         Stopped: a stop was asked for before the first step; nothing is lost.
     """

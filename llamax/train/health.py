@@ -18,7 +18,7 @@ from llamax.train.loop import Event, RollBack, fetched
 
 
 class Diverged(ConfigError):
-    """Too many bad steps in a row, or too many roll-backs to one checkpoint."""
+    """Too many bad steps in a row, or too many roll-backs without progress."""
 
     exit_code = 3
 

@@ -8,6 +8,7 @@ for L MoE layers of E experts (metrics.Experts says what they are); a model with
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from llamax.train.loop import Event
 
 MAP_EVERY = 10  # fetches between two heat maps
 REMEMBERED = 600  # steps in the heat map over time: when there are more, every second one of them, and so on
+RECALLED = 20_000  # lines that a start reads for it
 DIGITS = 4  # of a share in steps.jsonl
 
 
@@ -95,11 +97,11 @@ class StepLog:
             self.history = [item for item in self.history if (item[0] - 1) % self.stride == 0]
 
     def _recall(self) -> None:
-        """What the starts before have written, thinned as it would have been."""
+        """What the starts before have written, thinned as it would have been; of a very long run, the newest part."""
         newest = next(self.file.backwards(), None)
         while newest and newest["step"] > REMEMBERED * self.stride:
             self.stride *= 2
-        for line in self.file.backwards():
+        for line in itertools.islice(self.file.backwards(), RECALLED):
             if (line["step"] - 1) % self.stride == 0 and "load" in line:
                 self.history.append((line["step"], np.array(line["load"], np.float64)))
         self.history.reverse()
