@@ -48,6 +48,50 @@ def slow_attention(q_BTHDh, k_BSKDh, v_BSKDh, *, q_pos, k_pos, q_seg, k_seg, loc
     return o_BTKGDh.reshape(B, T, H, Dh).astype(q_BTHDh.dtype)
 
 
+# ------------------------------------------------------------------------------------------------- against a cache
+
+
+def cached_attention(
+    q_BTHDh, past_k_BKSDh, past_v_BKSDh, k_BKTDh, v_BKTDh, *, q_pos, k_pos, q_seg, k_seg, past_pos, past_seg
+):
+    """`slow_attention` over the keys of a cache and the new ones, without a copy of both together.
+
+    The cache is read as it lies, heads before tokens: [B, K, S, Dh]; past_pos, past_seg int32 [B, S]. Segment 0 is an
+    empty place. Many queries go in tiles, so that the scores of a tile are all that exists.
+    """
+    B, T, H, Dh = q_BTHDh.shape
+    K, dtype = k_BKTDh.shape[1], q_BTHDh.dtype
+    past_k, past_v, k, v = (x.astype(dtype) for x in (past_k_BKSDh, past_v_BKSDh, k_BKTDh, v_BKTDh))
+
+    def attend(tile):
+        q_BCHDh, pos_BC, seg_BC = tile
+        C = q_BCHDh.shape[1]
+        q = q_BCHDh.reshape(B, C, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
+
+        def scores(keys, pos, seg):
+            score = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32) * Dh**-0.5
+            sees = (seg_BC[:, :, None] == seg[:, None, :]) & (pos[:, None, :] <= pos_BC[:, :, None])
+            return jnp.where(sees[:, None, None], score, MASKED)
+
+        score = jnp.concatenate([scores(past_k, past_pos, past_seg), scores(k, k_pos, k_seg)], axis=-1)
+        p = jax.nn.softmax(score, axis=-1).astype(dtype)
+        p_past, p_new = jnp.split(p, [past_k.shape[2]], axis=-1)
+        sums = dict(preferred_element_type=jnp.float32)
+        o = jnp.einsum("bkgcs,bksd->bkgcd", p_past, past_v, **sums) + jnp.einsum("bkgcs,bksd->bkgcd", p_new, v, **sums)
+        return o.transpose(0, 3, 1, 2, 4).reshape(B, C, H, Dh).astype(dtype)
+
+    if T <= TILE:
+        return attend((q_BTHDh, q_pos, q_seg))
+    n = -(-T // TILE)
+
+    def tiled(x):  # [B, T, ...] -> [n, B, TILE, ...]
+        x = jnp.pad(x, ((0, 0), (0, n * TILE - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, n, TILE, *x.shape[2:]).swapaxes(0, 1)
+
+    o_nBCHDh = jax.lax.map(attend, (tiled(q_BTHDh), tiled(q_pos), tiled(q_seg)))
+    return o_nBCHDh.swapaxes(0, 1).reshape(B, n * TILE, H, Dh)[:, :T]
+
+
 # -------------------------------------------------------------------------------------------- blocked, in plain JAX
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from llamax import config
+from llamax.model.cache import KV, Window
 from llamax.model.layers import linear, matrix, rms
 from llamax.model.rope import Rotation, frequencies, rotate, rotation
 from llamax.model.seam import Seam
@@ -29,21 +30,30 @@ class Places(NamedTuple):
     chunk_rotation: Rotation  # of position mod C
     full_rotation: Rotation
     temperature: Array  # float32 [B, T]
+    before: dict[str, Window] | None = None  # by kind of layer: where the keys of its cache stand
 
 
 def places(positions_BT: Array, segment_ids_BT: Array, model: config.Model) -> Places:
     freq = frequencies(model.rope, model.head_dim)
     within = positions_BT % model.chunk_len
-    # Positions restart at 0 in a segment, so a chunk begins wherever position mod C is 0: counting those names them.
-    chunks = jnp.where(segment_ids_BT > 0, jnp.cumsum(within == 0, axis=1, dtype=jnp.int32), 0)
+    # A chunk begins wherever position mod C is 0, and with its segment: counting those names them.
+    begins = (within == 0) | (jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0)
+    chunks = jnp.where(segment_ids_BT > 0, jnp.cumsum(begins, axis=1, dtype=jnp.int32), 0)
     return Places(
         positions_BT,
         segment_ids_BT,
         chunks,
-        rotation(within, freq),
+        rotation(within, freq, model.chunk_len),
         rotation(positions_BT, freq),
         temperature(positions_BT, model),
     )
+
+
+def places_after(positions_BT: Array, segment_ids_BT: Array, model: config.Model, before: dict[str, Window]) -> Places:
+    """Of tokens that go on where a cache ends, one document a row: its chunks are numbered as the cache's."""
+    real = segment_ids_BT > 0
+    at = places(positions_BT, real.astype(jnp.int32), model)
+    return at._replace(chunks=jnp.where(real, 1 + positions_BT // model.chunk_len, 0), before=before)
 
 
 def temperature(positions_BT: Array, model: config.Model) -> Array:
@@ -67,7 +77,8 @@ class Attention(nnx.Module):
         out = dict(fan_in=heads * head_dim, fan_out=dim, gain=out_gain)
         self.out = matrix(rngs, (heads, head_dim, dim), ("heads", "head_dim", "embed"), **out)
 
-    def __call__(self, x_BTD: Array, at: Places) -> Array:
+    def __call__(self, x_BTD: Array, at: Places, past: KV | None = None) -> tuple[Array, KV]:
+        """The layer's output, and the keys and values of these tokens as a cache keeps them: rotated and normed."""
         q_BTHDh, k_BTKDh, v_BTKDh = (heads(x_BTD, w[...]) for w in (self.query, self.key, self.value))
         if self.kind == "nope_full":
             if self.model.attn_temperature:
@@ -80,18 +91,17 @@ class Attention(nnx.Module):
                 k_BTKDh = rms(k_BTKDh, self.model.norm_eps).astype(x_BTD.dtype)
         local = self.kind == "rope_chunk"
         segments = at.chunks if local else at.segments
-        o_BTHDh = self.seam.attention(
-            q_BTHDh,
-            k_BTKDh,
-            v_BTKDh,
-            q_pos=at.positions,
-            k_pos=at.positions,
-            q_seg=segments,
-            k_seg=segments,
-            local_len=self.model.chunk_len if local else None,
-        )
+        new = KV(k_BTKDh.swapaxes(1, 2), v_BTKDh.swapaxes(1, 2))
+        here = dict(q_pos=at.positions, k_pos=at.positions, q_seg=segments, k_seg=segments)
+        if past is None:
+            local_len = self.model.chunk_len if local else None
+            o_BTHDh = self.seam.attention(q_BTHDh, k_BTKDh, v_BTKDh, **here, local_len=local_len)
+        else:
+            window = at.before[self.kind]
+            here |= dict(past_pos=window.positions, past_seg=window.segments)
+            o_BTHDh = self.seam.cached_attention(q_BTHDh, *past, *new, **here)
         out_FD = self.out[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
-        return linear(o_BTHDh.reshape(*x_BTD.shape[:2], -1), out_FD)
+        return linear(o_BTHDh.reshape(*x_BTD.shape[:2], -1), out_FD), new
 
 
 def heads(x_BTD: Array, w_DHDh: Array) -> Array:

@@ -112,14 +112,15 @@ def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nn
     return nnx.merge(graph, state)
 
 
-def scan(layers: nnx.Module, x: Array, *args, remat: bool) -> tuple[Array, Any]:
+def scan(layers: nnx.Module, x: Array, *args, remat: bool, each: Any = ()) -> tuple[Array, Any]:
     """x through the stacked `layers` in order, as one `jax.lax.scan`; also what each layer returned beside x, stacked.
 
-    `remat` recomputes a layer in the backward pass and keeps its input only.
+    Every layer is given `args` and then its own part of the trees in the tuple `each`, stacked like the layers. `remat` recomputes a layer in the backward pass and keeps its input only.
     """
     graph, state = nnx.split(layers)
 
-    def body(x, layer):
-        return nnx.merge(graph, layer)(x, *args)
+    def body(x, item):
+        layer, own = item
+        return nnx.merge(graph, layer)(x, *args, *own)
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, state)
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (state, each))

@@ -8,7 +8,9 @@ from jax import Array
 
 from llamax import config
 from llamax.batch import Batch
-from llamax.model.attention import places
+from llamax.model import cache as caches
+from llamax.model.attention import places, places_after
+from llamax.model.cache import Cache
 from llamax.model.fusion import fuse
 from llamax.model.layers import RMSNorm, embedding, linear, matrix
 from llamax.model.seam import Seam
@@ -39,8 +41,29 @@ class Llama(nnx.Module):
         """Hidden states after the final norm [B, T, D], and what the layers tell of themselves."""
         x_BTD, vision_energy = self.embed_batch(batch)
         x_BTD = self.seam.constrain(x_BTD, ROWS)
-        x_BTD, trace = self.stack(x_BTD, places(batch.positions, batch.segment_ids, self.model))
+        x_BTD, trace, _ = self.stack(x_BTD, places(batch.positions, batch.segment_ids, self.model))
         return self.norm(x_BTD), trace._replace(vision_energy=vision_energy)
+
+    def prefill(self, batch: Batch, room: int) -> tuple[Array, Cache]:
+        """Hidden states [B, T, D] as above, and a new cache for `room` tokens that holds the batch.
+
+        One document a row, at any place of it (padding is segment 0 on either side), from any position on.
+        """
+        x_BTD, _ = self.embed_batch(batch)
+        at = places(batch.positions, batch.segment_ids, self.model)
+        x_BTD, _, new = self.stack(x_BTD, at, keep=True)
+        cache = caches.empty(self.model, len(x_BTD), room, self.dtype)
+        return self.norm(x_BTD), caches.write(cache, new, batch.positions, batch.segment_ids)
+
+    def extend(self, batch: Batch, cache: Cache) -> tuple[Array, Cache]:
+        """Hidden states [B, T, D] of tokens that go on where each row of the cache ends, and the cache with them.
+
+        A row with padding only (segment 0) stays as it is. The cache must have room: nothing tells if it has not.
+        """
+        x_BTD, _ = self.embed_batch(batch)
+        at = places_after(batch.positions, batch.segment_ids, self.model, caches.windows(cache, self.model))
+        x_BTD, _, new = self.stack(x_BTD, at, keep=True, past=cache.layers)
+        return self.norm(x_BTD), caches.write(cache, new, batch.positions, batch.segment_ids)
 
     def embed_batch(self, batch: Batch) -> tuple[Array, Array | None]:
         """Token embeddings with the pictures' features in place, and the encoder's energy.

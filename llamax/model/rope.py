@@ -2,7 +2,8 @@
 
 Lanes (2j, 2j+1) of a head form one complex number, which position p multiplies by exp(i p w_j), w_j = theta^(-2j/Dh).
 "llama3" scaling divides w_j by `factor` where the wavelength 2 pi / w_j exceeds original_len / low_freq_factor, keeps
-it below original_len / high_freq_factor, and interpolates between. Angles are float32.
+it below original_len / high_freq_factor, and interpolates between. Angles are float32, and right to 1e-4 at any int32
+position.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from jax import Array
 
 from llamax import config
 
+DIGIT = 256
+
 
 class Rotation(NamedTuple):
     """cos and sin of the angles, float32, broadcastable to [..., 1, Dh/2]."""
@@ -24,7 +27,7 @@ class Rotation(NamedTuple):
 
 
 def frequencies(rope: config.Rope, head_dim: int) -> np.ndarray:
-    """w_j in radians per token, float32 [Dh/2]."""
+    """w_j in radians per token, float64 [Dh/2]."""
     freq = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.scaling == "llama3":
         wavelength = 2 * np.pi / freq
@@ -34,12 +37,20 @@ def frequencies(rope: config.Rope, head_dim: int) -> np.ndarray:
         mix = (rope.original_len / wavelength - rope.low_freq_factor) / band
         between = (1 - mix) * freq / rope.factor + mix * freq
         freq = np.where(wavelength < high, freq, np.where(wavelength > low, freq / rope.factor, between))
-    return freq.astype(np.float32)
+    return freq
 
 
-def rotation(positions_BT: Array, freq: np.ndarray) -> Rotation:
-    """The angles of every token, for `rotate` on [B, T, heads, Dh]."""
-    angle = positions_BT.astype(jnp.float32)[..., None, None] * freq
+def rotation(positions_BT: Array, freq: np.ndarray, limit: int = 2**31) -> Rotation:
+    """The angles of every token, for `rotate` on [B, T, heads, Dh]; positions are below `limit`.
+
+    One product p w_j would be off by 0.4 rad at position 10,000,000. So p is taken as digits of base 256, and each
+    digit's turn as what is left of it after whole turns: the sum of products of a digit and a small angle.
+    """
+    angle, place = jnp.float32(0), 1
+    while place < limit:
+        digit = (positions_BT // place % DIGIT).astype(jnp.float32)[..., None, None]
+        angle = angle + digit * np.remainder(freq * place, 2 * np.pi).astype(np.float32)
+        place *= DIGIT
     return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 

@@ -16,6 +16,7 @@ from jax import Array
 
 from llamax import config
 from llamax.model.attention import Attention, Places
+from llamax.model.cache import KV, Layers
 from llamax.model.layers import RMSNorm, SwiGLU, mean_square, scan, stacked
 from llamax.model.moe import MoE, Routing
 from llamax.model.seam import Seam
@@ -45,13 +46,14 @@ class Block(nnx.Module):
         else:
             self.dense = SwiGLU(model.dim, model.dense_ffn_dim, out_gain=gain, rngs=rngs)
 
-    def __call__(self, x_BTD: Array, at: Places) -> tuple[Array, Array, Routing | None]:
-        """The residual stream after it, its energy [B], and the routing of a MoE block."""
-        x_BTD = self.seam.constrain(x_BTD + self.attention(self.attention_norm(x_BTD), at), ROWS)
+    def __call__(self, x_BTD: Array, at: Places, past: KV | None = None) -> tuple[Array, Array, Routing | None, KV]:
+        """The residual stream after it, its energy [B], the routing of a MoE block, and what a cache keeps."""
+        o_BTD, new = self.attention(self.attention_norm(x_BTD), at, past)
+        x_BTD = self.seam.constrain(x_BTD + o_BTD, ROWS)
         h_BTD = self.ffn_norm(x_BTD)
         y_BTD, routing = self.moe(h_BTD) if hasattr(self, "moe") else (self.dense(h_BTD), None)
         x_BTD = self.seam.constrain(x_BTD + y_BTD, ROWS)
-        return x_BTD, energy(x_BTD, at.segments > 0), routing
+        return x_BTD, energy(x_BTD, at.segments > 0), routing, new
 
 
 def energy(x_BTD: Array, real_BT: Array) -> Array:
@@ -59,22 +61,32 @@ def energy(x_BTD: Array, real_BT: Array) -> Array:
     return jnp.sum(jnp.where(real_BT, mean_square(x_BTD), 0.0), axis=-1)
 
 
+class Told(NamedTuple):
+    """What the blocks of a period return beside the residual stream."""
+
+    energy: list[Array]
+    routing: list[Routing]  # of its MoE blocks
+    new: dict[str, KV]  # by slot, for a cache; empty if none is kept
+
+
 class Period(nnx.Module):
-    """The blocks that repeat. Returns the energies of its blocks and the routings of its MoE blocks, in order."""
+    """The blocks that repeat."""
 
     def __init__(self, model: config.Model, kinds: tuple[str, ...], seam: Seam, *, rngs: nnx.Rngs):
         self.slots = tuple(f"slot{i}" for i in range(len(kinds)))
         for slot, kind in zip(self.slots, kinds, strict=True):
             setattr(self, slot, Block(model, kind, seam, rngs=rngs))
 
-    def __call__(self, x_BTD: Array, at: Places) -> tuple[Array, tuple[list[Array], list[Routing]]]:
-        energies, routings = [], []
+    def __call__(self, x_BTD: Array, at: Places, keep: bool, past: dict[str, KV] | None = None) -> tuple[Array, Told]:
+        told = Told([], [], {})
         for slot in self.slots:
-            x_BTD, energy_B, routing = getattr(self, slot)(x_BTD, at)
-            energies.append(energy_B)
+            x_BTD, energy_B, routing, new = getattr(self, slot)(x_BTD, at, past and past[slot])
+            told.energy.append(energy_B)
             if routing is not None:
-                routings.append(routing)
-        return x_BTD, (energies, routings)
+                told.routing.append(routing)
+            if keep:
+                told.new[slot] = new
+        return x_BTD, told
 
 
 class Stack(nnx.Module):
@@ -84,15 +96,20 @@ class Stack(nnx.Module):
         for segment, (kinds, repeats) in zip(self.segments, model.plan, strict=True):
             setattr(self, segment, stacked(partial(Period, model, kinds, seam), repeats, rngs))
 
-    def __call__(self, x_BTD: Array, at: Places) -> tuple[Array, Trace]:
-        """x after the last layer, and what the layers tell."""
-        energies, routings = [], []
+    def __call__(
+        self, x_BTD: Array, at: Places, *, keep: bool = False, past: Layers | None = None
+    ) -> tuple[Array, Trace, Layers]:
+        """x after the last layer; what the layers tell; and, to `keep`, the keys and values of x. `past`: those before
+        it, at the places that `at` tells."""
+        energies, routings, new = [], [], {}
         for segment in self.segments:
-            x_BTD, (energy, routing) = scan(getattr(self, segment), x_BTD, at, remat=self.remat)
-            energies.append(in_layer_order(energy))
-            if routing:
-                routings.append(in_layer_order(routing))
-        return x_BTD, Trace(joined(energies), joined(routings) if routings else None)
+            each = () if past is None else (past[segment],)
+            x_BTD, told = scan(getattr(self, segment), x_BTD, at, keep, remat=self.remat, each=each)
+            energies.append(in_layer_order(told.energy))
+            if told.routing:
+                routings.append(in_layer_order(told.routing))
+            new[segment] = told.new
+        return x_BTD, Trace(joined(energies), joined(routings) if routings else None), new
 
 
 def in_layer_order(slots: list) -> Any:

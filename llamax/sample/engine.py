@@ -1,11 +1,13 @@
-"""Continuations of prompts, by recomputing the whole row for every token (a cache makes this fast; this is its truth).
+"""Continuations of prompts: each prompt is read once (prefill), then every new token costs one token's work (decode).
 
-Letters: B prompts, T room in a row, M tiles a row, V vocabulary.
+Both are programs of few shapes: lengths and numbers of rows are rounded up. A sampled token depends on the seed, its
+prompt's number and its sample's, and never on which other prompts share the batch.
+
+Letters: B rows, T room in a row, M tiles a row, V vocabulary, S new tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,14 +18,33 @@ import numpy as np
 from jax import Array
 
 from llamax.batch import Batch
+from llamax.model import cache as caches
+from llamax.model.cache import Cache
 from llamax.model.skeleton import Skeleton
 
-ROUND = 64  # row lengths, and numbers of rows above 1, are rounded up, so that few shapes compile
+ROUND = 64  # the least length of a row
 
 
 class Prompt(NamedTuple):
     tokens: list[int]
     tiles: np.ndarray  # uint8 [n, P, P, 3]
+
+
+class Completion(NamedTuple):
+    tokens: list[int]  # as they were drawn, with the stop id that ended it
+    logp: list[float]  # of each under the model: softmax of the logits as they are, whatever they were drawn from
+    stopped: bool  # by a stop id; otherwise there was no more room
+
+    @property
+    def text(self) -> list[int]:
+        """The tokens without the stop id."""
+        return self.tokens[:-1] if self.stopped else self.tokens
+
+
+class Sampling(NamedTuple):
+    temperature: float = 0.0  # 0 takes the likeliest token; above, samples from softmax(logits / temperature)
+    top_p: float = 1.0  # out of the likeliest tokens that together have this probability (arXiv:1904.09751)
+    seed: int = 0
 
 
 def generate(
@@ -33,88 +54,257 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_tokens: int,
-    stop: set[int],
-    temperature: float = 0.0,
-    seed: int = 0,
+    stop: Collection[int],
+    n: int = 1,
+    sampling: Sampling = Sampling(),  # noqa: B008, it is immutable
+    rows: int = 128,
     row_multiple: int = 1,
     allowed: Collection[int] = (),
-) -> list[list[int]]:
-    """At most `max_tokens` new ids for each prompt, without the stop id that ended it.
+) -> list[list[Completion]]:
+    """`n` completions of at most `max_tokens` new tokens for each prompt.
 
-    `row_multiple`: the rows of a batch divide by it (on a mesh, the devices that split rows). `allowed`: the only ids
-    that may be drawn; none stands for all but `<|patch|>`, which would take a picture's next feature.
-    Temperature 0 takes the likeliest token; above, samples from softmax(logits / temperature).
+    `rows`: completions that are worked on together, at most. `row_multiple`: the rows of a batch divide by it (on a
+    mesh, the devices that split rows). `allowed`: the only ids that may be drawn; none stands for all but `<|patch|>`,
+    which would take a picture's next feature.
     """
-    rows, lengths = pack(prompts, max_tokens, row_multiple)
-    how = DecodeSettings(skeleton, max_tokens, tuple(sorted(stop)), temperature)
     model = skeleton.bind(params, router_bias)
-    may_V = np.zeros(model.model.vocab_size, bool)
-    may_V[list(allowed) or slice(None)] = True
-    may_V[model.patch_id] = False
-    new = np.asarray(decode(how, params, router_bias, rows, lengths, may_V, jax.random.key(seed)))
-    return [list(until(row.tolist(), stop)) for row in new[: len(prompts)]]
+    may_V = _may(allowed, model.model.vocab_size, model.patch_id)
+    how = How(skeleton, tuple(sorted(stop)), sampling.temperature > 0, sampling.top_p < 1)
+    done: list[list[Completion]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+    at_once = max(1, rows // n)
+    for first in range(0, len(prompts), at_once):
+        numbers = by_length[first : first + at_once]
+        batch = pack([prompts[i] for i in numbers], row_multiple)
+        room = rounded(max(len(prompts[i].tokens) for i in numbers) + max_tokens)
+        logits_BV, cache = prefill(how.skeleton, room, params, router_bias, batch)
+        names = [(i, k) for i in numbers for k in range(n)]
+        keys_B = _keys(sampling.seed, names, len(batch.tokens) * n)
+        if n > 1:
+            logits_BV, cache = jnp.repeat(logits_BV, n, axis=0), caches.repeat(cache, n)
+        state = begin(logits_BV, cache, rounded(max_tokens), len(names))
+        chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
+        state = advance(how, params, router_bias, state, np.int32(max_tokens), chance, may_V, keys_B)
+        for (i, _), completion in zip(names, read(state, len(names), how.stop), strict=True):
+            done[i].append(completion)
+    return done
 
 
-def until(ids: Sequence[int], stop: set[int]) -> Iterator[int]:
-    for token in ids:
-        if token in stop:
-            return
-        yield token
-
-
-def pack(prompts: Sequence[Prompt], max_tokens: int, row_multiple: int = 1) -> tuple[Batch, np.ndarray]:
-    """One prompt a row, with room for its continuation; and the prompts' lengths [B], 0 for a row without one."""
-    longest = max(len(p.tokens) for p in prompts) + max_tokens
-    B, T = len(prompts), -(-longest // ROUND) * ROUND
-    step = row_multiple if B == 1 else math.lcm(ROUND, row_multiple)
-    B = -(-B // step) * step
-    M = max(len(p.tiles) for p in prompts)
-    tokens = np.zeros((B, T), np.int32)
-    side = max(p.tiles.shape[1] for p in prompts)
-    tiles = np.zeros((B, M, side, side, 3), np.uint8)
-    lengths = np.zeros(B, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.tokens)] = prompt.tokens
-        tiles[row, : len(prompt.tiles)] = prompt.tiles if len(prompt.tiles) else 0
-        lengths[row] = len(prompt.tokens)
-    zeros = np.zeros((B, T), np.int32)
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    return Batch(tokens, zeros, zeros.astype(np.float32), zeros + 1, positions, zeros, tiles), lengths
-
-
-class DecodeSettings(NamedTuple):
-    """The static part of a decode program; `stop` is sorted."""
+class How(NamedTuple):
+    """The static part of the decode program."""
 
     skeleton: Skeleton
-    max_tokens: int
-    stop: tuple[int, ...]
-    temperature: float
+    stop: tuple[int, ...]  # sorted
+    sampled: bool
+    nucleus: bool
 
 
-@partial(jax.jit, static_argnums=0)
-def decode(how: DecodeSettings, params, router_bias, batch: Batch, lengths_B: Array, may_V: Array, key: Array) -> Array:
-    """New ids int32 [B, max_tokens], out of those that may be drawn; what follows a stop id is meaningless."""
+class Going(NamedTuple):
+    """Completions under way. What stands in a row after its stop id means nothing."""
+
+    cache: Cache
+    logits: Array  # float32 [B, V] of the next token
+    tokens: Array  # int32 [B, S]
+    logp: Array  # float32 [B, S]
+    count: Array  # int32 []: tokens drawn
+    done: Array  # bool [B]
+
+
+def begin(logits_BV: Array, cache: Cache, S: int, real_rows: int) -> Going:
+    """Nothing drawn yet, of at most S tokens. Rows after the first `real_rows` fill the batch up: they are done."""
+    B = len(logits_BV)
+    nothing = jnp.zeros((B, S))
+    done_B = jnp.arange(B) >= real_rows
+    return Going(cache, logits_BV, nothing.astype(jnp.int32), nothing, jnp.int32(0), done_B)
+
+
+def read(state: Going, rows: int, stop: Collection[int]) -> list[Completion]:
+    """The first `rows` completions, on the host."""
+    tokens, logp, count = jax.device_get((state.tokens, state.logp, state.count))
+    found = []
+    for ids, logps in zip(tokens[:rows, :count].tolist(), logp[:rows, :count].tolist(), strict=True):
+        end = next((i for i, token in enumerate(ids) if token in stop), None)
+        stopped = end is not None
+        length = end + 1 if stopped else len(ids)
+        found.append(Completion(ids[:length], logps[:length], stopped))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the programs
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def prefill(skeleton: Skeleton, room: int, params, router_bias, batch: Batch) -> tuple[Array, Cache]:
+    """Logits [B, V] of the token after each prompt, and the cache that holds the prompts."""
+    model = skeleton.bind(params, router_bias)
+    hidden_BTD, cache = model.prefill(batch, room)
+    return model.logits(_last(hidden_BTD, batch)), cache
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def extend(skeleton: Skeleton, params, router_bias, batch: Batch, cache: Cache) -> tuple[Array, Cache]:
+    """The same for tokens that go on where the cache ends."""
+    model = skeleton.bind(params, router_bias)
+    hidden_BTD, cache = model.extend(batch, cache)
+    return model.logits(_last(hidden_BTD, batch)), cache
+
+
+def _last(hidden_BTD: Array, batch: Batch) -> Array:
+    """The hidden state of each row's last token [B, D]."""
+    last_B = jnp.where(batch.segment_ids > 0, batch.positions, -1).argmax(axis=1)
+    return hidden_BTD[jnp.arange(len(last_B)), last_B]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def advance(
+    how: How, params, router_bias, state: Going, until: Array, chance: tuple[Array, Array], may_V: Array, keys_B: Array
+) -> Going:
+    """Draws tokens, and feeds each, the stop id too, until `until` are drawn or every row is done."""
     model = how.skeleton.bind(params, router_bias)
-    rows = jnp.arange(batch.tokens.shape[0])
-    stops = jnp.asarray(how.stop, jnp.int32)
+    rows, stops = jnp.arange(len(state.logits)), jnp.asarray(how.stop, jnp.int32)
 
-    def unfinished(carry):
-        step, _, _, done_B = carry
-        return (step < how.max_tokens) & ~done_B.all()
+    def unfinished(state: Going):
+        return (state.count < until) & ~state.done.all()
 
-    def one(carry):
-        step, tokens_BT, new_BS, done_B = carry
-        hidden_BTD, _ = model(batch._replace(tokens=tokens_BT))
-        logits_BV = jnp.where(may_V, model.logits(hidden_BTD[rows, lengths_B + step - 1]), -jnp.inf)
-        if how.temperature:
-            drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / how.temperature)
+    def one(state: Going) -> Going:
+        token_B = draw(how, jnp.where(may_V, state.logits, -jnp.inf), chance, keys_B, state.count)
+        logp_B = jax.nn.log_softmax(state.logits)[rows, token_B]
+        next_B = state.cache.start + state.cache.length
+        hidden_B1D, cache = model.extend(_tokens(token_B[:, None], next_B[:, None], ~state.done[:, None]), state.cache)
+        return Going(
+            cache,
+            model.logits(hidden_B1D[:, 0]),
+            state.tokens.at[:, state.count].set(token_B),
+            state.logp.at[:, state.count].set(logp_B),
+            state.count + 1,
+            state.done | (token_B[:, None] == stops).any(axis=1),
+        )
+
+    return jax.lax.while_loop(unfinished, one, state)
+
+
+def draw(how: How, logits_BV: Array, chance: tuple[Array, Array], keys_B: Array, count: Array) -> Array:
+    """The next token of every row, int32 [B]."""
+    if not how.sampled:
+        return logits_BV.argmax(axis=-1).astype(jnp.int32)
+    temperature, top_p = chance
+    logits_BV = logits_BV / temperature
+    if how.nucleus:
+        logits_BV = jnp.where(in_nucleus(jax.nn.softmax(logits_BV), top_p), logits_BV, -jnp.inf)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, count)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def in_nucleus(p_BV: Array, top_p: Array) -> Array:
+    """Which tokens are among the likeliest whose probabilities add up to `top_p`; the likeliest always is."""
+    falling_BV = -jnp.sort(-p_BV, axis=-1)
+    before_BV = jnp.cumsum(falling_BV, axis=-1) - falling_BV
+    least_B1 = jnp.min(jnp.where(before_BV < top_p, falling_BV, jnp.inf), axis=-1, keepdims=True)
+    return p_BV >= least_B1
+
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+
+def rounded(n: int) -> int:
+    """n rounded up to one of few lengths, at most a quarter longer above 256."""
+    step = max(ROUND, 1 << max(0, n.bit_length() - 3))
+    return -(-n // step) * step
+
+
+def pack(prompts: Sequence[Prompt], row_multiple: int = 1) -> Batch:
+    """One prompt a row; rows beyond them hold padding only."""
+    T = rounded(max(len(p.tokens) for p in prompts))
+    B = 1 << (len(prompts) - 1).bit_length()
+    B = -(-B // row_multiple) * row_multiple
+    M = max(len(p.tiles) for p in prompts)
+    side = max(p.tiles.shape[1] for p in prompts)
+    tokens, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    tiles = np.zeros((B, M, side, side, 3), np.uint8)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt.tokens)] = prompt.tokens
+        segments[row, : len(prompt.tokens)] = 1
+        tiles[row, : len(prompt.tiles)] = prompt.tiles if len(prompt.tiles) else 0
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return _tokens(tokens, positions, segments)._replace(tiles=tiles)
+
+
+def _tokens(tokens_BT, positions_BT, segments_BT) -> Batch:
+    """A batch of text to read: no targets."""
+    B, T = tokens_BT.shape
+    zeros = np.zeros((B, T), np.int32)
+    nothing = np.zeros((B, 0, 1, 1, 3), np.uint8)
+    return Batch(tokens_BT, zeros, zeros.astype(np.float32), segments_BT.astype(np.int32), positions_BT, zeros, nothing)
+
+
+def _may(allowed: Collection[int], vocab_size: int, patch_id: int) -> np.ndarray:
+    may_V = np.zeros(vocab_size, bool)
+    may_V[list(allowed) or slice(None)] = True
+    if patch_id >= 0:
+        may_V[patch_id] = False
+    return may_V
+
+
+def _keys(seed: int, names: Sequence[tuple[int, int]], rows: int) -> Array:
+    """One key a row, by the number of its prompt and of its sample."""
+    numbers = np.zeros((rows, 2), np.uint32)
+    numbers[: len(names)] = names
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(jax.random.fold_in)(fold(jax.random.key(seed), numbers[:, 0]), numbers[:, 1])
+
+
+# ------------------------------------------------------------------------------------------------------- conversations
+
+
+class Conversation:
+    """One row that is told something and says something, in turns; nothing is ever read twice.
+
+    `tokens` is all of it, as ids: what is said goes on from what was drawn, not from its text.
+    """
+
+    def __init__(self, skeleton: Skeleton, params, router_bias, *, stop: Collection[int]):
+        self.skeleton, self.weights, self.stop = skeleton, (params, router_bias), tuple(sorted(stop))
+        self.model = skeleton.bind(params, router_bias)
+        self.tokens: list[int] = []
+        self._cache: Cache | None = None
+        self._logits: Array | None = None
+        self._room = 0
+
+    def tell(self, prompt: Prompt) -> None:
+        """Reads tokens and pictures after all that was before."""
+        assert prompt.tokens
+        batch = pack([prompt])
+        first = len(self.tokens)
+        self.tokens += prompt.tokens
+        if self._cache is None:
+            self._room = rounded(len(self.tokens))
+            self._logits, self._cache = prefill(self.skeleton, self._room, *self.weights, batch)
         else:
-            drawn_B = logits_BV.argmax(axis=-1)
-        drawn_B = drawn_B.astype(jnp.int32)
-        tokens_BT = tokens_BT.at[rows, lengths_B + step].set(drawn_B)
-        done_B = done_B | (drawn_B[:, None] == stops).any(axis=1)
-        return step + 1, tokens_BT, new_BS.at[:, step].set(drawn_B), done_B
+            self._make_room(len(self.tokens))
+            batch = batch._replace(positions=batch.positions + first)
+            self._logits, self._cache = extend(self.skeleton, *self.weights, batch, self._cache)
 
-    B = batch.tokens.shape[0]
-    start = (0, jnp.asarray(batch.tokens), jnp.zeros((B, how.max_tokens), jnp.int32), lengths_B == 0)
-    return jax.lax.while_loop(unfinished, one, start)[2]
+    def say(self, max_tokens: int, sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008, it is immutable
+        """New tokens as they are drawn, the stop id that ends them included. Whoever stops listening early has heard
+        all that is in the conversation."""
+        assert self._cache is not None and self._logits is not None
+        how = How(self.skeleton, self.stop, sampling.temperature > 0, sampling.top_p < 1)
+        may_V = jnp.asarray(_may((), self.model.model.vocab_size, self.model.patch_id))
+        chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
+        keys_B = _keys(sampling.seed, [(0, len(self.tokens))], 1)
+        state = begin(self._logits, self._cache, rounded(max_tokens), 1)
+        for number in range(max_tokens):
+            self._make_room(len(self.tokens) + 1)
+            state = state._replace(cache=self._cache)
+            state = advance(how, *self.weights, state, np.int32(number + 1), chance, may_V, keys_B)
+            self._cache, self._logits = state.cache, state.logits
+            token = int(state.tokens[0, number])
+            self.tokens.append(token)
+            yield token
+            if token in self.stop:
+                return
+
+    def _make_room(self, length: int) -> None:
+        if length > self._room:
+            self._room = rounded(max(length, 2 * self._room))
+            self._cache = caches.grown(self._cache, self.model.model, self._room)

@@ -42,7 +42,7 @@ def forward(case: str, batch: Batch | None = None, constrained: list | None = No
     return quick_jit(program)(params)
 
 
-def loop(stacked, x, *args, remat):
+def loop(stacked, x, *args, remat, each):
     """`layers.scan` as a loop, which keeps every layer's output in sight."""
     graph, state = nnx.split(stacked)
     results = []
