@@ -1,8 +1,8 @@
 """The one table of names between our parameters and Hugging Face's tensors, read in both directions.
 
 A row pairs one of our leaves of a layer with a tensor of a Hugging Face layer and says how the arrays differ (`Same`,
-`Transposed`, `Heads`, `HeadsOut`, `Half`). Ours are stacked over the repeats of (segment, slot), theirs are one tensor a
-layer: HF layer = layers of the segments before + repeat x period + slot. Three formats:
+`Transposed`, `Heads`, `HeadsOut`, `Half`). Ours are stacked over the repeats of (segment, slot), theirs are one tensor
+a layer: HF layer = layers of the segments before + repeat x period + slot. Three formats:
 
     llama4        text and vision: text names under `language_model.`
     llama4_text   the decoder alone, no prefix
@@ -14,7 +14,7 @@ numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -181,7 +181,9 @@ def text_layer(model: Model, kind: str, form: str) -> dict[str, tuple[str, How]]
     for which, part in enumerate(("gate", "up")):
         rows[f"moe.{part}"] = (f"{ffn}.experts.gate_up_proj", Half(which, model.expert_ffn_dim))
     rows["moe.down"] = (f"{ffn}.experts.down_proj", Same())
-    shared = {f"moe.shared.{part}": (f"{ffn}.shared_expert.{part}_proj.weight", flip) for part in ("gate", "up", "down")}
+    shared = {
+        f"moe.shared.{part}": (f"{ffn}.shared_expert.{part}_proj.weight", flip) for part in ("gate", "up", "down")
+    }
     return rows | shared
 
 
@@ -263,6 +265,14 @@ def tensors(table: list[Leaf]) -> dict[str, Shape]:
 def whole(shape: Shape) -> Index:
     """The box that is all of an array."""
     return tuple(slice(0, n) for n in shape)
+
+
+def assemble(leaf: Leaf, found: Mapping[str, Any], box: Index) -> np.ndarray:
+    """A box of one of our leaves out of their tensors, each of which has a `get`; a new array."""
+    if not leaf.stacked:
+        return np.ascontiguousarray(leaf.how.take(found[leaf.tensors[0]].get, box))
+    layers = [leaf.how.take(found[name].get, box[1:]) for name in leaf.tensors[box[0]]]
+    return np.stack(layers)
 
 
 def tree(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
