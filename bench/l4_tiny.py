@@ -6,7 +6,7 @@ L4-tiny: width 256, 4 layers (dense + RoPE, MoE + RoPE, dense + RoPE, MoE + NoPE
 feed-forwards of 512, 8 experts top-1 and a shared one, QK norm on RoPE layers, chunks of 128, vocabulary 2,048 untied,
 8 rows of 256 tokens, float32, AdamW behind a clip at norm 1, no auxiliary loss, no rematerialisation on either side.
 
-llamax's program is the one that `llamax train` runs: `config.Model`, the seam that `run.make_seam` picks, `make_step`,
+llamax's program is the one that `llamax train` runs: `config.Model`, the seam that `make_seam` picks, `make_step`,
 one jit with donation. The other is `Llama4ForCausalLM` with `torch.optim.AdamW(fused=True)`. Each lives in a process
 of its own and sleeps while the other works. Both start from the same weights; before anything is timed their logits and
 loss on the batch are compared, and afterwards their training losses.
@@ -139,10 +139,10 @@ def llamax_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     import jax.numpy as jnp
 
     from llamax.batch import Batch
+    from llamax.model.seam import make_seam
     from llamax.model.skeleton import skeleton
     from llamax.optim.build import optimizer
     from llamax.parallel.mesh import make_mesh
-    from llamax.run import make_seam
     from llamax.train import state as states
     from llamax.train.step import make_step
     from tests import goldens

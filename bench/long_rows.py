@@ -24,10 +24,10 @@ import numpy as np
 
 from llamax import config
 from llamax.batch import Batch
+from llamax.model.seam import make_seam
 from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel.mesh import make_mesh
-from llamax.run import make_seam
 from llamax.train import state as states
 from llamax.train.step import make_step
 

@@ -36,11 +36,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llamax import config, variants
 from llamax.kernels.cross_entropy import CHUNK
 from llamax.model.attention import places
+from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
-from llamax.run import make_seam, shape_at, state_shardings
+from llamax.run import shape_at, state_shardings
 from llamax.train.programs import abstract_batch
 from llamax.train.state import State, init
 from llamax.train.step import make_step

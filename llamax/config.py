@@ -107,6 +107,33 @@ class Model:
         return tuple(kind for period, repeats in self.plan for _ in range(repeats) for kind in period)
 
 
+def plan_of(kinds: Sequence[str], period: int = 1) -> tuple:
+    """The layer plan of a list of layer kinds, first to last: its inverse is `Model.layers`.
+
+    One segment if the list repeats, or is of period `period` (layers) and that is all of it; otherwise the segments
+    with the fewest different layers, which is what compiling takes time for.
+    """
+    kinds, n = tuple(kinds), len(kinds)
+    for p in (*range(1, n), period):
+        if n % p == 0 and kinds == kinds[:p] * (n // p):
+            return ((kinds[:p], n // p),)
+    # best[i]: (different layers, segments, plan) of the layers from i on.
+    best: list[tuple[int, int, tuple]] = [(0, 0, ())] * (n + 1)
+    for i in reversed(range(n)):
+        options = []
+        for p in range(1, n - i + 1):
+            repeats = 1
+            while True:
+                layers, segments, plan = best[i + p * repeats]
+                options.append((layers + p, segments + 1, ((kinds[i : i + p], repeats), *plan)))
+                end = i + p * (repeats + 1)
+                if end > n or kinds[i : i + p] != kinds[end - p : end]:
+                    break
+                repeats += 1
+        best[i] = min(options, key=lambda option: option[:2])
+    return best[0][2]
+
+
 @dataclass(frozen=True)
 class Source:
     path: str = ""  # a manifest (*.toml)

@@ -28,10 +28,7 @@ from llamax.data import pipeline
 from llamax.data.sources import read_manifest
 from llamax.evals import Report
 from llamax.evals.report import Context
-from llamax.kernels.attention import pick_attention
-from llamax.kernels.cross_entropy import cross_entropy
-from llamax.kernels.grouped import Experts, pick_experts
-from llamax.model.seam import Seam
+from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.observe import log, metrics, provenance
 from llamax.observe.goodput import Goodput, Ledger
@@ -50,8 +47,6 @@ from llamax.train.step import make_step
 from llamax.train.step_log import StepLog
 
 logger = logging.getLogger("llamax")
-EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
-HEAD_AXES = ("embed", "vocab")
 
 
 class Result(NamedTuple):
@@ -156,17 +151,6 @@ def _train(
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
-
-
-def make_seam(mesh: Mesh) -> Seam:
-    """The fast functions for the mesh's platform, each device working on its own rows."""
-    platform = mesh.devices.flat[0].platform
-    return Seam(
-        attention=place.PerShard(pick_attention(platform), mesh),
-        run_experts=place.PerShard(pick_experts(platform), mesh, (None, EXPERT_AXES)),
-        cross_entropy=place.PerShard(cross_entropy, mesh, (None, HEAD_AXES)),
-        constrain=place.Constrain(mesh),
-    )
 
 
 def state_shardings(bones: Skeleton, tx: Any, run: config.Run, mesh: Mesh) -> State:

@@ -115,7 +115,8 @@ def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nn
 def scan(layers: nnx.Module, x: Array, *args, remat: bool, each: Any = ()) -> tuple[Array, Any]:
     """x through the stacked `layers` in order, as one `jax.lax.scan`; also what each layer returned beside x, stacked.
 
-    Every layer is given `args` and then its own part of the trees in the tuple `each`, stacked like the layers. `remat` recomputes a layer in the backward pass and keeps its input only.
+    Every layer is given `args` and then its own part of the trees in the tuple `each`, stacked like the layers.
+    `remat` recomputes a layer in the backward pass and keeps its input only.
     """
     graph, state = nnx.split(layers)
 

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jax import Array
+from jax.sharding import Mesh
 
-from llamax.kernels.attention import cached_attention, slow_attention
+from llamax.kernels.attention import cached_attention, pick_attention, slow_attention
 from llamax.kernels.cross_entropy import cross_entropy
-from llamax.kernels.grouped import slow_experts
+from llamax.kernels.grouped import Experts, pick_experts, slow_experts
+from llamax.parallel import place
+
+EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
+HEAD_AXES = ("embed", "vocab")
 
 
 def unconstrained(x: Array, names: tuple[str | None, ...]) -> Array:
@@ -22,7 +27,7 @@ def unconstrained(x: Array, names: tuple[str | None, ...]) -> Array:
 class Seam:
     """Module-level functions or frozen dataclasses, never lambdas: two lambdas would make two graphs and two compiles.
 
-    The defaults are the slow twins on one device; `run.py` picks the fast ones for a platform and a mesh.
+    The defaults are the slow twins on one device; `make_seam` picks the fast ones for a platform and a mesh.
     """
 
     attention: Callable = slow_attention  # (q, k, v, *, q_pos, k_pos, q_seg, k_seg, local_len) -> o_BTHDh
@@ -30,3 +35,15 @@ class Seam:
     run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK) -> y_ND
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
+
+
+def make_seam(mesh: Mesh) -> Seam:
+    """The fast functions for the mesh's platform, each device working on its own rows."""
+    platform = mesh.devices.flat[0].platform
+    return Seam(
+        attention=place.PerShard(pick_attention(platform), mesh),
+        cached_attention=place.PerShard(cached_attention, mesh),
+        run_experts=place.PerShard(pick_experts(platform), mesh, (None, EXPERT_AXES)),
+        cross_entropy=place.PerShard(cross_entropy, mesh, (None, HEAD_AXES)),
+        constrain=place.Constrain(mesh),
+    )

@@ -168,7 +168,7 @@ def record(
         "overrides": list(overrides),
         "files": dict(files or {}),
         "git": git_state(Path(__file__).parent),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,
@@ -183,6 +183,11 @@ def record(
         true = f"its run.json cannot be written: {error}"
         raise ConfigError(f"--workdir {workdir}", true, "Make room or rights, or choose another --workdir.") from None
     return run
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.data import pipeline
 from llamax.data.tokenizer import Tokenizer
+from llamax.model.seam import make_seam
 from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
-from llamax.run import make_seam, state_shardings
+from llamax.run import state_shardings
 from llamax.train.state import init
 from llamax.train.step import make_gradient
 from tests.runs import tiny_run

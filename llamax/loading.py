@@ -1,0 +1,135 @@
+"""`llamax.load`: a model from any folder that holds one, straight onto a mesh.
+
+Three kinds of folder: a training run's workdir, a converted model (`llamax convert from-hf`), and a folder in Hugging
+Face's format, whose tensors are read where they lie: each device gets the slices that it holds, and no more is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llamax import config
+from llamax.checkpoint import hf_names, saved
+from llamax.checkpoint.hf_read import CONFIG, Source, Tensor
+from llamax.checkpoint.manager import Checkpoints
+from llamax.config import ConfigError
+from llamax.data.tokenizer import Tokenizer
+from llamax.model.seam import Seam, make_seam
+from llamax.model.skeleton import Skeleton, skeleton
+from llamax.parallel import rules
+from llamax.parallel.mesh import make_mesh
+
+
+class Loaded(NamedTuple):
+    """A model that can be run: `skeleton.bind(params, router_bias)`."""
+
+    model: config.Model
+    skeleton: Skeleton
+    params: Any
+    router_bias: Any
+    tokenizer: Tokenizer | None  # None: the folder has none that is in tiktoken's format
+
+
+def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32", step: int | None = None) -> Loaded:
+    """The model in `folder`: a run's workdir, a converted model, or a folder in Hugging Face's format.
+
+    Args:
+      mesh: where its arrays go, by the rules of `parallel/rules.py`; the first device unless given.
+      dtype: of the parameters in memory and of the computation, float32 or bfloat16.
+      step: of a run; None takes the newest sound checkpoint.
+    Raises:
+      ConfigError: no model is there; its files are damaged or not those of its configuration; the tokenizer has
+        another number of ids than the embedding has rows.
+    """
+    if dtype not in config.COMPUTE_DTYPES:
+        true = f"it is one of {', '.join(config.COMPUTE_DTYPES)}"
+        raise ConfigError(f"dtype={dtype!r}", true, f"Give {config.COMPUTE_DTYPES[0]!r}.")
+    folder, mesh = Path(folder), mesh or make_mesh({"data": 1}, jax.devices()[:1])
+    ours = saved.find(folder)
+    if ours is not None:
+        bones, shapes = _bones(ours.model, ours.patch_id, mesh, dtype)
+        tokenizer = Tokenizer(ours.tokenizer) if ours.tokenizer else None
+        _check_vocabulary(tokenizer, ours.model)
+        with Checkpoints(ours.checkpoints) as checkpoints:
+            params, bias = checkpoints.restore_weights(step, params=shapes[0], router_bias=shapes[1])
+        return Loaded(ours.model, bones, params, bias, tokenizer)
+    if not (folder / CONFIG).exists():
+        true = f"it holds neither a run.json, nor a {saved.MODEL}, nor a {CONFIG}"
+        change = "Give the --workdir of a run, a converted model, or a folder in Hugging Face's format."
+        raise ConfigError(f"A model in {folder}", true, change)
+    source = Source(folder)
+    bones, shapes = _bones(source.model, source.patch_id, mesh, dtype)
+    tokenizer = find_tokenizer(folder)
+    _check_vocabulary(tokenizer, source.model)
+    params = _read(source, shapes[0])
+    bias = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes[1])
+    return Loaded(source.model, bones, params, bias, tokenizer)
+
+
+def find_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder, if it can be had in tiktoken's format."""
+    path = folder / saved.TOKENIZER
+    if not path.exists() or path.open("rb").read(1) == b"\n":  # a SentencePiece model, that of Llama 1 and 2
+        return None
+    return Tokenizer(path)
+
+
+def _check_vocabulary(tokenizer: Tokenizer | None, model: config.Model) -> None:
+    if tokenizer is not None and tokenizer.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.path}",
+            f"it has {tokenizer.vocab_size} ids, and the embedding {model.vocab_size} rows",
+            "Bring the model's own tokenizer.",
+        )
+
+
+def shapes_of(model: config.Model) -> tuple[Any, Any]:
+    """(params, router_bias) as shapes of float32; nothing is allocated."""
+    return skeleton(model, Seam(), patch_id=-1, train=config.Train()).shapes()
+
+
+def _bones(model: config.Model, patch_id: int, mesh: Mesh, dtype: str) -> tuple[Skeleton, tuple[Any, Any]]:
+    """The model without its arrays, and their shapes, dtypes and places."""
+    how = config.Train(compute_dtype=dtype, remat="none")
+    bones = skeleton(model, make_seam(mesh), patch_id=patch_id, train=how)
+    params, bias = bones.shapes()
+    places = rules.shardings(bones.axes, params, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at), params, places)
+    bias = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), bias)
+    return bones, (params, bias)
+
+
+def _read(source: Source, shapes: Any) -> Any:
+    """Their tensors as our parameters, leaf by leaf."""
+    table = hf_names.leaves(source.model, source.form, shapes)
+    found = source.check(table)
+    wanted = {leaf.path: leaf for leaf in table}
+    values = {}
+    for path, shape in _flat(shapes):
+        values[path] = _leaf(wanted[path], found, shape)
+        source.release()
+    return hf_names.tree(values)
+
+
+def _leaf(leaf: hf_names.Leaf, found: dict[str, Tensor], shape: jax.ShapeDtypeStruct) -> jax.Array:
+    seen: dict[tuple, np.ndarray] = {}  # devices that hold the same slices share one reading
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        box = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
+        key = tuple((s.start, s.stop) for s in box)
+        if key not in seen:
+            seen[key] = hf_names.assemble(leaf, found, box).astype(shape.dtype)
+        return seen[key]
+
+    return jax.make_array_from_callback(leaf.shape, shape.sharding, read)
+
+
+def _flat(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(tuple(key.key for key in path), leaf) for path, leaf in leaves]
