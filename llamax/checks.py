@@ -14,14 +14,18 @@ from typing import Any
 
 from llamax.config import (
     BIAS_UPDATES,
+    CHOOSE_BY,
     COMPUTE_DTYPES,
     EVAL_KINDS,
+    GATE_ON,
     LAYER_KINDS,
     ON_NONFINITE,
     ON_SPIKE,
     REMATS,
     ROPE_SCALINGS,
+    ROUTER_SCORES,
     SCHEDULES,
+    VISION_ENCODERS,
     Mesh,
     Model,
     Run,
@@ -54,6 +58,10 @@ MOST_LAYERS = 10_000
 # and some strings are names out of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope.scaling": ROPE_SCALINGS,
+    "model.router_score": ROUTER_SCORES,
+    "model.choose_by": CHOOSE_BY,
+    "model.gate_on": GATE_ON,
+    "model.vision.encoder": VISION_ENCODERS,
     "optim.schedule": SCHEDULES,
     "train.compute_dtype": COMPUTE_DTYPES,
     "train.remat": REMATS,
@@ -77,6 +85,7 @@ def check(run: Run) -> None:
         raise ConfigError("--config.name=''", "a run has a name", "Set --config.name to the recipe's name.")
     _plan(run.model)
     _heads(run.model)
+    _routing(run.model)
     if run.model.vision is not None:
         _vision(run.model.vision)
     _rows(run)
@@ -191,13 +200,35 @@ def _heads(model: Model) -> None:
     if model.head_dim % 2 and any("rope_" in kind for kind in model.layers):
         asked, true = f"--config.model.head_dim={model.head_dim}", "RoPE turns pairs of lanes, so it is even"
         raise ConfigError(asked, true, f"Set --config.model.head_dim={model.head_dim + 1}.")
-    if model.top_k > model.n_experts:
-        asked, true = f"--config.model.top_k={model.top_k}", f"there are n_experts={model.n_experts}"
-        raise ConfigError(asked, true, f"Set --config.model.top_k={model.n_experts}.")
     low, high = model.rope.low_freq_factor, model.rope.high_freq_factor
     if low > high:
         asked, true = f"--config.model.rope.low_freq_factor={low}", f"it is at most high_freq_factor={high}"
         raise ConfigError(asked, true, f"Set --config.model.rope.low_freq_factor={high}.")
+
+
+def _routing(model: Model) -> None:
+    """A token finds its experts, in groups that fit, and the router can learn from what they give."""
+    if model.top_k > model.n_experts:
+        asked, true = f"--config.model.top_k={model.top_k}", f"there are n_experts={model.n_experts}"
+        raise ConfigError(asked, true, f"Set --config.model.top_k={model.n_experts}.")
+    if model.router_renormalise and model.top_k == 1:
+        asked, true = "--config.model.router_renormalise with top_k=1", "the gate of one expert over itself is always 1"
+        raise ConfigError(asked, f"{true}: nothing would teach the router", "Set --noconfig.model.router_renormalise.")
+    if model.n_experts % model.n_groups:
+        fits = _nearest_divisor(model.n_experts, model.n_groups)
+        asked, true = f"--config.model.n_groups={model.n_groups}", f"n_experts={model.n_experts} make no equal groups"
+        raise ConfigError(asked, true, f"Set --config.model.n_groups={fits}.")
+    size = model.n_experts // model.n_groups
+    if model.top_groups > model.n_groups:
+        asked, true = f"--config.model.top_groups={model.top_groups}", f"there are n_groups={model.n_groups}"
+        raise ConfigError(asked, true, f"Set --config.model.top_groups={model.n_groups}.")
+    if model.group_best > size:
+        asked, true = f"--config.model.group_best={model.group_best}", f"a group has {size} experts"
+        raise ConfigError(asked, true, f"Set --config.model.group_best={size}.")
+    if model.top_k > model.top_groups * size:
+        asked = f"--config.model.top_k={model.top_k}"
+        true = f"top_groups={model.top_groups} groups of {size} have {model.top_groups * size} experts"
+        raise ConfigError(asked, true, f"Set --config.model.top_groups={-(-model.top_k // size)}.")
 
 
 def _vision(vision: Vision) -> None:
@@ -211,7 +242,7 @@ def _vision(vision: Vision) -> None:
         asked = f"--config.model.vision.shuffle={vision.shuffle}"
         true = f"a tile has {vision.grid} x {vision.grid} patches ({vision.tile_px} px / {vision.patch_px} px)"
         raise ConfigError(asked, true, f"Set --config.model.vision.tile_px={fits}, or another shuffle.")
-    if vision.dim % (4 * vision.n_heads):
+    if vision.encoder == "vit" and vision.dim % (4 * vision.n_heads):
         fits = _nearest_multiple(4 * vision.n_heads, vision.dim)
         asked = f"--config.model.vision.dim={vision.dim} with n_heads={vision.n_heads}"
         true = "2D RoPE needs a head width that is a multiple of 4"

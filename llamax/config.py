@@ -28,6 +28,10 @@ ROPE_SCALINGS = ("none", "llama3")
 SCHEDULES = ("cosine", "wsd")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "period")
+ROUTER_SCORES = ("sigmoid", "softmax")
+CHOOSE_BY = ("logits", "scores")
+GATE_ON = ("input", "output")
+VISION_ENCODERS = ("vit", "linear")
 BIAS_UPDATES = ("sign", "proportional")
 ON_NONFINITE = ("skip", "roll_back")
 ON_SPIKE = ("warn", "skip", "roll_back")
@@ -51,19 +55,25 @@ class Rope:
 
 @dataclass(frozen=True)
 class Vision:
-    """The vision encoder (ViT), its adapter and the tiling of pictures."""
+    """How pictures become tokens: their tiling, and what stands between pixels and the decoder.
 
+    "vit" is Llama 4's: an encoder, pixel shuffle, an adapter and a projector. "linear" is encoder-free, as in Fuyu: the
+    pixels of a token (shuffle x shuffle patches) are projected straight to the decoder's width. Both make the same
+    tiles and the same tokens; "linear" reads none of the fields that say "vit only".
+    """
+
+    encoder: str = "vit"  # vit | linear
     tile_px: int = 336  # side of a square tile
     patch_px: int = 14
     max_tiles: int = 16  # tiles of a picture's canvas; a global tile comes on top when there is more than one
-    dim: int = 1408
-    n_layers: int = 34
-    n_heads: int = 16
-    ffn_dim: int = 5632
-    adapter_dim: int = 4096
+    dim: int = 1408  # vit only
+    n_layers: int = 34  # vit only
+    n_heads: int = 16  # vit only
+    ffn_dim: int = 5632  # vit only
+    adapter_dim: int = 4096  # vit only
     shuffle: int = 2  # pixel shuffle: shuffle x shuffle patches become one token
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0  # vit only
+    norm_eps: float = 1e-5  # vit only
 
     @property
     def grid(self) -> int:
@@ -91,6 +101,14 @@ class Model:
     n_experts: int = 16
     top_k: int = 1  # experts a token
     n_shared_experts: int = 1  # run on every token; one feed-forward of n x expert_ffn_dim
+    router_score: str = "sigmoid"  # sigmoid (of each logit on its own) | softmax (over all experts)
+    router_renormalise: bool = False  # a token's gates, its chosen experts' scores, divided by their sum
+    router_scale: float = 1.0  # factor on the gates, after that
+    gate_on: str = "input"  # input | output: what of an expert its gate scales
+    choose_by: str = "logits"  # logits | scores: what the router's bias is added to, and the top k are taken of
+    n_groups: int = 1  # experts stand in groups of equal size, one after the other, and a token
+    top_groups: int = 1  # takes its experts from its best groups only
+    group_best: int = 1  # experts whose sum ranks a group: DeepSeek-V2 1, DeepSeek-V3 2
     chunk_len: int = 8192  # tokens that a rope_chunk layer can see at most
     qk_norm: bool = True  # on layers with RoPE
     attn_temperature: float = 0.1  # on layers without RoPE; 0 turns it off
@@ -197,7 +215,7 @@ class Losses:
 class RouterBias:
     """Balance without a loss: after every step, idle experts' biases rise and busy ones' fall (DeepSeek-V3)."""
 
-    rate: float = 0.0  # of router logits a step; 0 turns it off
+    rate: float = 0.0  # a step, of what model.choose_by names: logits, or scores in 0..1; 0 turns it off
     update: str = "sign"  # sign | proportional (to the load's distance from an even share)
 
 

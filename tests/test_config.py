@@ -243,6 +243,15 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.model.n_kv_heads=3"], "every kv head serves as many"),
     (["--config.model.head_dim=31"], "it is even"),
     (["--config.model.top_k=5"], "there are n_experts=4"),
+    (["--config.model.router_score=relu"], "one of sigmoid, softmax"),
+    (["--config.model.gate_on=outputs"], "one of input, output"),
+    (["--config.model.choose_by=score"], "one of logits, scores"),
+    (["--config.model.router_renormalise"], "is always 1: nothing would teach the router"),
+    (["--config.model.n_groups=3"], "n_experts=4 make no equal groups"),
+    (["--config.model.top_groups=2"], "there are n_groups=1"),
+    (["--config.model.n_groups=2", "--config.model.group_best=3"], "a group has 2 experts"),
+    (["--config.model.n_groups=2", "--config.model.top_k=3"], "top_groups=1 groups of 2 have 2 experts"),
+    (["--config.model.vision.encoder=vits"], "one of vit, linear"),
     (["--config.model.rope.low_freq_factor=2"], "it is at most high_freq_factor"),
     (["--config.model.vision.tile_px=57"], "patches have 14 px"),
     (["--config.model.vision.tile_px=42"], "a tile has 3 x 3 patches"),
@@ -292,6 +301,10 @@ def test_vision_is_asked_for_only_where_there_are_pictures(tmp_path):
     assert "no vision encoder" in refusal(asked, spec=spec).true
     assert "has no fields" in refusal("--config.model.vision.dim=64", spec=spec).true
     assert frozen("--config.data.multimodal_steps=0", "--config.data.tiles_per_row=1").data.tiles_per_row == 1
+
+
+def test_a_linear_encoder_has_no_heads_to_fit():
+    frozen("--config.model.vision.n_heads=5", "--config.model.vision.encoder=linear")
 
 
 def test_odd_heads_are_fine_without_rope():

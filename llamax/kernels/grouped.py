@@ -1,11 +1,12 @@
 """The experts of a mixture, run on the tokens that were routed to them; dropless for every routing.
 
-    y_n = sum_k SwiGLU_e(gate[n, k] x_n) with e = index[n, k]
+    y_n = sum_k SwiGLU_e(gate[n, k] x_n) with e = index[n, k]; or, with gate_on="output", sum_k gate[n, k] SwiGLU_e(x_n)
     SwiGLU_e(z) = (silu(z @ gate_e) * (z @ up_e)) @ down_e
 
-The router's gate scales an expert's input (Llama 4), not its output. All functions have one signature. The fast
-ones sort the N * K rows by expert (a stable argsort), run every expert on a contiguous stretch, and sort back;
-both sorts are permutations, whose gradients are gathers too, so no sum depends on the order of a scatter.
+The router's gate scales an expert's input (Llama 4) or its output (everyone else); SwiGLU is not linear, so these are
+two models. All functions have one signature. The fast ones sort the N * K rows by expert (a stable argsort), run every
+expert on a contiguous stretch, and sort back; both sorts are permutations, whose gradients are gathers too, so no sum
+depends on the order of a scatter.
 
 Letters: N tokens, K experts a token, E experts, D model width, F hidden width, M = N * K rows, m rows a block.
 The fast functions multiply in the dtype of x and add up in float32, the gradients of the weights too.
@@ -40,20 +41,28 @@ class Experts(NamedTuple):
 
 
 def slow_experts(
-    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+    x_ND: Float[Array, "N D"],
+    experts: Experts,
+    index_NK: Int[Array, "N K"],
+    gate_NK: Float[Array, "N K"],
+    *,
+    gate_on: str = "input",
 ) -> Float[Array, "N D"]:
     """Every expert on every token, and then the chosen ones: the definition, E / K times the work.
 
-    x_ND [N, D]; index_NK int32 [N, K] in [0, E); gate_NK [N, K]. Returns y_ND in x's dtype.
+    x_ND [N, D]; index_NK int32 [N, K] in [0, E); gate_NK [N, K]; gate_on "input" or "output". Returns y_ND in x's
+    dtype.
     """
     x_f32, gate_f32, (gate_EDF, up_EDF, down_EFD) = jax.tree.map(
         lambda a: a.astype(jnp.float32), (x_ND, gate_NK, tuple(experts))
     )
-    z_NKD = gate_f32[..., None] * x_f32[:, None]
+    one_NK = jnp.ones_like(gate_f32)
+    before_NK, after_NK = (gate_f32, one_NK) if gate_on == "input" else (one_NK, gate_f32)
+    z_NKD = before_NK[..., None] * x_f32[:, None]
     g_NKEF = jnp.einsum("nkd,edf->nkef", z_NKD, gate_EDF)
     u_NKEF = jnp.einsum("nkd,edf->nkef", z_NKD, up_EDF)
     y_NKED = jnp.einsum("nkef,efd->nked", jax.nn.silu(g_NKEF) * u_NKEF, down_EFD)
-    chosen_NKE = jax.nn.one_hot(index_NK, gate_EDF.shape[0])
+    chosen_NKE = jax.nn.one_hot(index_NK, gate_EDF.shape[0]) * after_NK[..., None]
     return jnp.einsum("nked,nke->nd", y_NKED, chosen_NKE).astype(x_ND.dtype)
 
 
@@ -61,45 +70,62 @@ def slow_experts(
 
 
 def sorted_experts(
-    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+    x_ND: Float[Array, "N D"],
+    experts: Experts,
+    index_NK: Int[Array, "N K"],
+    gate_NK: Float[Array, "N K"],
+    *,
+    gate_on: str = "input",
 ) -> Float[Array, "N D"]:
     """`slow_experts` for CPU: one expert after another, m of its rows at a time, as many blocks as the routing needs.
 
     The work is that of the M rows plus at most m - 1 rows an expert, whatever the routing. On several devices, call it
     inside `jax.shard_map` over the tokens: the sort is over the tokens that it is given.
     """
-    return _sort_and_run(_run_blocks, x_ND, experts, index_NK, gate_NK)
+    return _sort_and_run(_run_blocks, x_ND, experts, index_NK, gate_NK, gate_on)
 
 
 def ragged_experts(
-    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+    x_ND: Float[Array, "N D"],
+    experts: Experts,
+    index_NK: Int[Array, "N K"],
+    gate_NK: Float[Array, "N K"],
+    *,
+    gate_on: str = "input",
 ) -> Float[Array, "N D"]:
     """`slow_experts` for TPU, on `jax.lax.ragged_dot`.
 
     Correct on CPU and GPU, but there XLA computes every expert for every row (jax 0.10 and 0.11, by default).
     """
-    return _sort_and_run(partial(_run_ragged, jax.lax.ragged_dot), x_ND, experts, index_NK, gate_NK)
+    return _sort_and_run(partial(_run_ragged, jax.lax.ragged_dot), x_ND, experts, index_NK, gate_NK, gate_on)
 
 
 def tokamax_experts(
-    x_ND: Float[Array, "N D"], experts: Experts, index_NK: Int[Array, "N K"], gate_NK: Float[Array, "N K"]
+    x_ND: Float[Array, "N D"],
+    experts: Experts,
+    index_NK: Int[Array, "N K"],
+    gate_NK: Float[Array, "N K"],
+    *,
+    gate_on: str = "input",
 ) -> Float[Array, "N D"]:
     """`slow_experts` for GPU, on tokamax's grouped matmul, which picks a kernel for the card (extra `cuda`)."""
     import tokamax
 
-    return _sort_and_run(partial(_run_ragged, tokamax.ragged_dot), x_ND, experts, index_NK, gate_NK)
+    return _sort_and_run(partial(_run_ragged, tokamax.ragged_dot), x_ND, experts, index_NK, gate_NK, gate_on)
 
 
-def _sort_and_run(run: Callable, x_ND, experts: Experts, index_NK, gate_NK):
+def _sort_and_run(run: Callable, x_ND, experts: Experts, index_NK, gate_NK, gate_on: str):
     (N, D), K, E = x_ND.shape, index_NK.shape[1], experts.gate_EDF.shape[0]
     x_ND, experts, index_NK, gate_NK = vary_alike(x_ND, experts, index_NK, gate_NK)
-    z_MD = (gate_NK[..., None] * x_ND[:, None]).astype(x_ND.dtype).reshape(N * K, D)
+    z_NKD = gate_NK[..., None] * x_ND[:, None] if gate_on == "input" else jnp.broadcast_to(x_ND[:, None], (N, K, D))
+    z_MD = z_NKD.astype(x_ND.dtype).reshape(N * K, D)
     index_M = index_NK.reshape(-1)
     order_M = jnp.argsort(index_M, stable=True)
     inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(N * K, dtype=order_M.dtype), unique_indices=True)
     count_E = (index_M[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
     y_MD = run(_permute(z_MD, order_M, inverse_M), Experts(*experts), count_E)
-    return _permute(y_MD, inverse_M, order_M).reshape(N, K, D).sum(1).astype(x_ND.dtype)
+    y_NKD = _permute(y_MD, inverse_M, order_M).reshape(N, K, D)
+    return (y_NKD if gate_on == "input" else gate_NK[..., None] * y_NKD).sum(1).astype(x_ND.dtype)
 
 
 @jax.custom_vjp

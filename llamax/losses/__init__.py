@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
+from llamax import config
 from llamax.batch import Batch
 from llamax.losses import next_token, router
 from llamax.losses.sum import Sum
@@ -18,9 +19,9 @@ __all__ = ["TERMS", "Sum", "Term", "next_token", "router"]
 
 
 class Term(NamedTuple):
-    """`of(scored, batch)` is the Sum of some rows; `den(batch)` its denominator, known before any forward pass."""
+    """`of(scored, batch, model)` is the Sum of some rows, `den(batch)` its denominator, known before a forward pass."""
 
-    of: Callable[[Any, Batch], Sum]  # scored: llamax.model.score.Score
+    of: Callable[[Any, Batch, config.Model], Sum]  # scored: llamax.model.score.Score
     den: Callable[[Batch], Array]
     needs_experts: bool = False
 
@@ -33,23 +34,23 @@ def real(batch: Batch) -> Array:
 # The terms that `config.Losses` weighs, by the names of its fields.
 TERMS: dict[str, Term] = {
     "next_token": Term(
-        lambda scored, batch: next_token.next_token(scored.logp, batch.loss_weights),
+        lambda scored, batch, model: next_token.next_token(scored.logp, batch.loss_weights),
         lambda batch: batch.loss_weights.sum(),
     ),
     "router_balance": Term(
-        lambda scored, batch: router.balance(scored.routing.logits, scored.routing.index, real(batch)),
+        lambda scored, batch, model: router.balance(*scored.routing, real(batch), router.probabilities(model)),
         lambda batch: real(batch).sum(),
         needs_experts=True,
     ),
     "router_balance_seq": Term(
-        lambda scored, batch: router.sequence_balance(
-            scored.routing.logits, scored.routing.index, batch.segment_ids, batch.positions
+        lambda scored, batch, model: router.sequence_balance(
+            *scored.routing, batch.segment_ids, batch.positions, router.probabilities(model)
         ),
         lambda batch: real(batch).sum(),
         needs_experts=True,
     ),
     "router_z": Term(
-        lambda scored, batch: router.z_loss(scored.routing.logits, real(batch)),
+        lambda scored, batch, model: router.z_loss(scored.routing.logits, real(batch)),
         lambda batch: real(batch).sum(),
         needs_experts=True,
     ),

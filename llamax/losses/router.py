@@ -5,6 +5,7 @@ Letters: L MoE layers, B rows, T tokens, E experts, K experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from llamax import config
 from llamax.losses.sum import Sum
 
 
@@ -41,12 +43,29 @@ def loads(index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"], n_expe
     return _over_tokens(chosen_LBTE, mask_BT[..., None])
 
 
+def probabilities(model: config.Model) -> Callable[[Array], Array]:
+    """logits [..., E] -> how likely the router sends a token to each expert: what it chooses by, adding up to 1.
+
+    The softmax, but for a choice by sigmoid scores: these divided by their sum (DeepSeek-V3, arXiv 2412.19437, eq. 19).
+    """
+    by_sigmoid = model.choose_by == "scores" and model.router_score == "sigmoid"
+    return normalised_sigmoid if by_sigmoid else jax.nn.softmax
+
+
+def normalised_sigmoid(logits: Array) -> Array:
+    """s_e / sum s of s = sigmoid(logits), over the last dimension; as a softmax of log s, which does not underflow."""
+    return jax.nn.softmax(jax.nn.log_sigmoid(logits))
+
+
 def balance(
-    logits_LBTE: Float[Array, "L B T E"], index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"]
+    logits_LBTE: Float[Array, "L B T E"],
+    index_LBTK: Int[Array, "L B T K"],
+    mask_BT: Bool[Array, "B T"],
+    probabilities: Callable[[Array], Array] = jax.nn.softmax,
 ) -> Sum:
     """E sum_e f_e P_e, averaged over layers (Switch Transformer, arXiv 2101.03961, eq. 4-6); 1 when balanced.
 
-    f_e is the share of tokens sent to expert e, P_e the mean softmax probability that the router gives it. Both are
+    f_e is the share of tokens sent to expert e, P_e the mean probability that the router gives it. Both are
     statistics of the whole micro-batch over all devices, so this loss, unlike the others, does depend on how a batch is
     split by accumulation. As a Sum it is weighted by the tokens that it was measured on.
     """
@@ -54,7 +73,7 @@ def balance(
     tokens = mask_BT.sum().astype(jnp.float32)
     safe = jnp.maximum(tokens, 1.0)
     share_LE = loads(index_LBTK, mask_BT, n_experts) / (safe * index_LBTK.shape[-1])
-    mean_LE = _over_tokens(jax.nn.softmax(logits_LBTE, axis=-1), mask_BT[..., None]) / safe
+    mean_LE = _over_tokens(probabilities(logits_LBTE), mask_BT[..., None]) / safe
     return Sum(tokens * n_experts * jnp.sum(share_LE * mean_LE, axis=-1).mean(), tokens)
 
 
@@ -63,12 +82,12 @@ def sequence_balance(
     index_LBTK: Int[Array, "L B T K"],
     segment_ids_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
+    probabilities: Callable[[Array], Array] = jax.nn.softmax,
 ) -> Sum:
     """The same within every document: E sum_e f_e P_e of its own f and P (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
 
     Averaged over layers, and over documents in proportion to their tokens. A document is a packed segment, so splitting
-    the batch, packing, padding and the order of rows change nothing. Ours differs from the paper's in that P is the
-    softmax probability, as in `balance`, whatever the gate.
+    the batch, packing, padding and the order of rows change nothing.
     """
     n_experts, tokens = logits_LBTE.shape[-1], segment_ids_BT.shape[1]
     real_BT = segment_ids_BT > 0
@@ -84,7 +103,7 @@ def sequence_balance(
         return jnp.take_along_axis(running_LBTE, jnp.where(real_BT, places_BT, 0)[None, ..., None], axis=2)
 
     share_LBTE = (at(past_BT) - at(first_BT)) / (jnp.maximum(lengths_BT, 1) * index_LBTK.shape[-1])[..., None]
-    products_LBT = jnp.sum(share_LBTE * jax.nn.softmax(logits_LBTE, axis=-1), axis=-1)
+    products_LBT = jnp.sum(share_LBTE * probabilities(logits_LBTE), axis=-1)
     return Sum(n_experts * _over_tokens(products_LBT, real_BT).mean(), real_BT.sum().astype(jnp.float32))
 
 
@@ -100,7 +119,7 @@ def bias_step(
     """The bias after a step with these loads (arXiv 2408.15664, algorithm 1): more for idle experts, less for busy.
 
     Args:
-      rate: how far a bias moves, in router logits.
+      rate: how far a bias moves, in what experts are chosen by.
       update: "sign" moves each by `rate`; "proportional" by `rate` times its distance from an even share, relative to
         that share.
     """

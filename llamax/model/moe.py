@@ -1,9 +1,12 @@
-"""Mixture of experts as Llama 4 defines it, dropless.
+"""Mixture of experts, dropless, with the routing that the configuration describes.
 
-For a token x: z = x W_r (no bias); the top-k of z choose the experts; the gate of a chosen expert is sigmoid(z_e), each
-on its own, not renormalised; the gate scales the expert's INPUT: y = shared(x) + sum_e SwiGLU_e(sigmoid(z_e) x). SwiGLU
-is not homogeneous, so scaling the output instead would be another model. Router logits, the choice
-and the sigmoid are float32.
+For a token x: logits z = x W_r (no bias); scores s = sigmoid(z) or softmax(z) over all experts. The top k of c + bias
+choose the experts, where c is z or s; with groups, only experts of the best groups are there to be chosen. The gate of
+a chosen expert is its score, or its share of the chosen scores' sum, times a factor. It scales the expert's input or
+its output: y = shared(x) + sum_e SwiGLU_e(g_e x), or shared(x) + sum_e g_e SwiGLU_e(x). Llama 4 is the defaults: choice
+by z, gate sigmoid(z_e) on the input. docs/how-to/routing.md says which fields make which published model.
+
+Logits, choice and gates are float32.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from llamax.kernels.grouped import Experts
 from llamax.model.layers import SwiGLU, matrix
 from llamax.model.seam import Seam
 
+SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}  # of config.ROUTER_SCORES
+
 
 class RouterBias(nnx.Variable):
-    """Added to the logits for the choice of experts only; moved by load balancing, never by a gradient."""
+    """Added to the logits or scores for the choice of experts only; moved by load balancing, never by a gradient."""
 
 
 class Routing(NamedTuple):
@@ -50,11 +55,38 @@ class MoE(nnx.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         # HIGHEST: left to themselves, TPUs multiply float32 in bfloat16 passes and GPUs in TF32, which moves choices.
         z_NE = jnp.matmul(x_ND.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
-        _, index_NK = jax.lax.top_k(jax.lax.stop_gradient(z_NE) + self.router_bias[...], self.model.top_k)
-        gate_NK = jax.nn.sigmoid(jnp.take_along_axis(z_NE, index_NK, axis=1)).astype(x_ND.dtype)
+        index_NK = choose(jax.lax.stop_gradient(z_NE), self.router_bias[...], self.model)
+        gate_NK = gates(z_NE, index_NK, self.model).astype(x_ND.dtype)
         weights = Experts(*(w[...].astype(x_ND.dtype) for w in (self.gate, self.up, self.down)))
-        y_BTD = self.seam.run_experts(x_ND, weights, index_NK, gate_NK).reshape(x_BTD.shape)
+        y_ND = self.seam.run_experts(x_ND, weights, index_NK, gate_NK, gate_on=self.model.gate_on)
+        y_BTD = y_ND.reshape(x_BTD.shape)
         if self.model.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         lead = x_BTD.shape[:2]
         return y_BTD, Routing(z_NE.reshape(*lead, -1), index_NK.reshape(*lead, -1))
+
+
+def choose(z_NE: Array, bias_E: Array, model: config.Model) -> Array:
+    """int32 [N, top_k]: the experts of every token, best first; of equals, the first."""
+    worth_NE = bias_E + (SCORES[model.router_score](z_NE) if model.choose_by == "scores" else z_NE)
+    if model.top_groups < model.n_groups:
+        worth_NGe = worth_NE.reshape(len(worth_NE), model.n_groups, -1)
+        group_NG = jax.lax.top_k(worth_NGe, model.group_best)[0].sum(-1)
+        best_NG = jax.lax.top_k(group_NG, model.top_groups)[1]
+        open_NG = jax.nn.one_hot(best_NG, model.n_groups, dtype=bool).any(1)
+        worth_NE = jnp.where(open_NG[..., None], worth_NGe, -jnp.inf).reshape(worth_NE.shape)
+    return jax.lax.top_k(worth_NE, model.top_k)[1]
+
+
+def gates(z_NE: Array, index_NK: Array, model: config.Model) -> Array:
+    """float32 [N, top_k]: how much of every chosen expert a token takes."""
+    softmax = model.router_score == "softmax"
+    if model.router_renormalise:
+        # s_e / sum s = softmax of log s, which no score can underflow; for s = softmax(z), z differs by a constant.
+        z_NK = jnp.take_along_axis(z_NE, index_NK, axis=1)
+        gate_NK = jax.nn.softmax(z_NK if softmax else jax.nn.log_sigmoid(z_NK), axis=-1)
+    elif softmax:
+        gate_NK = jnp.take_along_axis(jax.nn.softmax(z_NE, axis=-1), index_NK, axis=1)
+    else:
+        gate_NK = jax.nn.sigmoid(jnp.take_along_axis(z_NE, index_NK, axis=1))
+    return gate_NK if model.router_scale == 1 else gate_NK * model.router_scale

@@ -32,7 +32,7 @@ class Seam:
 
     attention: Callable = slow_attention  # (q, k, v, *, q_pos, k_pos, q_seg, k_seg, local_len) -> o_BTHDh
     cached_attention: Callable = cached_attention  # (q, past k, past v, k, v, *, the same, past_pos, past_seg)
-    run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK) -> y_ND
+    run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK, *, gate_on) -> y_ND
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
 

@@ -62,7 +62,7 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
 
     def loss(params, router_bias, batch: Batch, dens: dict[str, Array]):
         scored = score(skeleton.bind(params, router_bias), batch)
-        terms = {name: TERMS[name].of(scored, batch) for name in weights}
+        terms = {name: TERMS[name].of(scored, batch, run.model) for name in weights}
         # Divided by what the whole batch counts, of which these rows may be a part.
         total = sum(weights[name] * Sum(term.num, dens[name]).mean() for name, term in terms.items())
         per_source = next_token.by_source(scored.logp, batch.loss_weights, batch.source_ids, n_sources)

@@ -37,9 +37,12 @@ def routing(kind: str, k: int, n: int = N):
     return jnp.array(np.stack([(first + i) % E for i in range(k)], axis=1), jnp.int32)
 
 
-@partial(jax.jit, static_argnums=0)
-def run(run_experts, x, experts, index, gate, dy):
-    y, backward = jax.vjp(lambda x, experts, gate: run_experts(x, experts, index, gate), x, experts, gate)
+@partial(jax.jit, static_argnums=(0, 6))
+def run(run_experts, x, experts, index, gate, dy, gate_on="input"):
+    def f(x, experts, gate):
+        return run_experts(x, experts, index, gate, gate_on=gate_on)
+
+    y, backward = jax.vjp(f, x, experts, gate)
     return y, backward(dy)
 
 
@@ -51,17 +54,19 @@ def assert_twins(fast, slow, value=TWIN, grad=TWIN_GRAD):
         np.testing.assert_allclose(f32(a), f32(b), err_msg=jax.tree_util.keystr(path), **grad)
 
 
-def test_definition_against_loops():
+@pytest.mark.parametrize("gate_on", ["input", "output"])
+def test_definition_against_loops(gate_on):
     x, experts, gate, _ = inputs(k=2, n=5)
     index = routing("even", 2, n=5)
-    y = np.asarray(jax.jit(slow_experts)(x, experts, index, gate))
+    y = np.asarray(jax.jit(partial(slow_experts, gate_on=gate_on))(x, experts, index, gate))
     x, experts, gate = (jax.tree.map(lambda a: np.asarray(a, np.float64), t) for t in (x, experts, gate))
     for n in range(5):
         truth = np.zeros(D)
         for e, g in zip(np.asarray(index[n]), gate[n], strict=True):
-            z = g * x[n]
+            z = g * x[n] if gate_on == "input" else x[n]
             a = z @ experts.gate_EDF[e]
-            truth += (a / (1 + np.exp(-a)) * (z @ experts.up_EDF[e])) @ experts.down_EFD[e]
+            out = (a / (1 + np.exp(-a)) * (z @ experts.up_EDF[e])) @ experts.down_EFD[e]
+            truth += out if gate_on == "input" else g * out
         np.testing.assert_allclose(y[n], truth, **ORACLE)
 
 
@@ -79,11 +84,21 @@ def test_sorted_is_slow(fast, k, kind):
 
 
 @pytest.mark.parametrize("fast", [sorted_experts, ragged_experts])
-def test_bfloat16(fast):
+def test_sorted_is_slow_with_the_gate_on_the_output(fast):
+    x, experts, gate, dy = inputs(2)
+    index = routing("skewed", 2)
+    got, on_input = (run(fast, x, experts, index, gate, dy, gate_on) for gate_on in ("output", "input"))
+    assert_twins(got, run(slow_experts, x, experts, index, gate, dy, "output"))
+    assert np.abs(got[0] - on_input[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("gate_on", ["input", "output"])
+@pytest.mark.parametrize("fast", [sorted_experts, ragged_experts])
+def test_bfloat16(fast, gate_on):
     x, experts, gate, dy = inputs(2, dtype=jnp.bfloat16)
     index = routing("skewed", 2)
     # The gradient of a weight adds up 300 rows; its tolerance is relative to the largest.
-    (y, fast_grads), (slow_y, slow_grads) = (run(f, x, experts, index, gate, dy) for f in (fast, slow_experts))
+    (y, fast_grads), (slow_y, slow_grads) = (run(f, x, experts, index, gate, dy, gate_on) for f in (fast, slow_experts))
     scale = lambda grads: jax.tree.map(lambda g, s: g / np.abs(s).max(), grads, slow_grads)  # noqa: E731
     assert_twins((y, scale(fast_grads)), (slow_y, scale(slow_grads)), BF16, BF16)
 
@@ -107,11 +122,11 @@ def test_every_platform_has_a_function():
     assert pick_experts("gpu") is gpu
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_tokamax_agrees(k):
+@pytest.mark.parametrize(("k", "gate_on"), [(1, "input"), (2, "input"), (2, "output")])
+def test_tokamax_agrees(k, gate_on):
     """Its plain implementation; the kernels for cards cannot run here."""
     pytest.importorskip("tokamax", reason="comes with the extra `cuda`")
     x, experts, gate, dy = inputs(k)
     index = routing("skewed", k)
-    fast, slow = (run(f, x, experts, index, gate, dy) for f in (grouped.tokamax_experts, slow_experts))
+    fast, slow = (run(f, x, experts, index, gate, dy, gate_on) for f in (grouped.tokamax_experts, slow_experts))
     assert_twins(fast, slow, TWIN, TWIN_GRAD)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
+from llamax import config
+from llamax.losses import router
 from llamax.losses.router import balance, bias_step, loads, sequence_balance, stats, z_loss
 from tests.model.twins import quick_jit
 from tests.tolerances import ORACLE, TWIN_GRAD
@@ -15,6 +19,8 @@ RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(L, B, T, E)).astype(np.float32)
 INDEX = np.argsort(-LOGITS, axis=-1)[..., :K].astype(np.int32)
 MASK = RNG.uniform(size=(B, T)) < 0.7
+LLAMA4 = config.Model()
+V3 = config.Model(choose_by="scores")
 
 
 def softmax(z):
@@ -29,11 +35,16 @@ def slow_loads(index, mask):
     return counts
 
 
-def slow_balance(logits, index, mask):
+def normalised(z):
+    s = 1 / (1 + np.exp(-z))
+    return s / s.sum()
+
+
+def slow_balance(logits, index, mask, probability=softmax):
     """Mean over layers of E sum_e f_e P_e."""
     total = 0.0
     for layer in range(L):
-        p_E = sum(softmax(logits[layer, b, t]) for b, t in zip(*np.nonzero(mask), strict=True)) / mask.sum()
+        p_E = sum(probability(logits[layer, b, t]) for b, t in zip(*np.nonzero(mask), strict=True)) / mask.sum()
         f_E = slow_loads(index, mask)[layer] / (mask.sum() * index.shape[-1])
         total += E * (f_E * p_E).sum() / L
     return total
@@ -49,6 +60,10 @@ def balance_mean(logits):
     return balance(logits, INDEX, MASK).mean()
 
 
+def balance_of_scores(logits):
+    return balance(logits, INDEX, MASK, router.probabilities(V3)).mean()
+
+
 def z_mean(logits):
     return z_loss(logits, MASK).mean()
 
@@ -58,7 +73,12 @@ def test_loads_count_real_tokens():
 
 
 @pytest.mark.parametrize(
-    "ours, slow", [(balance_mean, lambda z: slow_balance(z, INDEX, MASK)), (z_mean, lambda z: slow_z(z, MASK))]
+    "ours, slow",
+    [
+        (balance_mean, lambda z: slow_balance(z, INDEX, MASK)),
+        (balance_of_scores, lambda z: slow_balance(z, INDEX, MASK, normalised)),
+        (z_mean, lambda z: slow_z(z, MASK)),
+    ],
 )
 def test_value_and_gradient_match_the_loop(ours, slow):
     """The gradient at a few logits by central differences; the choice of experts is held, as it has no gradient."""
@@ -80,6 +100,14 @@ def test_balance_is_one_when_uniform_and_e_when_collapsed():
     np.testing.assert_allclose(balance(np.zeros_like(LOGITS), spread, everything).mean(), 1.0, rtol=1e-6)
     collapsed = np.where(np.arange(E) == 2, 50.0, 0.0) + np.zeros_like(LOGITS)
     np.testing.assert_allclose(balance(collapsed, np.full_like(spread, 2), everything).mean(), E, rtol=1e-6)
+
+
+def test_probabilities_are_of_what_is_chosen_by():
+    for how in ({}, dict(router_score="softmax"), dict(router_score="softmax", choose_by="scores")):
+        assert router.probabilities(config.Model(**how)) is jax.nn.softmax
+    assert router.probabilities(V3) is router.normalised_sigmoid
+    low = router.normalised_sigmoid(np.full(4, -200.0, np.float32))  # sigmoids of 0 in float32
+    np.testing.assert_allclose(low, 0.25, rtol=1e-6)
 
 
 def test_padding_counts_for_nothing():
@@ -107,30 +135,33 @@ SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
 POSITIONS = np.array([[*range(5), *range(4), 0, 0, 0], range(12)], np.int32)
 
 
-def slow_sequence_balance(logits, index, segments):
+def slow_sequence_balance(logits, index, segments, probability=softmax):
     """Mean over documents, by tokens, and over layers, of E sum_e f_e P_e within the document."""
     total, tokens = 0.0, 0
     for b in range(B):
         for s in set(segments[b]) - {0}:
             inside = np.zeros((B, T), bool)
             inside[b] = segments[b] == s
-            total += inside.sum() * slow_balance(logits, index, inside)
+            total += inside.sum() * slow_balance(logits, index, inside, probability)
             tokens += inside.sum()
     return total / tokens
 
 
-def test_sequence_balance_matches_the_loop_in_value_and_gradient():
+@pytest.mark.parametrize("model, probability", [(LLAMA4, softmax), (V3, normalised)])
+def test_sequence_balance_matches_the_loop_in_value_and_gradient(model, probability):
     def ours(logits):
-        return sequence_balance(logits, INDEX, SEGMENTS, POSITIONS).mean()
+        return sequence_balance(logits, INDEX, SEGMENTS, POSITIONS, router.probabilities(model)).mean()
 
     value, grad = quick_jit(jax.value_and_grad(ours))(LOGITS)
-    np.testing.assert_allclose(value, slow_sequence_balance(LOGITS.astype(float), INDEX, SEGMENTS), **ORACLE)
-    assert abs(value - balance(LOGITS, INDEX, SEGMENTS > 0).mean()) > 1e-2, "another figure than the batch's"
+    slow = partial(slow_sequence_balance, index=INDEX, segments=SEGMENTS, probability=probability)
+    np.testing.assert_allclose(value, slow(LOGITS.astype(float)), **ORACLE)
+    of_the_batch = balance(LOGITS, INDEX, SEGMENTS > 0, router.probabilities(model)).mean()
+    assert abs(value - of_the_batch) > 1e-2, "another figure than the batch's"
     step = 1e-6
     for place in [(0, 0, 0, 1), (1, 0, 7, 2), (0, 1, 11, 3), (1, 0, 10, 0)]:
         nudge = np.zeros(LOGITS.shape)
         nudge[place] = step
-        up, down = (slow_sequence_balance(LOGITS + sign * nudge, INDEX, SEGMENTS) for sign in (1, -1))
+        up, down = (slow(LOGITS + sign * nudge) for sign in (1, -1))
         np.testing.assert_allclose(grad[place], (up - down) / (2 * step), **TWIN_GRAD)
 
 

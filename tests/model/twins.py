@@ -191,18 +191,38 @@ def attention(w, x_TD, positions, segments, model: config.Model, kind: str):
 # --------------------------------------------------------------------------------------------------- feed-forwards
 
 
+def route(z_E, bias_E, model: config.Model):
+    """(experts chosen, best first; their gates) of one token with router logits z."""
+    score_E = sigmoid(z_E) if model.router_score == "sigmoid" else softmax(z_E)
+    worth_E = bias_E + (z_E if model.choose_by == "logits" else score_E)
+    size = model.n_experts // model.n_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(model.n_groups)]
+
+    def rank(group):
+        return sum(sorted((worth_E[e] for e in group), reverse=True)[: model.group_best])
+
+    open_groups = sorted(groups, key=rank, reverse=True)[: model.top_groups]
+    candidates = sorted(e for group in open_groups for e in group)
+    chosen = sorted(candidates, key=lambda e: -worth_E[e])[: model.top_k]
+    gates = score_E[chosen]
+    if model.router_renormalise:
+        gates = gates / gates.sum()
+    return np.array(chosen), gates * model.router_scale
+
+
 def moe(w, x_ND, model: config.Model):
-    """(y, router logits, experts chosen), one token at a time. The gate scales the expert's INPUT."""
+    """(y, router logits, experts chosen), one token at a time."""
     y_ND, logits, chosen = np.zeros_like(x_ND), [], []
     for n, x_D in enumerate(x_ND):
         z_E = x_D @ w["router"]
         if model.n_shared_experts:
             y_ND[n] += swiglu(x_D, w["shared"])
-        chosen.append(np.argsort(-(z_E + w["router_bias"]), kind="stable")[: model.top_k])
-        for e in chosen[-1]:
+        index_K, gate_K = route(z_E, w["router_bias"], model)
+        for e, gate in zip(index_K, gate_K, strict=True):
             expert = {name: w[name][e] for name in ("gate", "up", "down")}
-            y_ND[n] += swiglu(sigmoid(z_E[e]) * x_D, expert)
+            y_ND[n] += swiglu(gate * x_D, expert) if model.gate_on == "input" else gate * swiglu(x_D, expert)
         logits.append(z_E)
+        chosen.append(index_K)
     return y_ND, np.array(logits), np.array(chosen)
 
 
