@@ -45,6 +45,7 @@ AT_MOST = {
     "seed": 2**32 - 1,
     "model.vision.max_tiles": 1024,  # the canvases are all of its products: time and memory go as its square
     "data.multimodal_steps": 1,
+    "data.video_frames": 1024,
     "data.window_docs": 2**20,
     "data.workers": 1024,
     "data.prefetch_batches": 1024,

@@ -160,12 +160,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    tokenizer: str = "data/tokenizer.model"  # tiktoken's file format
+    tokenizer: str = "data/tokenizer.model"  # tiktoken's file format, or a tokenizer.json
     seq_len: int = 8192  # tokens a row
     batch_tokens: int = 8192  # tokens a step, all devices, all accumulation steps
     sources: dict[str, Source] = field(default_factory=dict)
     multimodal_steps: float = 0.5  # share of steps whose batch carries pictures
     tiles_per_row: int = 32  # picture tiles that one row can hold
+    video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
     workers: int = 0  # loader processes; 0 reads in this one
     prefetch_batches: int = 4

@@ -11,18 +11,14 @@ from llamax import config
 from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.sources import open_source, read_manifest
-from llamax.data.tokenizer import Tokenizer
+from llamax.data.tokenizer import Tokenizer, check_size
 
 
 def check_tokenizer(run: config.Run) -> Tokenizer:
     """The run's tokenizer. ConfigError if the embedding has another number of rows than it has ids."""
     tokenizer = Tokenizer(config.resolve_path(run.data.tokenizer))
-    if tokenizer.vocab_size != run.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={run.model.vocab_size}",
-            f"{run.data.tokenizer} has {tokenizer.vocab_size} ids",
-            f"Set --config.model.vocab_size={tokenizer.vocab_size}, or name the model's own tokenizer.",
-        )
+    change = f"Set --config.model.vocab_size={tokenizer.vocab_size}, or name the model's own tokenizer."
+    check_size(tokenizer, run.model.vocab_size, f"model.vocab_size={run.model.vocab_size}", change)
     return tokenizer
 
 

@@ -340,7 +340,8 @@ def generate(
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
     pieces = (*((Picture(Path(image)),) if image else ()), prompt)
-    encoded = Encoder(tokenizer.path, run.model.vision, where="the prompt")(Document(pieces))
+    encode = Encoder(tokenizer.path, run.model.vision, where="the prompt", video_frames=run.data.video_frames)
+    encoded = encode(Document(pieces))
     if encoded.skip:
         raise ConfigError(f"--image {image} --prompt {prompt!r}", SKIP_REASONS[encoded.skip], "Give another.")
     shapes, bias_shapes = bones.shapes()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamax.config import Vision
+from llamax.config import Data, Vision
 from llamax.data.images import PictureError, image_tokens, open_image, tile_image, to_rgb
 from llamax.data.sources import Document, Picture
 from llamax.data.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ class Encoded(NamedTuple):
     tiles: np.ndarray  # uint8 [n, P, P, 3], in the order of the patch tokens
     skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
     where: str = ""  # the document's record and file, and what is wrong with it
+    trained: np.ndarray | None = None  # bool [L]: tokens that are learnt as targets; None: all that are text
 
 
 @functools.cache
@@ -35,11 +36,29 @@ def _tokenizer(path: str) -> Tokenizer:
     return Tokenizer(path)
 
 
+def picture_blocks(
+    picture: Picture, vision: Vision, tokenizer: Tokenizer, video_frames: int
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """(tiles uint8 [n, P, P, 3], token ids) of a picture, or of every frame that is kept of a clip. PictureError."""
+    frames = read_frames(picture.data, video_frames) if picture.video else [to_rgb(open_image(picture.data))]
+    for frame in frames:
+        tiles, (rows, cols) = tile_image(frame, vision)
+        yield tiles, image_tokens(rows, cols, vision, tokenizer)
+
+
 class Encoder:
     """Encodes the documents of one source; `where` names it in errors."""
 
-    def __init__(self, tokenizer: str | Path, vision: Vision | None, source_id: int = 0, where: str = ""):
+    def __init__(
+        self,
+        tokenizer: str | Path,
+        vision: Vision | None,
+        source_id: int = 0,
+        where: str = "",
+        video_frames: int = Data.video_frames,
+    ):
         self.tokenizer_path, self.vision, self.source_id, self.where = str(tokenizer), vision, source_id, where
+        self.video_frames = video_frames
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -59,7 +78,7 @@ class Encoder:
             if self.vision is None:
                 return self._skipped("unexpected_picture", document)
             try:
-                for picture_tiles, block in self._picture(piece, self.vision):
+                for picture_tiles, block in picture_blocks(piece, self.vision, self.tokenizer, self.video_frames):
                     pictures.append((length, length + len(block), len(picture_tiles)))
                     tiles.append(picture_tiles)
                     ids.append(self._ids(block))
@@ -75,13 +94,6 @@ class Encoder:
     @staticmethod
     def _ids(ids: list[int]) -> np.ndarray:
         return np.array(ids, np.int32)
-
-    def _picture(self, picture: Picture, vision: Vision) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """(tiles, token ids) of every frame."""
-        frames = read_frames(picture.data) if picture.video else [to_rgb(open_image(picture.data))]
-        for frame in frames:
-            tiles, (rows, cols) = tile_image(frame, vision)
-            yield tiles, image_tokens(rows, cols, vision, self.tokenizer)
 
     def _skipped(self, reason: str, document: Document) -> Encoded:
         nothing = np.zeros(0, np.int32), np.zeros((0, 3), np.int32), self._stack([])

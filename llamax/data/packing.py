@@ -6,7 +6,8 @@ positions restart at 0, but whose last target is still the true next token. No c
 pieces go into rows best fit first: largest piece first, into the row that it fills most. A row holds at most seq_len
 tokens and `tiles_per_row` picture tiles; what is left over is padding. At last the window's rows are shuffled.
 
-Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt.
+Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt. Of a
+conversation, only what the assistant says is (`Encoded.trained`).
 
 A window is held in memory, so there is a most that it may hold. A document that would go beyond it is left out and
 counted, and smaller ones behind it are still taken.
@@ -177,6 +178,8 @@ def _place(piece: Piece, batch: Batch, r: int, where: slice, segment: int) -> No
     is_text = np.ones(piece.n_tokens, bool)  # of the targets, which stand one further on
     for begin, stop, _ in document.pictures:
         is_text[max(0, begin - 1 - piece.start) : max(0, stop - 1 - piece.start)] = False
+    if document.trained is not None:
+        is_text &= document.trained[piece.start + 1 : piece.end + 1]
     batch.tokens[r, where] = document.tokens[piece.start : piece.end]
     batch.targets[r, where] = document.tokens[piece.start + 1 : piece.end + 1]
     batch.loss_weights[r, where] = is_text

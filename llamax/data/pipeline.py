@@ -65,7 +65,11 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
         if name in shares.text or name in shares.multimodal:
             readers[name] = open_source(manifests[name])
             encoders[name] = Encoder(
-                data.tokenizer, vision if name in pictures else None, source_id, str(manifests[name].path)
+                data.tokenizer,
+                vision if name in pictures else None,
+                source_id,
+                str(manifests[name].path),
+                data.video_frames,
             )
             _check_usable(name, readers[name], encoders[name], data)
             means[name] = _means(manifests[name], readers[name], encoders[name])
@@ -363,7 +367,7 @@ class HeldOut:
         data, vision = self.data, self.vision
         reader = open_source(self.manifest)
         n = min(self.max_docs or len(reader), len(reader))
-        encode = Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path))
+        encode = Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path), data.video_frames)
         tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
         self.taken, self.skipped = [], {}
 

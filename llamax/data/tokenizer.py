@@ -1,10 +1,15 @@
-"""Text to token ids and back: byte-level BPE over tiktoken, with Llama 4's split of text and special tokens.
+"""Text to token ids and back: byte-level BPE over tiktoken, with the split of text and special tokens of its model.
 
-A tokenizer file holds one "base64-bytes rank" line per BPE token (tiktoken's format). A file of n ranks gets its
-special tokens at ids n, n + 1, ...: Llama 4's own table of 2,048 when n is Llama 4's 200,000, otherwise 128, which are
-the functional ones of that table in its order and then reserved ones. Nothing is ever fetched.
+A tokenizer file is one of two. tiktoken's format holds one "base64-bytes rank" line per BPE token and nothing else, so
+the number of its ranks n says the rest. Its special tokens have the ids n, n + 1, ...:
 
-Source: Llama 4's tokenizer (split regex, special ids, guards against very long runs).
+    n = 200,000   Llama 4's own table of 2,048
+    n = 128,000   Llama 3's of 256, and its split
+    else          128: the functional ones of Llama 4's table in its order, then reserved ones
+
+Hugging Face's `tokenizer.json` holds ranks, special tokens and split (see tokenizer_json.py). Nothing is ever fetched.
+
+Source: Llama 4's and Llama 3's tokenizers (split regex, special ids, guards against very long runs).
 """
 
 from __future__ import annotations
@@ -19,8 +24,12 @@ import numpy as np
 import tiktoken
 
 from llamax.config import ConfigError
+from llamax.data import tokenizer_json
+from llamax.data.tokenizer_json import Vocabulary
 
 LLAMA4_RANKS = 200_000
+LLAMA3_RANKS = 128_000
+N_LLAMA3_SPECIALS = 256
 N_SMALL_SPECIALS = 128
 
 _LETTER_RUN = (
@@ -39,6 +48,11 @@ SPLIT = "|".join(
         r"\s+(?!\S)",
         r"\s+",
     )
+)
+
+LLAMA3_SPLIT = (  # fewer cuts: letters of either case run on, and a contraction is a piece of its own
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # The regex engine's stack grows with a run's length, so long texts are cut first (the same cuts as Llama 4's).
@@ -68,11 +82,26 @@ _LLAMA4_SPECIALS = [
     *_numbered("reserved_special_token", 0, 903),
 ]
 
+_LLAMA3_SPECIALS = [
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"),
+]
+_LLAMA3_SPECIALS += _numbered("reserved_special_token", 2, N_LLAMA3_SPECIALS - len(_LLAMA3_SPECIALS) + 1)
+
+# Llama 4's name -> what the same token is called in Llama 3.
+LLAMA3_NAMES = {
+    **{"header_start": "start_header_id", "header_end": "end_header_id", "eom": "eom_id", "eot": "eot_id"},
+    **{"step": "step_id", "finetune_right_pad": "finetune_right_pad_id"},
+}
+
 
 def special_tokens(n_ranks: int) -> dict[str, int]:
     """The special tokens of a file with `n_ranks` ranks, written `<|name|>`, and their ids (n_ranks and up)."""
-    names = _LLAMA4_SPECIALS
-    if n_ranks != LLAMA4_RANKS:
+    if n_ranks == LLAMA4_RANKS:
+        names = _LLAMA4_SPECIALS
+    elif n_ranks == LLAMA3_RANKS:
+        names = _LLAMA3_SPECIALS
+    else:
         functional = [name for name in _LLAMA4_SPECIALS if "reserved" not in name]
         names = functional + _numbered("reserved_special_token", 0, N_SMALL_SPECIALS - len(functional) - 1)
     return {f"<|{name}|>": n_ranks + i for i, name in enumerate(names)}
@@ -81,12 +110,7 @@ def special_tokens(n_ranks: int) -> dict[str, int]:
 def read_ranks(path: str | Path) -> dict[bytes, int]:
     """Token bytes -> rank of a tiktoken file. ConfigError if the file is missing or is no such file."""
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"tokenizer file {path}",
-            "there is no such file",
-            "Set config.data.tokenizer to a file in tiktoken's format, or make one with `llamax data tokenizer`.",
-        )
+    _check_exists(path)
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -98,15 +122,29 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
             raise ConfigError(
                 f"tokenizer file {path}",
                 f"line {number} is not 'base64 rank' but {line[:40]!r}",
-                "Give a file in tiktoken's format.",
+                "Give a file in tiktoken's format, or a tokenizer.json.",
             ) from None
+    _check_ranks(path, ranks)
+    return ranks
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(
+            f"tokenizer file {path}",
+            "there is no such file",
+            "Set config.data.tokenizer to a file in tiktoken's format or a tokenizer.json, or make one with "
+            "`llamax data tokenizer`.",
+        )
+
+
+def _check_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
         raise ConfigError(
             f"tokenizer file {path}",
             f"its {len(ranks)} tokens do not have the ranks 0, 1, 2, ... or lack some of the 256 single bytes",
             "The file is cut short or damaged: copy it again, or make one with `llamax data tokenizer`.",
         )
-    return ranks
 
 
 def write_ranks(ranks: dict[bytes, int], path: str | Path) -> None:
@@ -131,23 +169,74 @@ def _pieces(text: str) -> Iterator[str]:
         yield piece[begin:]
 
 
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """A tokenizer file in either format. ConfigError if it is missing, damaged or another kind of tokenizer."""
+    path = Path(path)
+    if path.suffix != ".json":
+        ranks = read_ranks(path)
+        return Vocabulary(ranks, special_tokens(len(ranks)), LLAMA3_SPLIT if len(ranks) == LLAMA3_RANKS else SPLIT)
+    _check_exists(path)
+    ranks, specials, split = tokenizer_json.read_json(path)
+    _check_ranks(path, ranks)
+    taken = [name for name, number in specials.items() if number < len(ranks)]
+    if taken or len(set(specials.values())) < len(specials):
+        raise ConfigError(
+            f"tokenizer file {path}",
+            f"its special tokens share ids with {'its text tokens' if taken else 'each other'}",
+            "The file is damaged: copy it again.",
+        )
+    if specials.items() & {("<|patch|>", 200_092)}:  # Hugging Face's names of Llama 4's end at id 201,133
+        named = set(specials.values())
+        table = special_tokens(LLAMA4_RANKS)
+        specials |= {name: i for name, i in table.items() if i not in named and name not in specials}
+    return Vocabulary(ranks, dict(sorted(specials.items(), key=_by_rank)), split)
+
+
+def check_size(tokenizer: Tokenizer, rows: int, asked: str, change: str) -> None:
+    """ConfigError(asked, ..., change) if an embedding of so many rows is not this tokenizer's."""
+    if tokenizer.vocab_size != rows:
+        raise ConfigError(
+            asked, f"{tokenizer.path} has {tokenizer.vocab_size} ids and the model's embedding {rows}", change
+        )
+
+
 class Tokenizer:
     """A tokenizer file in memory. Ids below `n_ranks` are BPE tokens, the rest are special tokens."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        ranks = read_ranks(path)
+        ranks, self.specials, self.split = read_vocabulary(path)  # specials: "<|name|>" -> id
         self.n_ranks = len(ranks)
-        self.specials = special_tokens(self.n_ranks)  # "<|name|>" -> id
         self._encoding = tiktoken.Encoding(
-            self.path.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.specials
+            self.path.name, pat_str=self.split, mergeable_ranks=ranks, special_tokens=self.specials
         )
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)  # bytes of text that a token stands for; specials 0
         self.byte_lengths[list(ranks.values())] = [len(token) for token in ranks]
 
     @property
     def vocab_size(self) -> int:
-        return self.n_ranks + len(self.specials)
+        return max(self.n_ranks - 1, *self.specials.values()) + 1 if self.specials else self.n_ranks
+
+    def write_json(
+        self, folder: str | Path, *, eos: str = "end_of_text", chat_template: str | None = None, max_tokens: int = 0
+    ) -> None:
+        """Writes the folder's tokenizer files as transformers reads them: tokenizer.json and its two companions.
+
+        Args:
+            eos: name of the token that ends a text: "eot" in a model that chats.
+            chat_template: `chat.template()` in a model that chats.
+            max_tokens: the longest context that the model was made for; 0 leaves it open.
+        """
+        written = {number: name for name, number in self.specials.items()}
+        tokenizer_json.write_json(
+            read_vocabulary(self.path),  # not kept: it is a hundred megabytes
+            folder,
+            bos=written[self.bos],
+            eos=written[self.special(eos)],
+            pad=written[self.pad],
+            chat_template=chat_template,
+            max_tokens=max_tokens or None,
+        )
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Ids of a text, without begin or end tokens.
@@ -172,9 +261,20 @@ class Tokenizer:
         """Text of some ids; special tokens as `<|name|>`, bytes that are no UTF-8 as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def has(self, name: str) -> bool:
+        """Whether there is a special token of this name, which is Llama 4's."""
+        return self._special(name) is not None
+
     def special(self, name: str) -> int:
-        """Id of a special token by its name without the marks: special("eot")."""
-        return self.specials[f"<|{name}|>"]
+        """Id of a special token by its name in Llama 4, without the marks: special("eot"). ConfigError if none is."""
+        if (found := self._special(name)) is None:
+            true = "it has none" + (f"; it has {', '.join(list(self.specials)[:8])}, ..." if self.specials else "")
+            raise ConfigError(f"special token <|{name}|> of {self.path}", true, "Name a tokenizer that has it.")
+        return found
+
+    def _special(self, name: str) -> int | None:
+        there = self.specials.get(f"<|{name}|>")
+        return self.specials.get(f"<|{LLAMA3_NAMES.get(name)}|>") if there is None else there
 
     @property
     def bos(self) -> int:
@@ -194,12 +294,31 @@ class Tokenizer:
 
     @property
     def pad(self) -> int:
-        return self.special("finetune_right_pad")
+        """Fills what is no text; the end of text where a tokenizer has no token of its own for it (Llama 3.0)."""
+        return self.special("finetune_right_pad") if self.has("finetune_right_pad") else self.eos
 
     @property
     def stop(self) -> frozenset[int]:
         """The ids that end a generation."""
-        return frozenset((self.eos, self.eom, self.eot))
+        return frozenset(self.special(name) for name in ("end_of_text", "eom", "eot") if self.has(name))
+
+    @property
+    def python_start(self) -> int:
+        """Opens what a turn says before it calls tools."""
+        return self.special("python_start")
+
+    @property
+    def python_end(self) -> int:
+        return self.special("python_end")
+
+    @property
+    def header_start(self) -> int:
+        """Opens the name of the role that speaks."""
+        return self.special("header_start")
+
+    @property
+    def header_end(self) -> int:
+        return self.special("header_end")
 
     @property
     def image_start(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from llamax.config import ConfigError
 from llamax.data.embedded import build, stdlib
 from llamax.data.tokenizer import SPLIT, Tokenizer, write_ranks
+from llamax.data.tokenizer_json import byte_alphabet
 
 MAX_TOKEN_CHARS = 16  # of the byte alphabet: keeps rulers such as ======== from taking many ids
 
@@ -56,15 +57,6 @@ def train_ranks(texts: Iterator[str], vocab: int) -> dict[bytes, int]:
             f"a tokenizer of {vocab} ids", f"this text yields only {len(ranks)}", "Ask for fewer, or give more text."
         )
     return ranks
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Character -> byte of the printable alphabet: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    alphabet = {chr(byte): byte for byte in printable}
-    for i, byte in enumerate(sorted(set(range(256)) - printable)):
-        alphabet[chr(256 + i)] = byte
-    return alphabet
 
 
 def _texts(seed: int, library: str | Path | None) -> Iterator[str]:

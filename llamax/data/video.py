@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llamax.config import Data
 from llamax.data.images import PictureError, check_pixels, open_image, to_rgb
 
-FRAME_BUDGET = 8  # frames of a clip that the model sees
 MAX_CLIP_PIXELS = 2**30  # of all its frames: to reach the last, a decoder goes through those before it
 
 
@@ -25,7 +25,7 @@ def sample(n_frames: int, budget: int) -> list[int]:
     return [int(round(x)) for x in np.linspace(0, n_frames - 1, budget)]
 
 
-def read_frames(data: bytes | str | Path, budget: int = FRAME_BUDGET) -> list[Image.Image]:
+def read_frames(data: bytes | str | Path, budget: int = Data.video_frames) -> list[Image.Image]:
     """The sampled frames of an encoded clip, as RGB. PictureError if it is missing, unreadable or too large."""
     clip = open_image(data)
     try:

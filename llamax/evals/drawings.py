@@ -78,7 +78,7 @@ def prompt_of(ctx: Context, document: Document) -> Prompt | str:
     pictures = tuple(piece for piece in document.pieces if not isinstance(piece, str))
     if not pictures:
         return "malformed"
-    encoder = Encoder(ctx.tokenizer.path, ctx.run.model.vision)
+    encoder = Encoder(ctx.tokenizer.path, ctx.run.model.vision, video_frames=ctx.run.data.video_frames)
     encoded = encoder(document._replace(pieces=(*pictures, document.meta["prompt"])))
     # Without the end-of-text id.
     return encoded.skip or Prompt(encoded.tokens[:-1].tolist(), encoded.tiles)

@@ -26,7 +26,7 @@ from llamax.data.images import PictureError, open_image, tile_image, to_rgb
 from llamax.data.pipeline import build, skipped, tile_slots
 from llamax.data.sources import SKIP_REASONS, open_source, read_manifest
 from llamax.data.tokenizer import Tokenizer
-from llamax.data.video import FRAME_BUDGET, read_frames
+from llamax.data.video import read_frames
 from tests.data import hostile
 from tests.data.hostile import DECODED, MISSING, PICTURES, SPECIAL_TEXT
 from tests.fuzz import quick, thorough
@@ -93,7 +93,7 @@ def test_each_hostile_picture_is_decoded_rightly_or_left_out_with_its_reason(kin
     assert reason in about.outcomes
     if reason:
         return
-    assert len(frames) <= FRAME_BUDGET
+    assert len(frames) <= Data.video_frames
     if about.size:
         assert {frame.size for frame in frames} == {about.size}
     if kind in ORIGINALS:  # over white where it is transparent
