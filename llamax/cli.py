@@ -114,10 +114,31 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from llamax.run import generate
+    from llamax.generating import generate
+    from llamax.sample.engine import Sampling
 
-    sampling = dict(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    print(generate(args.workdir, args.prompt, image=args.image, **sampling))
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    how = dict(images=args.image, n=args.samples, max_tokens=args.max_tokens, sampling=sampling, dtype=args.dtype)
+    print("\n\n".join(generate(_folder(args), args.prompt, **how)))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from llamax.generating import chat
+    from llamax.sample.engine import Sampling
+
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    how = dict(images=args.image, max_tokens=args.max_tokens, sampling=sampling, dtype=args.dtype)
+    chat(_folder(args), system=args.system, **how)
+
+
+def _folder(args: argparse.Namespace) -> str:
+    from llamax.config import ConfigError
+
+    if bool(args.folder) == bool(args.workdir):
+        true = "neither or both of MODEL and --workdir name it"
+        change = "Give one folder: a run's, a converted model, or one in Hugging Face's format."
+        raise ConfigError("A model", true, change)
+    return args.folder or args.workdir
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -172,14 +193,17 @@ def parser() -> argparse.ArgumentParser:
     _recipe(show)
 
     generate = _command(commands, "generate", _generate, "continue a prompt with a trained model", GENERATE)
-    generate.add_argument("--workdir", required=True, metavar="DIR", help="of the training run; its newest checkpoint")
+    _sampled(generate, max_tokens=64, temperature=0.0, top_p=1.0)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    generate.add_argument("--image", metavar="FILE", help="a picture that comes before the prompt")
-    generate.add_argument("--max-tokens", type=int, default=64, metavar="N", help="stop after N tokens (%(default)s)")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (%(default)s)"
-    )
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+    places = "a picture before the prompt, or for the next <|image|> in it; may be given several times"
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help=places)
+    generate.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="continuations (%(default)s)")
+
+    chat = _command(commands, "chat", _chat, "talk with a trained model, pictures included", CHAT)
+    _sampled(chat, max_tokens=512, temperature=0.6, top_p=0.9)
+    chat.add_argument("--system", metavar="TEXT", help="the system's message, before all others")
+    first = "a picture for the first message; may be given several times"
+    chat.add_argument("--image", action="append", default=[], metavar="FILE", help=first)
 
     about = "list a run's checkpoints and compare their files with their sums; exit code 1 if the newest is not sound"
     inspect = _command(commands, "inspect", _inspect, about, INSPECT)
@@ -217,6 +241,22 @@ def _named(path: str) -> str:
     return path
 
 
+def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float) -> None:
+    """What every command takes that samples from a model."""
+    folders = "a run's workdir (its newest checkpoint), a converted model, or a folder in Hugging Face's format"
+    command.add_argument("folder", nargs="?", metavar="MODEL", help=folders)
+    command.add_argument("--workdir", metavar="DIR", help="the same, by name")
+    limit = f"stop after N tokens ({max_tokens})"
+    command.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=limit)
+    likeliest = "0 takes the likeliest token (%(default)s)"
+    command.add_argument("--temperature", type=float, default=temperature, metavar="T", help=likeliest)
+    nucleus = "sample among the likeliest tokens that have this probability together (%(default)s)"
+    command.add_argument("--top-p", type=float, default=top_p, metavar="P", help=nucleus)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+    precision = "float32 or bfloat16, of weights and computation (%(default)s)"
+    command.add_argument("--dtype", default="float32", metavar="TYPE", help=precision)
+
+
 def _count(text: str) -> int:
     """A whole number from 1 up."""
     if not text.isdecimal() or int(text) < 1:
@@ -249,7 +289,7 @@ def _examples(text: str) -> dict[str, Any]:
 TOP = """
     llamax data build                                                        # the embedded data, under a minute
     llamax train recipes/scout_pretrain.py:tiny --workdir runs/quickstart    # again: goes on where it stopped
-    llamax generate --workdir runs/quickstart --prompt "def main("
+    llamax generate runs/quickstart --prompt "def main("
 """
 TRAIN = """
     llamax train recipes/scout_pretrain.py:tiny --workdir runs/scout
@@ -261,8 +301,14 @@ SHOW = """
     llamax show recipes/maverick_pretrain.py:tiny --config.data.seq_len=256
 """
 GENERATE = """
-    llamax generate --workdir runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8
-    llamax generate --workdir runs/quickstart --prompt "" --image drawing.png
+    llamax generate runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8
+    llamax generate runs/quickstart --prompt "" --image drawing.png
+    llamax generate models/scout --prompt "<|image|> is before <|image|>." --image a.png --image b.png -n 4
+"""
+CHAT = """
+    llamax chat models/scout
+    llamax chat models/scout --image photo.jpg --temperature 0
+    llamax chat models/scout --system "Answer with one word." < questions.txt
 """
 INSPECT = """
     llamax inspect runs/quickstart

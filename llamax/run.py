@@ -23,7 +23,6 @@ from rich.table import Table
 
 from llamax import config, preflight
 from llamax.checkpoint.manager import Checkpoints
-from llamax.config import ConfigError
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
 from llamax.evals import Report
@@ -304,50 +303,3 @@ def tensorboard() -> str:
     if shutil.which("tensorboard"):
         return "tensorboard"
     return os.path.relpath(Path(sys.executable).with_name("tensorboard"))
-
-
-# ------------------------------------------------------------------------------------------------------------ generate
-
-
-def generate(
-    workdir: str | Path,
-    prompt: str,
-    *,
-    image: str | Path | None = None,
-    max_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> str:
-    """The continuation of a picture (if any) and a prompt by the newest checkpoint of a training run."""
-    from llamax.data.encode import Encoder
-    from llamax.data.sources import SKIP_REASONS, Document, Picture
-    from llamax.sample import engine
-
-    log.setup()
-    if max_tokens < 1:
-        raise ConfigError(f"--max-tokens {max_tokens}", "that leaves nothing to say", "Give 1 or more.")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(
-            f"--temperature {temperature:g}", "it is a number from 0 up", "Give 0 for the likeliest text."
-        )
-    found = provenance.read(workdir)
-    if found is None:
-        raise ConfigError(f"--workdir {workdir}", "it holds no run.json", "Give the --workdir of a training run.")
-    run = config.from_dict(config.Run, found["config"])
-    if image and run.model.vision is None:
-        raise ConfigError(f"--image {image}", f"{run.name} has no vision encoder", "Leave --image out.")
-    tokenizer = preflight.check_tokenizer(run)
-    mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
-    pieces = (*((Picture(Path(image)),) if image else ()), prompt)
-    encode = Encoder(tokenizer.path, run.model.vision, where="the prompt", video_frames=run.data.video_frames)
-    encoded = encode(Document(pieces))
-    if encoded.skip:
-        raise ConfigError(f"--image {image} --prompt {prompt!r}", SKIP_REASONS[encoded.skip], "Give another.")
-    shapes, bias_shapes = bones.shapes()
-    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
-        params, router_bias = checkpoints.restore_weights(None, params=shapes, router_bias=bias_shapes)
-    asked = engine.Prompt(encoded.tokens[:-1].tolist(), encoded.tiles)
-    how = dict(max_tokens=max_tokens, stop=tokenizer.stop, temperature=temperature, seed=seed)
-    (new,) = engine.generate(bones, params, router_bias, [asked], **how)
-    return tokenizer.decode(new)

@@ -27,7 +27,7 @@ ROOMS = (
     {"evals"},
     {"train"},
     {"post", "preflight"},
-    {"run", "plan", "show"},
+    {"run", "generating", "plan", "show"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

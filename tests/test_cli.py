@@ -9,21 +9,24 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import create_autospec
+from unittest.mock import call, create_autospec
 
 import pytest
 
 from llamax import cli, config, show, variants
 from llamax.run import Result
+from llamax.sample.engine import Sampling
 from llamax.train.loop import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "recipes/scout_pretrain.py:tiny"
+SAMPLED = ["--temperature", "0.5", "--top-p", "0.9", "--seed", "2", "--dtype", "bfloat16"]
 COMMANDS = [
     [],
     ["train"],
     ["show"],
     ["generate"],
+    ["chat"],
     ["inspect"],
     ["data"],
     ["data", "build"],
@@ -71,11 +74,23 @@ def test_a_stop_tells_its_signal(number, code, monkeypatch, capsys):
 
 
 def test_generate(monkeypatch, capsys):
-    generate = called(monkeypatch, "llamax.run.generate", return_value="and so on")
-    words = ["--prompt", "x", "--image", "y.png", "--max-tokens", "5", "--temperature", "0.5", "--seed", "2"]
-    assert cli.main(["generate", "--workdir", "there", *words]) == 0
-    generate.assert_called_once_with("there", "x", image="y.png", max_tokens=5, temperature=0.5, seed=2)
-    assert capsys.readouterr().out == "and so on\n"
+    generate = called(monkeypatch, "llamax.generating.generate", return_value=["and so on", "or not"])
+    words = ["--prompt", "x", "--image", "y.png", "--image", "z.png", "--max-tokens", "5", "-n", "2", *SAMPLED]
+    for folder in (["there"], ["--workdir", "there"]):
+        assert cli.main(["generate", *folder, *words]) == 0
+    how = dict(images=["y.png", "z.png"], n=2, max_tokens=5, sampling=Sampling(0.5, 0.9, 2), dtype="bfloat16")
+    assert generate.call_args_list == [call("there", "x", **how)] * 2
+    assert capsys.readouterr().out == "and so on\n\nor not\n" * 2
+    for folder in ([], ["there", "--workdir", "there"]):
+        assert cli.main(["generate", *folder, *words]) == 2
+        assert "neither or both" in capsys.readouterr().err
+
+
+def test_chat(monkeypatch):
+    chat = called(monkeypatch, "llamax.generating.chat")
+    assert cli.main(["chat", "there", "--system", "Be brief.", "--image", "y.png", *SAMPLED]) == 0
+    how = dict(system="Be brief.", images=["y.png"], max_tokens=512, sampling=Sampling(0.5, 0.9, 2), dtype="bfloat16")
+    chat.assert_called_once_with("there", **how)
 
 
 @pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 1)])
