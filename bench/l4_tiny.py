@@ -21,20 +21,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import in_turn
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
 B, T, RATE = 8, 256, 1e-3
 PERIOD = ("rope_chunk+dense", "rope_chunk+moe", "rope_chunk+dense", "nope_full+moe")
 WARM = 4  # steps of a process that do not count
@@ -52,13 +48,11 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 # multiplication of two 2048 x 2048 matrices.
 
 
-def transformers_side(weights: Path) -> tuple[Callable, Callable, Callable]:
-    """Also writes its initial weights to `weights`."""
-    import torch
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
+def their_settings():
+    """transformers' configuration of L4-tiny."""
+    from transformers import Llama4TextConfig
 
-    torch.manual_seed(0)
-    settings = Llama4TextConfig(
+    return Llama4TextConfig(
         vocab_size=2048,
         hidden_size=256,
         intermediate_size=512,
@@ -81,6 +75,15 @@ def transformers_side(weights: Path) -> tuple[Callable, Callable, Callable]:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def transformers_side(weights: Path) -> tuple[Callable, Callable, Callable]:
+    """Also writes its initial weights to `weights`."""
+    import torch
+    from transformers import Llama4ForCausalLM
+
+    torch.manual_seed(0)
+    settings = their_settings()
     model = Llama4ForCausalLM(settings).float().train()
     np.savez(weights, **{name: value.numpy() for name, value in model.state_dict().items()})
     weights.with_suffix(".json").write_text(json.dumps(settings.to_dict(), default=str))
@@ -188,45 +191,13 @@ SIDES = {"transformers": transformers_side, "llamax": llamax_side}
 # ------------------------------------------------------------------------------------------------------------- in turn
 
 
-def serve(side: str, folder: Path) -> None:
-    """A process of one framework: reads a command a line, answers with a line of JSON."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print is no answer
+def commands(side: str, folder: Path) -> dict[str, Callable]:
     logits, step, matmul = SIDES[side](folder / "weights.npz")
-    for line in sys.stdin:
-        command, number = line.split()
-        if command == "logits":
-            np.save(folder / f"{side}.npy", logits())
-            answer: object = True
-        else:
-            rows = []
-            for _ in range(int(number)):
-                start, cpu = time.perf_counter(), time.process_time()
-                result = (step if command == "steps" else matmul)()
-                rows.append((time.perf_counter() - start, time.process_time() - cpu, result))
-            answer = rows if command == "steps" else [row[:2] for row in rows]
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-class Process:
-    def __init__(self, side: str, folder: Path):
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "JAX_PLATFORMS": "cpu"}
-        # -P: not this folder on the path, whose `kernels.py` would be taken for a package that transformers looks for.
-        command = [sys.executable, "-P", __file__, "--serve", side, "--folder", str(folder)]
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, command: str, number: int = 0):
-        print(command, number, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"the process of {self._process.args[-3]} ended: {self._process.wait()}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+    return {
+        "logits": lambda: np.save(folder / f"{side}.npy", logits()),
+        "steps": step,
+        "matmul": lambda: matmul() is None,
+    }
 
 
 def compare(folder: Path) -> None:
@@ -255,17 +226,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.folder)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"skipped: {' and '.join(missing)} not installed, and this compares llamax with transformers on torch")
-        return
+        return in_turn.serve(commands(options.serve, options.folder))
+    if reason := in_turn.missing():
+        return print(reason)
     from llamax.model.count import step_flops
 
     with tempfile.TemporaryDirectory() as name:
         processes = {}
         for side in SIDES:  # transformers first: it writes the weights
-            processes[side] = Process(side, Path(name))
+            processes[side] = in_turn.Process(__file__, side, Path(name))
             processes[side].ask("logits")
         compare(Path(name))
         rows: dict[str, list] = {side: [] for side in SIDES}

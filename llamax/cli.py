@@ -308,7 +308,7 @@ GENERATE = """
 CHAT = """
     llamax chat models/scout
     llamax chat models/scout --image photo.jpg --temperature 0
-    llamax chat models/scout --system "Answer with one word." < questions.txt
+    llamax chat runs/quickstart --system "Answer with one word."
 """
 INSPECT = """
     llamax inspect runs/quickstart

@@ -3,6 +3,7 @@ cores. The environment has to be set before jax is imported, so this file comes 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,16 @@ from absl import flags  # noqa: E402
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, and pytest never parses them
+
+
+@pytest.fixture(autouse=True)
+def quiet_again():
+    """Logging is global, and pytest listens to a logger that is cut off from the root a second time: what a run's
+    `log.setup` changes ends with its test."""
+    yield
+    logger = logging.getLogger("llamax")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

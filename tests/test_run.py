@@ -81,7 +81,8 @@ def unbroken(tmp_path_factory):
             patch.setattr(section, "__getattribute__", noting(section))
         began = time.time()
         result = twenty_steps(workdir)
-        return workdir, result, time.time() - began
+        # Freeing programs and arrays comes after the ledger's last word.
+        return workdir, result, (workdir / "goodput.json").stat().st_mtime - began
 
 
 def twenty_steps(workdir: Path) -> Result:
@@ -114,8 +115,7 @@ def test_the_golden_loss_curve(unbroken):
 def test_the_ledger_sums_to_the_wall_time(unbroken):
     workdir, _, wall = unbroken
     seconds = json.loads((workdir / "goodput.json").read_text())["seconds"]
-    # Freeing programs and arrays after the last write takes 0.15 s, which is 1% of this short run.
-    assert sum(seconds.values()) == pytest.approx(wall, rel=0.01, abs=0.3)
+    assert sum(seconds.values()) == pytest.approx(wall, rel=0.01, abs=0.1)
     assert all(seconds[phase] > 0 for phase in ("start", "compile", "data", "step", "save", "evaluate"))
     shares = [value for name, value in lines(workdir)[-3].items() if name.startswith("goodput/")]
     assert len(shares) == 8 and sum(shares) == pytest.approx(1)

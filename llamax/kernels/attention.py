@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from llamax.kernels.varying import full_like, vary_alike
 
 MASKED = -1e30  # finite: a row without any key stays free of NaN
-TILE = 64  # tokens a tile: of 64, 128 and 256 the least time on 2 cores (bench/kernels.py), and the fewest future keys
+TILE = 64  # tokens a tile: of 64, 128 and 256 the least time on 2 cores (bench/kernel_times.py), fewest future keys
 
 
 # ------------------------------------------------------------------------------------------------------ the slow twin

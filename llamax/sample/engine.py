@@ -79,7 +79,7 @@ def generate(
         room = rounded(max(len(prompts[i].tokens) for i in numbers) + max_tokens)
         logits_BV, cache = prefill(how.skeleton, room, params, router_bias, batch)
         names = [(i, k) for i in numbers for k in range(n)]
-        keys_B = _keys(sampling.seed, names, len(batch.tokens) * n)
+        keys_B = keys(sampling.seed, names, len(batch.tokens) * n)
         if n > 1:
             logits_BV, cache = jnp.repeat(logits_BV, n, axis=0), caches.repeat(cache, n)
         state = begin(logits_BV, cache, rounded(max_tokens), len(names))
@@ -245,7 +245,7 @@ def _may(allowed: Collection[int], vocab_size: int, patch_id: int) -> np.ndarray
     return may_V
 
 
-def _keys(seed: int, names: Sequence[tuple[int, int]], rows: int) -> Array:
+def keys(seed: int, names: Sequence[tuple[int, int]], rows: int) -> Array:
     """One key a row, by the number of its prompt and of its sample."""
     numbers = np.zeros((rows, 2), np.uint32)
     numbers[: len(names)] = names
@@ -291,7 +291,7 @@ class Conversation:
         how = How(self.skeleton, self.stop, sampling.temperature > 0, sampling.top_p < 1)
         may_V = jnp.asarray(_may((), self.model.model.vocab_size, self.model.patch_id))
         chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
-        keys_B = _keys(sampling.seed, [(0, len(self.tokens))], 1)
+        keys_B = keys(sampling.seed, [(0, len(self.tokens))], 1)
         state = begin(self._logits, self._cache, rounded(max_tokens), 1)
         for number in range(max_tokens):
             self._make_room(len(self.tokens) + 1)

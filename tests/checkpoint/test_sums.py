@@ -41,8 +41,7 @@ def copy(written, tmp_path):
 
 
 @pytest.fixture
-def messages(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+def messages(caplog):
     caplog.set_level(logging.INFO, "llamax")
     return caplog
 

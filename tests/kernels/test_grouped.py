@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from llamax.kernels import grouped
-from llamax.kernels.grouped import Experts, pick_experts, ragged_experts, slow_experts, sorted_experts
+from llamax.kernels.grouped import (
+    Experts,
+    cpu_experts,
+    few_experts,
+    pick_experts,
+    ragged_experts,
+    slow_experts,
+    sorted_experts,
+)
 from tests.tolerances import BF16, ORACLE, TWIN, TWIN_GRAD
 
 N, D, F, E = 300, 16, 24, 4
@@ -70,6 +78,18 @@ def test_definition_against_loops(gate_on):
         np.testing.assert_allclose(y[n], truth, **ORACLE)
 
 
+@pytest.mark.parametrize("gate_on", ["input", "output"])
+def test_few_rows_are_slow(gate_on):
+    """One by one up to FEW rows, sorted above; the same values and gradients either way."""
+    for n in (1, grouped.FEW // 2, grouped.FEW // 2 + 1):
+        x, experts, gate, dy = inputs(2, n)
+        index = routing("skewed", 2, n)
+        assert ("sort" in str(jax.make_jaxpr(cpu_experts)(x, experts, index, gate))) == (2 * n > grouped.FEW)
+        slow = run(slow_experts, x, experts, index, gate, dy, gate_on)
+        assert_twins(run(few_experts, x, experts, index, gate, dy, gate_on), slow)
+        assert_twins(run(cpu_experts, x, experts, index, gate, dy, gate_on), slow)
+
+
 @pytest.mark.parametrize("kind", ["even", "one takes all", "first and last empty", "skewed"])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("fast", [sorted_experts, ragged_experts])
@@ -116,7 +136,7 @@ def test_a_token_does_not_feel_its_neighbours():
 
 
 def test_every_platform_has_a_function():
-    assert pick_experts("cpu") is sorted_experts
+    assert pick_experts("cpu") is cpu_experts
     assert pick_experts("tpu") is ragged_experts
     gpu = importlib.util.find_spec("tokamax") and grouped.tokamax_experts or ragged_experts
     assert pick_experts("gpu") is gpu

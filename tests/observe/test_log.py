@@ -75,8 +75,7 @@ class Full:
         self.file.close()
 
 
-def test_a_full_disk_loses_no_line(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+def test_a_full_disk_loses_no_line(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     with log.MetricsFile(path) as file:
         file._file = Full(file._file, room=100)

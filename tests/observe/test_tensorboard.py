@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import struct
 import threading
 
@@ -102,7 +101,6 @@ def test_captions_and_pictures_must_pair(tmp_path):
 
 def test_a_full_disk_neither_hangs_nor_ends_the_run(tmp_path, monkeypatch, caplog):
     """It ends the thread that writes events; those after it would wait for that thread for ever."""
-    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     room = threading.Event()
     write = EventsWriter.write_event

@@ -109,7 +109,7 @@ def test_decoding_ends_when_every_prompt_has(tiny):
     how = engine.How(tiny[0], first, False, False)
     batch = pack([Prompt(p, NO_TILES) for p in PROMPTS])
     state = engine.begin(*engine.prefill(tiny[0], 64, *tiny[1:], batch), 64, 3)
-    may, keys = np.ones(MODEL.vocab_size, bool), engine._keys(0, [(0, 0)], len(batch.tokens))
+    may, keys = np.ones(MODEL.vocab_size, bool), engine.keys(0, [(0, 0)], len(batch.tokens))
     state = engine.advance(how, *tiny[1:], state, np.int32(6), (np.float32(0), np.float32(1)), may, keys)
     assert state.count == 1
 

@@ -1,6 +1,6 @@
 """Milliseconds of the kernels, forward and backward: llamax's CPU functions beside their slow twins and jax's own.
 
-    python bench/kernels.py [--rounds 10] [--only attention|experts|cross_entropy]
+    python bench/kernel_times.py [--rounds 10] [--only attention|experts|cross_entropy]
 
 The programs of a row run in turn, round after round, and the least time of each counts, so that other work on the
 machine moves a row's ratios less than its figures. "-" was not run: it would take too long or too much memory.
