@@ -58,7 +58,7 @@ def test_the_model_has_as_many_parameters_as_are_counted(model):
 #
 # The jaxpr of value_and_grad of the score, with twins in the seam that do what is counted and nothing else: attention a
 # query at a time over the keys that it sees, every token through the weights of its own experts, whole logits. A
-# matmul is a dot_general, times the length of the scans around it. What nothing needs (a gradient of pixels) is dropped.
+# matmul is a dot_general, times the length of the scans around it. What nothing needs (a gradient of pixels) is cut.
 
 
 def visible_attention(q, k, v, *, local_len=None, **_):
