@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from llamax import config
 from llamax.batch import Batch
 from llamax.model import layers, stack
 from llamax.model.score import score
@@ -83,24 +82,6 @@ def test_packed_documents_match(case):
     )
     logits = forward(case, batch, attn_temperature=0.0)[-1]
     np.testing.assert_allclose(logits, golden.outputs["packed.logits"], **GOLDEN)
-
-
-# What each switch turns off.
-TOGGLES = {
-    "temperature": dict(attn_temperature=0.0),
-    "chunks": dict(chunk_len=48),
-    "qk norm": dict(qk_norm=False),
-    "rope scaling": dict(rope=config.Rope(theta=10_000.0)),
-    "full attention": dict(plan=((("rope_chunk+moe",) * 4, 2),)),
-    "layers without rope": dict(plan=((("rope_chunk+moe",) * 3 + ("rope_full+moe",), 2),)),
-}
-
-
-@pytest.mark.parametrize("toggle", TOGGLES)
-def test_the_golden_is_sensitive(toggle):
-    theirs = goldens.load("scout_like").outputs["logits"]
-    moved = np.abs(forward("scout_like", **TOGGLES[toggle])[-1] - theirs).max()
-    assert moved > 1000 * GOLDEN["atol"]
 
 
 def test_gradients_match():
