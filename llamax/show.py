@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +59,13 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "of these text", f"{n.text:,}, of which {n.text_active:,} are active for a token"
     if model.vision:
         yield "of these vision", f"{n.vision:,}"
+    kept = count.training_bytes(model)
+    states = {"parameters": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
+    yield "training state", ", ".join(f"{size(n)} {name}" for name, n in states.items()) + ", all devices together"
+    yield "cache of a sequence", cache(model, data.seq_len)
+    yield "", cache(model, 2**20)
     yield "tokens a step", f"{data.batch_tokens:,} = {data.rows:,} rows of {data.seq_len:,}"
+    yield "FLOPs a token", f"{count.token_flops(model, data.seq_len):.4g} of text, on average over a row"
     yield "FLOPs a step", f"{count.step_flops(run):.4g} of text"
     if model.vision and data.multimodal_steps:
         tiles = data.rows * data.tiles_per_row
@@ -71,6 +78,22 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
             f" {model.vision.tokens_per_tile} tokens a tile",
         )
     yield "whole run", f"{run.train.steps * data.batch_tokens:,} tokens in {run.train.steps:,} steps"
+
+
+def cache(model: Model, context: int) -> str:
+    """What decoding keeps of a sequence of `context` tokens in bfloat16, beside a model without chunks."""
+    kept, full = (count.cache_bytes(m, context) for m in (model, dataclasses.replace(model, chunk_len=context)))
+    each = f"{kept / context:,.0f} bytes a token, {kept / full:.0%} of full attention's"
+    return f"{size(kept)} in bfloat16 after {context:,} tokens: {each}"
+
+
+def size(n_bytes: float) -> str:
+    """1.5 GiB"""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.4g} TiB"
 
 
 def _line(console: Console, name: str, value: str, style: str) -> None:

@@ -86,7 +86,7 @@ def model_config(text: dict, vision: dict | None) -> config.Model:
         n_heads=text["num_attention_heads"],
         n_kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
-        plan=((kinds[:4], len(kinds) // 4),),
+        plan=((kinds[:4], len(kinds) // 4),) if len(kinds) % 4 == 0 else ((kinds, 1),),
         dense_ffn_dim=text["intermediate_size_mlp"],
         expert_ffn_dim=text["intermediate_size"],
         n_experts=text["num_local_experts"],

@@ -38,13 +38,19 @@ TERMS: dict[str, Term] = {
         lambda batch: batch.loss_weights.sum(),
     ),
     "router_balance": Term(
-        lambda scored, batch, model: router.balance(*scored.routing, real(batch), router.probabilities(model)),
+        lambda scored, batch, model: router.balance(
+            scored.routing.logits, scored.routing.index, real(batch), router.probabilities(model)
+        ),
         lambda batch: real(batch).sum(),
         needs_experts=True,
     ),
     "router_balance_seq": Term(
         lambda scored, batch, model: router.sequence_balance(
-            *scored.routing, batch.segment_ids, batch.positions, router.probabilities(model)
+            scored.routing.logits,
+            scored.routing.index,
+            batch.segment_ids,
+            batch.positions,
+            router.probabilities(model),
         ),
         lambda batch: real(batch).sum(),
         needs_experts=True,

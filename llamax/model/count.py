@@ -1,9 +1,11 @@
-"""Exact counts of a model's parameters, and the model FLOPs of training it: pure Python on `config.Model`.
+"""Exact counts of a model's parameters, the model FLOPs of training it, and bytes: pure Python on `config.Model`.
 
-A matmul weight costs 6 FLOPs a token in training: 2 forward, 4 backward. An attention layer adds 12 H Dh FLOPs for each
-key that a query sees (q.k and weights.v are 2 H Dh each; forward and backward are three times the forward). Masked keys
-are not counted, nor is what rematerialisation computes again. A row is taken as one document: when several are packed
-into it, attention costs less than is counted here.
+A matmul weight costs 6 FLOPs a token in training: 2 forward, 4 backward, of which 2 for the gradient of its input; that
+of pixels nobody asks for, so their first matrix costs 4. An attention layer adds 12 H Dh FLOPs for each key that a
+query sees (q.k and weights.v are 2 H Dh each; forward and backward are three times the forward). Masked keys are not
+counted, nor is what rematerialisation computes again, nor anything that is no matmul: scores, choices and groups of a
+router cost nothing, whatever the routing. A row is taken as one document: when several are packed into it, attention
+costs less than is counted here.
 
 Letters: D width, H query heads, K kv heads, Dh head dim, F ffn, E experts, V vocabulary, T tokens a row, W vision's D.
 """
@@ -21,7 +23,7 @@ class Parameters:
 
     text: int  # both embeddings, attention, feed-forwards, norms
     text_active: int  # of these, what one token uses: its top-k experts, and both embeddings whole
-    vision: int  # encoder, adapter and projector
+    vision: int  # encoder, adapter and projector, or the one linear layer
 
     @property
     def total(self) -> int:
@@ -51,13 +53,21 @@ def row_flops(model: Model, seq_len: int) -> int:
     return 6 * matmul_active(model) * seq_len + 12 * model.n_heads * model.head_dim * seen
 
 
+def token_flops(model: Model, seq_len: int) -> float:
+    """The same a token, on average over the row."""
+    return row_flops(model, seq_len) / seq_len
+
+
 def tile_flops(vision: Vision, dim: int) -> int:
     """Model FLOPs of training on one picture tile, forward and backward, up to the decoder's width `dim`."""
+    if vision.encoder == "linear":
+        return 4 * _token_pixels(vision) * dim * vision.tokens_per_tile
     patches = vision.grid**2
     block = 4 * vision.dim**2 + 2 * vision.dim * vision.ffn_dim
-    encoder = 3 * vision.patch_px**2 * vision.dim * patches + vision.n_layers * block * (patches + 1)
+    blocks = vision.n_layers * block * (patches + 1)
     attention = 12 * vision.dim * (patches + 1) ** 2 * vision.n_layers  # every patch sees all, and the class token
-    return 6 * (encoder + _connector(vision, dim) * vision.tokens_per_tile) + attention
+    from_pixels = 4 * 3 * vision.patch_px**2 * vision.dim * patches
+    return from_pixels + 6 * (blocks + _connector(vision, dim) * vision.tokens_per_tile) + attention
 
 
 def step_flops(run: Run, tiles: int = 0) -> int:
@@ -67,6 +77,27 @@ def step_flops(run: Run, tiles: int = 0) -> int:
         assert run.model.vision is not None
         flops += tiles * tile_flops(run.model.vision, run.model.dim)
     return flops
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What training keeps of a model, all devices together, before activations."""
+
+    parameters: int  # float32 masters
+    gradients: int  # float32
+    optimizer: int  # AdamW's two moments, float32
+
+
+def training_bytes(model: Model) -> Bytes:
+    n = parameters(model).total
+    return Bytes(parameters=4 * n, gradients=4 * n, optimizer=8 * n)
+
+
+def cache_bytes(model: Model, context: int, itemsize: int = 2) -> int:
+    """Bytes of the keys and values that decoding keeps of a sequence of `context` tokens, `itemsize` bytes a number: a
+    chunked layer keeps those of at most one chunk."""
+    kept = sum(min(model.chunk_len, context) if kind.startswith("rope_chunk") else context for kind in model.layers)
+    return 2 * model.n_kv_heads * model.head_dim * itemsize * kept
 
 
 def _layers(model: Model, n_experts: int) -> int:
@@ -86,7 +117,9 @@ def _keys_seen(kind: str, seq_len: int, chunk_len: int) -> int:
 
 
 def _vision(vision: Vision, dim: int) -> int:
-    """Parameters of encoder, adapter and projector."""
+    """Parameters of encoder, adapter and projector, or of the one linear layer and its bias."""
+    if vision.encoder == "linear":
+        return (_token_pixels(vision) + 1) * dim
     w, f = vision.dim, vision.ffn_dim
     block = 4 * (w * w + w) + (w * f + f) + (f * w + w) + 2 * 2 * w  # q k v o, up, down, two LayerNorms, all with bias
     embeddings = 3 * vision.patch_px**2 * w + w + (vision.grid**2 + 1) * w  # patches (no bias), class token, positions
@@ -96,3 +129,8 @@ def _vision(vision: Vision, dim: int) -> int:
 def _connector(vision: Vision, dim: int) -> int:
     """Weights of the adapter's two layers and of the projector: no biases."""
     return vision.shuffle**2 * vision.dim * vision.adapter_dim + vision.adapter_dim**2 + vision.adapter_dim * dim
+
+
+def _token_pixels(vision: Vision) -> int:
+    """Numbers that make one token: the pixels of shuffle x shuffle patches, three colours."""
+    return 3 * (vision.shuffle * vision.patch_px) ** 2

@@ -15,11 +15,11 @@ from llamax.model.fusion import fuse
 from llamax.model.layers import RMSNorm, embedding, linear, matrix
 from llamax.model.seam import Seam
 from llamax.model.stack import ROWS, Stack, Trace
-from llamax.model.vision import VisionEncoder, normalise
+from llamax.model.vision import LinearPatches, VisionEncoder, normalise
 
 
 class Llama(nnx.Module):
-    """A decoder of any layer plan, with a vision encoder where the configuration has one.
+    """A decoder of any layer plan, with an encoder of pictures where the configuration has one.
 
     `patch_id` is the token id of `<|patch|>`. Activations are of `dtype`; parameters are float32 masters.
     """
@@ -32,7 +32,9 @@ class Llama(nnx.Module):
         if not model.tied_embeddings:
             sizes = dict(fan_in=model.dim, fan_out=model.vocab_size)
             self.head = matrix(rngs, (model.dim, model.vocab_size), ("embed", "vocab"), **sizes)
-        if model.vision:
+        if model.vision and model.vision.encoder == "linear":
+            self.vision = LinearPatches(model.vision, model.dim, std=model.init_std, rngs=rngs)
+        elif model.vision:
             self.vision = VisionEncoder(model.vision, remat=remat, rngs=rngs)
             sizes = dict(fan_in=model.vision.adapter_dim, fan_out=model.dim)
             self.projector = matrix(rngs, (model.vision.adapter_dim, model.dim), ("ffn", "embed"), **sizes)
@@ -76,7 +78,9 @@ class Llama(nnx.Module):
             return x_BTD, None
         pixels = batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:])
         features, square_LS = self.vision(normalise(pixels, self.dtype))
-        features_BFD = linear(features, self.projector[...].astype(self.dtype)).reshape(rows, -1, x_BTD.shape[-1])
+        if hasattr(self, "projector"):
+            features = linear(features, self.projector[...].astype(self.dtype))
+        features_BFD = features.reshape(rows, -1, x_BTD.shape[-1])
         is_patch_BT = batch.tokens == self.patch_id
         used_BM = jnp.arange(slots) < is_patch_BT.sum(axis=1, keepdims=True) // (features_BFD.shape[1] // slots)
         energy_LB = jnp.sum(jnp.where(used_BM, square_LS.reshape(-1, rows, slots), 0.0), axis=-1)

@@ -1,8 +1,13 @@
-"""The vision encoder: a ViT over the patches of a square tile, then pixel shuffle and a two-layer adapter.
+"""Pictures: a ViT over the patches of a square tile, then pixel shuffle and a two-layer adapter; or one linear layer.
 
-Patches row-major, flattened channel-major (colour, row, column), embedded without bias; the class token comes last;
-learned positions; pre-norm blocks with biases, 2D RoPE, full attention, exact GELU; the class token is dropped at the
-end. Pixel shuffle joins s x s neighbouring patches into one token. The adapter applies GELU after its second layer too.
+The ViT, as in Llama 4: patches row-major, flattened channel-major (colour, row, column), embedded without bias; the
+class token comes last; learned positions; pre-norm blocks with biases, 2D RoPE, full attention, exact GELU; the class
+token is dropped at the end. Pixel shuffle joins s x s neighbouring patches into one token. The adapter applies GELU
+after its second layer too.
+
+Linear patches, as in Fuyu (adept.ai, 2023): the pixels of s x s neighbouring patches, projected with a bias to the
+decoder's width, are a token. Where a patch stands, the decoder learns from the order of tokens and the separators.
+
 Letters: S tiles, P patches a tile + 1, W width, H heads, Dh head dim.
 """
 
@@ -44,8 +49,8 @@ def pixel_shuffle(x_SPW: Array, shuffle: int) -> Array:
 
 
 class Linear(nnx.Module):
-    def __init__(self, fan_in: int, fan_out: int, axes: tuple, *, bias: bool, rngs: nnx.Rngs):
-        self.weight = matrix(rngs, (fan_in, fan_out), axes, fan_in=fan_in, fan_out=fan_out)
+    def __init__(self, fan_in: int, fan_out: int, axes: tuple, *, bias: bool, rngs: nnx.Rngs, gain: float = 1.0):
+        self.weight = matrix(rngs, (fan_in, fan_out), axes, fan_in=fan_in, fan_out=fan_out, gain=gain)
         if bias:
             self.bias = zeros((fan_out,), axes[1:])
 
@@ -108,3 +113,16 @@ class VisionEncoder(nnx.Module):
         x = pixel_shuffle(self.norm_post(x_SPW)[:, :-1], self.vision.shuffle)
         x = jax.nn.gelu(self.adapter_in(x), approximate=False)
         return jax.nn.gelu(self.adapter_out(x), approximate=False), square_LS
+
+
+class LinearPatches(nnx.Module):
+    """Features of white pixels start with standard deviation `std`, that of the other embeddings."""
+
+    def __init__(self, vision: config.Vision, dim: int, *, std: float, rngs: nnx.Rngs):
+        self.token_px = vision.shuffle * vision.patch_px
+        self.projection = Linear(3 * self.token_px**2, dim, (None, "embed"), bias=True, gain=std, rngs=rngs)
+
+    def __call__(self, pixels_SHWC: Array) -> tuple[Array, Array]:
+        """Normalised pixels [S, side, side, 3] -> features [S, tokens_per_tile, D], and the squares of no layers."""
+        features = self.projection(patches(pixels_SHWC, self.token_px))
+        return features, jnp.zeros((0, len(features)), jnp.float32)

@@ -33,7 +33,8 @@ def gradient_squares(grads: dict[str, Any], plan: tuple) -> dict[str, Array]:
                 segments.append(jnp.stack(slots, 1).reshape(-1))
             out["layer"] = jnp.concatenate(segments)
         elif name == "vision":
-            out["vision"] = squares(tree["blocks"], 1)
+            if "blocks" in tree:  # linear patches have none
+                out["vision"] = squares(tree["blocks"], 1)
             out["vision_rest"] = squares({key: part for key, part in tree.items() if key != "blocks"}, 0)
         else:
             out[name] = squares(tree, 0)

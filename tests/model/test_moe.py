@@ -30,6 +30,7 @@ ROUTINGS = {
         **dict(router_score="softmax", router_renormalise=True, gate_on="output"),
         **dict(n_experts=8, top_k=2, n_shared_experts=0),
     ),
+    "olmoe": dict(router_score="softmax", gate_on="output", n_experts=8, top_k=4, n_shared_experts=0),
     "deepseek v2": dict(
         **dict(router_score="softmax", router_scale=16.0, gate_on="output", expert_ffn_dim=6, n_shared_experts=2),
         **dict(n_experts=12, top_k=3, n_groups=4, top_groups=2, group_best=1),

@@ -62,6 +62,54 @@ def test_layers_run_in_the_order_of_the_plan(plan):
         assert_real_close(routing.index[layer], slow.chosen[layer], TEXT)
 
 
+def plan_of_lists(layers: int, moe_layers: list[int], no_rope_layers: list[int]) -> tuple:
+    """An explicit plan, as a configuration of transformers gives it: segments of one layer."""
+    kinds = (
+        ("nope_full" if i in no_rope_layers else "rope_chunk") + ("+moe" if i in moe_layers else "+dense")
+        for i in range(layers)
+    )
+    return tuple(((kind,), 1) for kind in kinds)
+
+
+SHAPES = {
+    "no power of two": dict(
+        plan=((SCOUT_PERIOD, 1),),
+        **dict(dim=20, n_heads=5, n_kv_heads=1, head_dim=6, n_experts=3, top_k=2, chunk_len=7),
+    ),
+    "explicit lists": dict(
+        plan=plan_of_lists(4, moe_layers=[1, 2], no_rope_layers=[0, 2]),
+        **dict(n_heads=9, n_kv_heads=3, top_k=2, n_shared_experts=2, chunk_len=10, qk_norm=False),
+    ),
+    "deepseek v3's experts": dict(
+        plan=((("rope_full+dense",), 1), (("rope_full+moe",), 2)),
+        **dict(n_experts=16, expert_ffn_dim=6, top_k=4, n_groups=4, top_groups=2, group_best=2, gate_on="output"),
+        **dict(router_renormalise=True, router_scale=2.5, choose_by="scores"),
+    ),
+    "linear patches": dict(
+        plan=((("rope_chunk+moe", "nope_full+moe"), 1),), vision=replace(twins.VISION, encoder="linear")
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_by_the_fast_kernels(shape):
+    """Logits of real tokens in float64 numpy: blocks of attention and sorted experts do not mind odd sizes."""
+    model = replace(twins.TINY, **SHAPES[shape])
+    graph, tree = build(model, seam=FAST)
+    batch = MIXED if model.vision else TEXT
+
+    def forward(tree):
+        llama = twins.bind(graph, tree)
+        hidden, trace = llama(batch)
+        return llama.logits(hidden), trace.routing
+
+    logits, routing = twins.quick_jit(forward)(tree)
+    slow = twins.decode(tree, model, batch)
+    assert_real_close(logits, slow.logits, batch, **ORACLE)
+    for index, chosen in zip(routing.index, slow.chosen, strict=True):
+        assert_real_close(index, chosen, batch)
+
+
 def test_remat_changes_neither_value_nor_gradient():
     model = replace(twins.TINY, plan=((("rope_chunk+dense",), 2),))
 

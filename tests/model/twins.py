@@ -273,6 +273,14 @@ def vision(w, pixels_HWC, cfg: config.Vision):
     return gelu(gelu(x @ w["adapter_in"]["weight"]) @ w["adapter_out"]["weight"])
 
 
+def picture_tokens(w, pixels_HWC, model: config.Model):
+    """One tile, normalised, as embeddings of the decoder's width: by the encoder, or by one linear layer."""
+    if model.vision.encoder == "linear":
+        blocks = patch_vectors(pixels_HWC, model.vision.shuffle * model.vision.patch_px)
+        return blocks @ w["vision"]["projection"]["weight"] + w["vision"]["projection"]["bias"]
+    return vision(w["vision"], pixels_HWC, model.vision) @ w["projector"]
+
+
 # ---------------------------------------------------------------------------------------------------------- decoder
 
 
@@ -287,7 +295,7 @@ def embed(w, tokens, tiles, model: config.Model):
     """Embeddings of one row; every `<|patch|>` takes the next feature of the row's tiles."""
     features = []
     for tile in tiles:
-        features += list(vision(w["vision"], tile / 127.5 - 1, model.vision) @ w["projector"])
+        features += list(picture_tokens(w, tile / 127.5 - 1, model))
     return np.array([features.pop(0) if features and token == PATCH else w["embed"][token] for token in tokens])
 
 

@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llamax.batch import Batch
+from llamax.kernels import grouped
+from llamax.kernels.grouped import sorted_experts
 from llamax.parallel import rules
 from llamax.parallel.mesh import make_mesh
 from llamax.parallel.place import Constrain, PerShard, batch_shardings, fetch, put_batch, replicate
@@ -141,6 +143,26 @@ def test_every_device_sees_its_own_rows():
     np.testing.assert_array_equal(total, x.sum(1))
     squared, _ = PerShard(kernel, mesh, (None, ("embed",)))(x, jnp.ones(3), scale_B=scale, power=2)
     np.testing.assert_array_equal(squared, x * scale[:, None] ** 2)
+
+
+def test_experts_per_shard_take_the_gate_where_it_is_said():
+    """The real kernel, its gate on the input and on the output, on eight devices and on one."""
+    mesh, (params, x, _, _) = make_mesh({"data": 2, "fsdp": 4}), inputs()
+    x_ND, up = x.reshape(-1, D), params["experts"][0]
+    index = np.random.default_rng(1).permuted(np.tile(np.arange(E), (len(x_ND), 1)), axis=1)[:, :2].astype(np.int32)
+    axes = AXES["experts"][1:]
+    sharded = PerShard(sorted_experts, mesh, (None, grouped.Experts(axes, axes, axes)))
+
+    def loss(x_ND, up, run, gate_on):
+        gate_NK = jax.nn.sigmoid(x_ND[:, :2])
+        return jnp.sum(jnp.tanh(run(x_ND, grouped.Experts(up, up, up), index, gate_NK, gate_on=gate_on)))
+
+    program = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=(2, 3))
+    results = {where: [program(x_ND, up, f, where) for f in (sharded, sorted_experts)] for where in ("input", "output")}
+    for on_mesh, on_one in results.values():
+        np.testing.assert_allclose(on_mesh[0], on_one[0], **MESH_LOSS)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **MESH_GRAD), on_mesh[1], on_one[1])
+    assert abs(results["input"][0][0] - results["output"][0][0]) > 1e-2
 
 
 def test_weights_are_gathered_and_their_gradient_scattered():

@@ -31,11 +31,14 @@ PLANS = {
 }
 
 
-def trained(losses: dict, top_k: int = 1, **router_bias):
+DEEPSEEK_V3 = dict(choose_by="scores", router_renormalise=True, router_scale=2.5, gate_on="output")
+
+
+def trained(losses: dict, top_k: int = 1, *, routing: dict | None = None, **router_bias):
     """(max/mean load of each MoE layer over the last steps, mean squared router logsumexp at the start and the end)."""
     run = replace(
         RUN,
-        model=replace(RUN.model, plan=PLANS[top_k], top_k=top_k),
+        model=replace(RUN.model, plan=PLANS[top_k], top_k=top_k, **(routing or {})),
         losses=replace(RUN.losses, **(NO_BALANCE | losses)),
         router_bias=config.RouterBias(**router_bias),
         optim=replace(RUN.optim, peak_lr=1e-2),
@@ -80,6 +83,21 @@ def test_a_collapsed_router_is_balanced(losses, router_bias, top_k):
     assert (skew < 1.5).all(), skew
 
 
+@pytest.mark.parametrize(
+    "losses, router_bias",
+    [
+        ({}, dict(rate=0.02, update="sign")),
+        pytest.param(dict(router_balance=1.0), {}, marks=pytest.mark.slow),
+        pytest.param(dict(router_balance_seq=1.0), {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_choice_by_scores_is_balanced_too(losses, router_bias):
+    """The bias then moves scores, which are 0 to 1; the losses' P is the scores' share."""
+    skew, _ = trained(losses, 2, routing=DEEPSEEK_V3, **router_bias)
+    assert (skew < 1.5).all(), skew
+
+
 def test_without_balancing_it_stays_collapsed_and_the_z_loss_bounds_the_logits():
     """So the test above can fail. The z-loss weighs next to nothing, so that it is measured only; then it counts."""
     skew, free = trained(dict(router_z=1e-9))
@@ -107,16 +125,20 @@ def test_biases_move_by_the_loads_of_their_own_layer():
     np.testing.assert_array_equal(moved["segment1"]["slot0"]["moe"]["router_bias"], [[-1, 1]])
 
 
-def test_gradient_norms_by_block_sum_to_the_whole():
+@pytest.mark.parametrize("encoder", ["vit", "linear"])
+def test_gradient_norms_by_block_sum_to_the_whole(encoder):
     """Every parameter is in exactly one block, and a layer's block holds that layer's parameters."""
-    model = replace(RUN.model, plan=((("rope_chunk+moe", "nope_full+dense"), 2),), vision=twins.VISION)
+    vision = replace(twins.VISION, encoder=encoder)
+    model = replace(RUN.model, plan=((("rope_chunk+moe", "nope_full+dense"), 2),), vision=vision)
     run = replace(RUN, model=model)
     skel = skeleton(model, Seam(), patch_id=twins.PATCH, train=run.train)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), skel.shapes()[0])
     got = gradient_squares(grads, model.plan)
-    assert got["layer"].shape == (4,) and got["vision"].shape == (twins.VISION.n_layers,)
-    assert got.keys() == {"layer", "vision", "vision_rest", "embed", "head", "norm", "projector"}
+    assert got["layer"].shape == (4,)
+    assert encoder == "linear" or got["vision"].shape == (vision.n_layers,)
+    of_the_vit = {"vision", "projector"} if encoder == "vit" else set()
+    assert got.keys() == {"layer", "vision_rest", "embed", "head", "norm"} | of_the_vit
     total = sum(float((np.float64(g) ** 2).sum()) for g in jax.tree.leaves(grads))
     np.testing.assert_allclose(sum(float(np.sum(x)) for x in got.values()), total, rtol=1e-5)
     third = jax.tree.map(lambda g: g[1], grads["stack"]["segment0"]["slot0"])  # repeat 1 of slot 0: layer 2
