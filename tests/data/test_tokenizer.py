@@ -218,6 +218,15 @@ def test_bytes_that_are_no_utf8_decode_to_the_replacement_character(tokenizer):
     assert "\N{LLAMA}".encode().startswith(tokenizer.decode_bytes(half))
 
 
+def test_text_comes_with_its_tokens(tokenizer, texts):
+    for text in [*texts[:5], random_text(3), "\N{LLAMA}"]:
+        ids = [*tokenizer.encode(text), tokenizer.eot]
+        assert "".join(tokenizer.decode_each(iter(ids))) == tokenizer.decode(ids)
+    llama = tokenizer.encode("\N{LLAMA}!")
+    assert len(llama) > 2 and list(tokenizer.decode_each(llama))[-3:] == ["\N{LLAMA}", "!", ""]
+    assert list(tokenizer.decode_each(llama[:1])) == ["", "\ufffd"]
+
+
 def test_pickles_for_loader_processes(tokenizer):
     text = "a small red circle"
     assert pickle.loads(pickle.dumps(tokenizer)).encode(text) == tokenizer.encode(text)

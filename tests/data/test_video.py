@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llamax import config
 from llamax.config import ConfigError, Data, Vision
-from llamax.data import video
+from llamax.data import pipeline, video
 from llamax.data.encode import Encoder
 from llamax.data.images import PictureError
 from llamax.data.sources import Document, Picture
+from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import container_of, each_frame, read_frames, sample_times
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "data" / "tokenizer.model"
@@ -215,3 +218,25 @@ def test_frames_come_one_at_a_time(av):
     frames = each_frame(clip(av), 50)
     assert numbers([next(frames), next(frames)]) == [0, 1]
     frames.close()
+
+
+def test_the_streams_frames_are_the_configs(tmp_path):
+    """`data.video_frames` reaches training's documents and evaluations'."""
+    frames = [Image.new("RGB", (16, 16), (20 * i, 0, 0)) for i in range(12)]
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    line = json.dumps({"pieces": [{"video": "clip.webp"}, {"text": "a clip"}]})
+    (tmp_path / "clips.jsonl").write_text(f"{line}\n" * 4, encoding="utf-8")
+    (tmp_path / "clips.toml").write_text('format = "jsonl"\nfiles = ["clips.jsonl"]\nkind = "multimodal"\n')
+    path = str(tmp_path / "clips.toml")
+    settings = dict(tokenizer=str(TOKENIZER), seq_len=128, batch_tokens=256, sources={"clips": config.Source(path)})
+    for n in (3, Data.video_frames):
+        data = Data(
+            **settings, multimodal_steps=1.0, tiles_per_row=8, window_docs=4, video_frames=n, prefetch_batches=0
+        )
+        marks = pipeline.HeldOut(path, data, SMALL)
+        image = Tokenizer(TOKENIZER).image
+        assert sum(int((batch.tokens == image).sum()) for batch in marks) == 4 * n
+        streamed = next(iter(pipeline.build(data, SMALL, seed=0)))
+        documents = int((streamed.targets == Tokenizer(TOKENIZER).eos).sum())
+        assert int((streamed.tokens == image).sum()) >= n * documents > 0
+        assert int((streamed.tokens == image).sum()) < (n + 1) * (documents + 1)
