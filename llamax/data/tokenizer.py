@@ -113,7 +113,11 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
     path = Path(path)
     _check_exists(path)
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    content = path.read_bytes()
+    if b"<unk>" in content[:64]:
+        true = "it is a SentencePiece model (Llama 1 and 2 have one), which is not read"
+        raise ConfigError(f"tokenizer file {path}", true, "Give a file in tiktoken's format, or a tokenizer.json.")
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -238,6 +238,7 @@ def test_pickles_for_loader_processes(tokenizer):
         (None, "no such file"),
         (b"IQ== 0\nnot a line of this format\n", "line 2"),
         (b"IQ== zero\n", "line 1"),
+        (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>", "SentencePiece"),
         (b"IQ== 0\nIg== 1\n", "256 single bytes"),
     ],
 )

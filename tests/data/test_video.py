@@ -204,6 +204,14 @@ def test_a_container_is_told_by_its_first_bytes():
         assert container_of(other) == ""
 
 
+def test_ffmpeg_is_told_the_container(av, monkeypatch):
+    """Left to guess, it would also take a file for a playlist, and open what that names."""
+    data, asked, real = clip(av, "matroska", n=2), [], av.open
+    monkeypatch.setattr(av, "open", lambda file, **how: (asked.append(how.get("format")), real(file, **how))[1])
+    assert len(read_frames(data, 2)) == 2
+    assert set(asked) == {"matroska"}
+
+
 @pytest.mark.parametrize("container", HEADS)
 def test_without_pyav_a_video_says_what_to_install(monkeypatch, container):
     monkeypatch.setitem(sys.modules, "av", None)
