@@ -13,7 +13,7 @@ from llamax.config import Data, Vision
 from llamax.data.images import PictureError, image_tokens, open_image, tile_image, to_rgb
 from llamax.data.sources import Document, Picture
 from llamax.data.tokenizer import Tokenizer
-from llamax.data.video import read_frames
+from llamax.data.video import each_frame
 
 MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
 
@@ -40,7 +40,7 @@ def picture_blocks(
     picture: Picture, vision: Vision, tokenizer: Tokenizer, video_frames: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """(tiles uint8 [n, P, P, 3], token ids) of a picture, or of every frame that is kept of a clip. PictureError."""
-    frames = read_frames(picture.data, video_frames) if picture.video else [to_rgb(open_image(picture.data))]
+    frames = each_frame(picture.data, video_frames) if picture.video else [to_rgb(open_image(picture.data))]
     for frame in frames:
         tiles, (rows, cols) = tile_image(frame, vision)
         yield tiles, image_tokens(rows, cols, vision, tokenizer)

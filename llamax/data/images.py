@@ -124,11 +124,14 @@ def choose_canvas(height: int, width: int, tile_px: int, max_tiles: int) -> tupl
     return int(rows), int(cols)
 
 
-def _fit(side: int, other: int, limit: int, other_limit: int) -> tuple[int, int]:
-    """(side, other) scaled to the limit that binds, aspect kept: rounded down, at least 1."""
-    if limit * other < other_limit * side:  # limit / side < other_limit / other
-        return limit, max(1, min(int(other * (limit / side)), other_limit))
-    return max(1, min(int(side * (other_limit / other)), limit)), other_limit
+def _fit(height: int, width: int, max_height: int, max_width: int) -> tuple[int, int]:
+    """(height, width) scaled to the limit that binds, aspect kept: the other rounded down, at least 1.
+
+    Where both bind, the height is the limit and the width is rounded, which may take a pixel, as in the reference.
+    """
+    if max_width * height < max_height * width:  # max_width / width < max_height / height
+        return max(1, min(int(height * (max_width / width)), max_height)), max_width
+    return max_height, max(1, min(int(width * (max_height / height)), max_width))
 
 
 def tile_image(image: Image.Image, vision: Vision) -> tuple[np.ndarray, tuple[int, int]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -112,7 +113,11 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
     path = Path(path)
     _check_exists(path)
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    content = path.read_bytes()
+    if b"<unk>" in content[:64]:
+        true = "it is a SentencePiece model (Llama 1 and 2 have one), which is not read"
+        raise ConfigError(f"tokenizer file {path}", true, "Give a file in tiktoken's format, or a tokenizer.json.")
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -260,6 +265,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some ids; special tokens as `<|name|>`, bytes that are no UTF-8 as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_each(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, for each what is complete by then: a character may take several tokens.
+
+        Joined, the texts are `decode` of all ids.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.decode_bytes([i]))
+        yield decoder.decode(b"", final=True)
 
     def has(self, name: str) -> bool:
         """Whether there is a special token of this name, which is Llama 4's."""

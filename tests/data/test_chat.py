@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,14 @@ def test_sampled_ids_are_the_turn_as_they_are(tokenizer):
     for wrong in ([t.vocab_size], [-1], [t.patch]):
         with pytest.raises(ConfigError, match="token_ids"):
             tokens(t, [user, {"role": "assistant", "token_ids": wrong}])
+
+
+def test_the_example_of_the_docs_runs(monkeypatch, capsys):
+    page = (DATA.parent / "docs" / "how-to" / "chat.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(DATA.parent)
+    exec(compile(code, "chat.md", "exec"), {})
+    assert "What is in <|image|>?<|eot|>" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------- back to a message

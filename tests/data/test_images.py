@@ -5,17 +5,26 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from llamax.config import Vision
+from llamax.data.encode import Encoder
 from llamax.data.images import PictureError, canvases, choose_canvas, image_tokens, open_image, tile_image, to_rgb
+from llamax.data.packing import pack_window
+from llamax.data.sources import Document, Picture
+from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import read_frames, sample
 
+DATA = Path(__file__).resolve().parents[2] / "data"
 VISION = Vision()
 SMALL = Vision(tile_px=28, max_tiles=4)
+SMALL5 = Vision(tile_px=28, max_tiles=5)
 
 # The reference states its statistics with 5 decimals.
 FIVE_DECIMALS = dict(rtol=0.0, atol=1e-5)
@@ -66,8 +75,10 @@ def test_canvases_of_the_reference(size, canvas):
 
 def slow_canvas(height: int, width: int, tile_px: int, max_tiles: int) -> tuple[int, int]:
     """By the rule's words, in float32: least scale of those >= 1, else the largest; then area; then the order."""
+    listed = [(rows, n // rows) for n in range(max_tiles, 0, -1) for rows in range(1, n + 1) if n % rows == 0]
+    ratios = list(dict.fromkeys(Fraction(*canvas) for canvas in listed))  # in order of first appearance
     best, best_key = None, None
-    for order, (rows, cols) in enumerate(canvases(max_tiles)):
+    for order, (rows, cols) in enumerate(sorted(listed, key=lambda canvas: ratios.index(Fraction(*canvas)))):
         scale = min(np.float32(rows * tile_px) / np.float32(height), np.float32(cols * tile_px) / np.float32(width))
         key = (0, scale, rows * cols, order) if scale >= 1 else (1, -scale, rows * cols, order)
         if best_key is None or key < best_key:
@@ -75,9 +86,43 @@ def slow_canvas(height: int, width: int, tile_px: int, max_tiles: int) -> tuple[
     return best
 
 
+def slow_tiles(image: Image.Image, P: int, max_tiles: int) -> tuple[list[Image.Image], tuple[int, int]]:
+    """Section D.1 of the specification, step by step on pictures: resize, paste, crop."""
+    (width, height), bilinear = image.size, Image.Resampling.BILINEAR
+    rows, cols = slow_canvas(height, width, P, max_tiles)
+    target_height, target_width = min(max(height, P), rows * P), min(max(width, P), cols * P)
+    scale_width, scale_height = target_width / width, target_height / height
+    if scale_width < scale_height:
+        fitted = (target_width, min(math.floor(height * scale_width), target_height))
+    else:
+        fitted = (min(math.floor(width * scale_height), target_width), target_height)
+    canvas = Image.new("RGB", (cols * P, rows * P))  # black
+    canvas.paste(image.resize((max(fitted[0], 1), max(fitted[1], 1)), bilinear), (0, 0))
+    corners = [(x * P, y * P) for y in range(rows) for x in range(cols)]
+    tiles = [canvas.crop((x, y, x + P, y + P)) for x, y in corners]
+    return tiles + ([image.resize((P, P), bilinear)] if len(tiles) > 1 else []), (rows, cols)
+
+
+def test_tiles_equal_the_slow_twin():
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(0, np.log(300), (200, 2))).astype(int).tolist()
+    sizes += [(k * rows, k * cols) for k in range(1, 60, 3) for rows, cols in ((1, 1), (2, 3), (4, 1), (5, 3))]
+    cases = [(SMALL, size) for size in sizes] + [(SMALL5, size) for size in sizes]
+    # Of these squares both sides bind, and rounding takes a pixel of the width.
+    cases += [(VISION, size) for size in ((79, 79), (285, 285), (2085, 2085), (700, 340), (671, 1009), (90, 2000))]
+    noise = rng.integers(0, 256, (2100, 2100, 3), dtype=np.uint8)
+    for vision, (height, width) in cases:
+        image = Image.fromarray(noise[:height, :width])
+        tiles, canvas = tile_image(image, vision)
+        slow, slow_canvas_of = slow_tiles(image, vision.tile_px, vision.max_tiles)
+        assert (canvas, len(tiles)) == (slow_canvas_of, len(slow)), (height, width)
+        for tile, slow_tile in zip(tiles, slow, strict=True):
+            np.testing.assert_array_equal(tile, slow_tile)
+
+
 def test_choice_of_canvas_equals_the_slow_twin():
     rng = np.random.default_rng(0)
-    for height, width in np.exp(rng.uniform(0, np.log(3000), (500, 2))).astype(int).tolist():
+    for height, width in np.exp(rng.uniform(0, np.log(3000), (300, 2))).astype(int).tolist():
         assert choose_canvas(height, width, 336, 16) == slow_canvas(height, width, 336, 16)
         assert choose_canvas(height, width, 28, 5) == slow_canvas(height, width, 28, 5)
 
@@ -123,13 +168,30 @@ def test_cmyk_palette_and_bilevel_become_rgb():
     assert to_rgb(open_image(png(Image.new("1", (4, 4), 1)))).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (6, 4))
-    image.putpixel((0, 0), (255, 0, 0))
+# Orientation -> how the upright picture is stored, by the EXIF standard: which edge is row 0, and which is column 0.
+STORED = {
+    1: lambda upright: upright,  # top, left
+    2: lambda upright: upright[:, ::-1],  # top, right
+    3: lambda upright: upright[::-1, ::-1],  # bottom, right
+    4: lambda upright: upright[::-1],  # bottom, left
+    5: lambda upright: upright.swapaxes(0, 1),  # left, top
+    6: lambda upright: upright[:, ::-1].swapaxes(0, 1),  # right, top
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda upright: upright[::-1].swapaxes(0, 1),  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(orientation, kind):
+    upright = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    upright = to_rgb(open_image(png(image, exif=exif)))
-    assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (255, 0, 0)
+    exif[0x0112] = orientation
+    how = {"lossless": True} if kind == "WEBP" else {}
+    stored = png(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), kind, exif=exif, **how)
+    image = to_rgb(open_image(stored))
+    np.testing.assert_array_equal(np.asarray(image), upright)
+    assert tile_image(image, SMALL)[1] == slow_canvas(30, 50, 28, 4)
 
 
 def test_bad_pictures_say_why(tmp_path):
@@ -179,3 +241,26 @@ def test_a_damaged_clip_is_a_picture_error_and_nothing_else(form):
         except PictureError:
             refused += 1
     assert refused > 20
+
+
+def test_normalised_pixels_are_the_references(golden):
+    """x / 127.5 - 1, what the device does, is (x / 255 - 0.5) / 0.5; padding is -1."""
+    tiles, _ = tile_image(golden_image(337, 336), VISION)
+    normal = tiles.astype(np.float32) / np.float32(127.5) - 1
+    np.testing.assert_allclose(normal, (tiles.astype(np.float64) / 255 - 0.5) / 0.5, rtol=0, atol=1e-6)
+    assert (normal[1, 1:] == -1).all() and normal.min() == -1 and normal.max() == 1
+
+
+def test_forty_eight_pictures_in_a_row_encode_and_pack():
+    tokenizer = DATA / "tokenizer.model"
+    small = Vision(tile_px=28, patch_px=7, max_tiles=4)
+    shapes = [(20, 20), (28, 56), (60, 30), (90, 90)]
+    pictures = tuple(Picture(png(golden_image(*shapes[i % 4]))) for i in range(48))
+    encoded = Encoder(tokenizer, small)(Document(("before", *pictures, "after")))
+    rows, cols = zip(*(slow_canvas(*shapes[i % 4], 28, 4) for i in range(48)), strict=True)
+    n_tiles = [r * c + (r * c > 1) for r, c in zip(rows, cols, strict=True)]
+    assert encoded.skip == "" and encoded.pictures[:, 2].tolist() == n_tiles
+    window = pack_window([encoded], 64, 8, np.random.default_rng(0))
+    assert window.tile_counts.sum() == len(encoded.tiles) and window.skipped == {}
+    patches = (window.rows.tokens == Tokenizer(tokenizer).patch).sum()
+    assert patches == len(encoded.tiles) * small.tokens_per_tile

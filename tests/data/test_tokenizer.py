@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -21,6 +23,8 @@ FUNCTIONAL_NAMES = """
     reasoning_thinking_start reasoning_thinking_end
 """
 FUNCTIONAL = FUNCTIONAL_NAMES.split()
+META_SPECIALS_SHA256 = "bce02f81e33701ba4fda951aaf363ccab7e1c586867be8e305b8f087f8b3da13"
+RELEASED = os.environ.get("LLAMAX_LLAMA4_TOKENIZER", "")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,8 @@ def test_llama4_special_ids():
         **{"reserved_special_token_903": 202_047},
     }
     assert {name: specials[f"<|{name}|>"] for name in released} == released
+    table = "\n".join(f"{number} {name}" for name, number in specials.items())  # all of Meta's, as its code lists them
+    assert hashlib.sha256(table.encode()).hexdigest() == META_SPECIALS_SHA256
 
 
 def test_small_specials_are_the_functional_ones_in_llama4s_order(tokenizer):
@@ -141,10 +147,84 @@ def test_long_runs_are_cut(tokenizer):
     assert list(tok._pieces("short")) == ["short"]
 
 
+def slow_pieces(text: str) -> list[str]:
+    """The reference's cuts, a character at a time: a run counts from its start, or from the last cut in it."""
+    pieces = []
+    for start in range(0, len(text), tok.MAX_PIECE_CHARS):
+        piece, run, was_space = "", 0, None
+        for char in text[start : start + tok.MAX_PIECE_CHARS]:
+            run = run + 1 if char.isspace() == was_space else 1
+            was_space = char.isspace()
+            if run > tok.MAX_RUN_CHARS:
+                pieces.append(piece)
+                piece, run = "", 1
+            piece += char
+        pieces.append(piece)
+    return pieces
+
+
+def test_cuts_of_long_texts_are_the_references(monkeypatch):
+    rng = random.Random(0)
+    spaces = [chr(point) for point in range(0x110000) if chr(point).isspace()]
+    assert len(spaces) > 20 and all(tok._RUN.match(char).group().isspace() for char in spaces)
+    monkeypatch.setattr(tok, "MAX_PIECE_CHARS", 400)
+    monkeypatch.setattr(tok, "MAX_RUN_CHARS", 25)
+    for _ in range(200):
+        text = ""
+        while len(text) < rng.choice((10, 300, 2000)):
+            chars = rng.choice((spaces, "ab", "\u200b\ufeff\u180e_", "😀é", " "))  # no white space: 200b, feff, 180e
+            text += "".join(rng.choice(chars) for _ in range(rng.choice((1, 3, 24, 25, 26, 51, 80))))
+        assert list(tok._pieces(text)) == slow_pieces(text)
+
+
+def test_cuts_at_the_references_lengths():
+    for n in (24_999, 25_000, 25_001, 50_000, 50_001, 399_999, 400_000, 400_001, 425_001):
+        for text in ("a" * n, " " * n, " b" * (n // 2), "a" * n + " " * n):
+            assert list(tok._pieces(text)) == slow_pieces(text)
+
+
+@pytest.mark.skipif(not RELEASED, reason="set LLAMAX_LLAMA4_TOKENIZER to the released tokenizer.model")
+def test_the_released_tokenizer(golden):
+    released = tok.Tokenizer(RELEASED)
+    assert (released.n_ranks, released.vocab_size) == (200_000, 202_048)
+    for sample in json.loads(golden("llama4/tokenizer_samples.json").read_text(encoding="utf-8")):
+        assert released.encode(sample["text"]) == sample["ids"]
+        assert released.decode(sample["ids"]) == sample["text"]
+    words = {"\n\n": [368], "system": [15651], "user": [1556], "assistant": [140680], "ipython": [607, 6934]}
+    assert {word: released.encode(word) for word in words} == words
+    assert released.stop == {200_001, 200_007, 200_008} and (released.bos, released.pad) == (200_000, 200_018)
+    assert (released.image_start, released.image_end, released.patch) == (200_080, 200_081, 200_092)
+    long = "a" * 60_001 + " " * 30_000 + "é" * 420_000
+    assert released.decode(released.encode(long)) == long
+
+
+def test_a_tokenizer_of_another_size_than_the_embedding_is_refused(tokenizer):
+    tok.check_size(tokenizer, 4096, "the model", "Name its own.")
+    with pytest.raises(
+        ConfigError, match="the model, but .*tokenizer.model has 4096 ids .* embedding 4095. Name its own."
+    ):
+        tok.check_size(tokenizer, 4095, "the model", "Name its own.")
+
+
+def test_a_special_token_that_is_not_there(tokenizer):
+    assert tokenizer.has("eot") and not tokenizer.has("eot_id")
+    with pytest.raises(ConfigError, match="<|eot_id|>"):
+        tokenizer.special("eot_id")
+
+
 def test_bytes_that_are_no_utf8_decode_to_the_replacement_character(tokenizer):
     half = tokenizer.encode("\N{LLAMA}")[:1]
     assert "\ufffd" in tokenizer.decode(half)
     assert "\N{LLAMA}".encode().startswith(tokenizer.decode_bytes(half))
+
+
+def test_text_comes_with_its_tokens(tokenizer, texts):
+    for text in [*texts[:5], random_text(3), "\N{LLAMA}"]:
+        ids = [*tokenizer.encode(text), tokenizer.eot]
+        assert "".join(tokenizer.decode_each(iter(ids))) == tokenizer.decode(ids)
+    llama = tokenizer.encode("\N{LLAMA}!")
+    assert len(llama) > 2 and list(tokenizer.decode_each(llama))[-3:] == ["\N{LLAMA}", "!", ""]
+    assert list(tokenizer.decode_each(llama[:1])) == ["", "\ufffd"]
 
 
 def test_pickles_for_loader_processes(tokenizer):
@@ -158,6 +238,7 @@ def test_pickles_for_loader_processes(tokenizer):
         (None, "no such file"),
         (b"IQ== 0\nnot a line of this format\n", "line 2"),
         (b"IQ== zero\n", "line 1"),
+        (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c\n\x03<s>", "SentencePiece"),
         (b"IQ== 0\nIg== 1\n", "256 single bytes"),
     ],
 )
