@@ -13,7 +13,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llamax.checkpoint import hf_config, hf_config_write, saved, space, stream
-from llamax.checkpoint.hf_names import Index, Leaf, Shape, assemble, leaves, tree
+from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, leaves, tree
 from llamax.checkpoint.hf_read import BF16, CONFIG, INDEX, WEIGHTS, Source, Tensor, read_json
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError, Model, Train
@@ -195,9 +196,10 @@ def to_hf(
         check_room(out, space.needed(plan))
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
         shards = list(_grouped(plan, max_shard_gb * 1e9))
-        with transfer(f"exporting {model.folder.name}", sum(tensor.nbytes for tensor in plan)) as advance:
+        made = ahead(plan)
+        with contextlib.closing(made), transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
             for number, shard in enumerate(shards, start=1):
-                _write_shard(temporary / _file_name(number, len(shards)), shard, advance)
+                _write_shard(temporary / _file_name(number, len(shards)), shard, made, advance)
         if len(shards) > 1:
             _write_index(temporary, shards)
     return out
@@ -258,20 +260,24 @@ class _Layers:
 
 def _maker(name: str, layers: list[_Layers], r: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
-        made = np.empty(shape, dtype)
+        made = None
         for part in layers:
-            ours = part(r)
-            if dtype != ours.dtype:
-                with np.errstate(over="ignore"):
-                    ours = _cast(name, ours, dtype)
+            ours = _cast(name, part(r), dtype)
+            if isinstance(part.leaf.how, Same):
+                return np.ascontiguousarray(ours)
+            made = np.empty(shape, dtype) if made is None else made
             part.leaf.how.put(made, ours)
+        assert made is not None
         return made
 
     return make
 
 
 def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    cast = x.astype(dtype)
+    if dtype == x.dtype:
+        return x
+    with np.errstate(over="ignore"):
+        cast = x.astype(dtype)
     if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(x).any():
         true = f"{name} has values beyond float16's 65504"
         raise ConfigError("--dtype float16", true, "Give --dtype bfloat16, or leave it out.")
@@ -282,17 +288,33 @@ def _grouped(plan: list[Planned], most: float) -> Iterator[list[Planned]]:
     """The plan cut into files of at most `most` bytes, where tensors allow it."""
     shard: list[Planned] = []
     for tensor in plan:
-        if shard and sum(other.nbytes for other in shard) + tensor.nbytes > most:
+        if shard and _bytes(shard) + tensor.nbytes > most:
             yield shard
             shard = []
         shard.append(tensor)
     yield shard
 
 
-def _write_shard(path: Path, shard: list[Planned], advance: Callable[[int], Any]) -> None:
+def _bytes(plan: list[Planned]) -> int:
+    return sum(tensor.nbytes for tensor in plan)
+
+
+def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
+    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
+    with ThreadPoolExecutor(1, "convert") as pool:
+        pending = None
+        for tensor in plan:
+            pending, ready = pool.submit(tensor.make), pending
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
+
+
+def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:
     arrays = {}
     for tensor in shard:
-        arrays[tensor.name] = tensor.make()
+        arrays[tensor.name] = next(made)
         advance(tensor.nbytes)
     save_file(arrays, path, metadata={"format": "pt"})  # transformers asks for the format
 
@@ -305,8 +327,7 @@ def _write_index(folder: Path, shards: list[list[Planned]]) -> None:
     files = {
         tensor.name: _file_name(number, len(shards)) for number, shard in enumerate(shards, start=1) for tensor in shard
     }
-    total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    index = {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": dict(sorted(files.items()))}
     write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 

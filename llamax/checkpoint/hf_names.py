@@ -56,7 +56,7 @@ class Same:
         return get(box)
 
     def put(self, theirs: np.ndarray, ours: np.ndarray) -> None:
-        theirs[...] = ours
+        bits(theirs)[...] = bits(ours)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Half:
         return get((*box[:-1], slice(at + box[-1].start, at + box[-1].stop)))
 
     def put(self, theirs: np.ndarray, ours: np.ndarray) -> None:
-        theirs[..., self.which * self.ffn_dim : (self.which + 1) * self.ffn_dim] = ours
+        bits(theirs)[..., self.which * self.ffn_dim : (self.which + 1) * self.ffn_dim] = bits(ours)
 
 
 def turned(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -147,10 +147,9 @@ def turned(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """
     rows, columns = x.shape
     out = np.empty((columns, rows), x.dtype) if out is None else out
-    word = np.dtype(f"u{x.dtype.itemsize}")
-    source, target = x.view(word), out.view(word)  # numpy copies its own types faster than bfloat16
+    source, target = bits(x), bits(out)
     high, wide = TILE
-    into, across = np.empty((high, wide + 8), word), np.empty((wide, high + 8), word)
+    into, across = np.empty((high, wide + 8), source.dtype), np.empty((wide, high + 8), source.dtype)
     for i in range(0, rows, high):
         h = min(high, rows - i)
         for j in range(0, columns, wide):
@@ -159,6 +158,11 @@ def turned(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
             across[:w, :h] = into[:h, :w].T
             target[j : j + w, i : i + h] = across[:w, :h]
     return out
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The same memory as whole numbers, which numpy copies faster than bfloat16."""
+    return x.view(f"u{x.dtype.itemsize}")
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -290,10 +294,15 @@ def whole(shape: Shape) -> Index:
 
 def assemble(leaf: Leaf, found: Mapping[str, Any], box: Index) -> np.ndarray:
     """A box of one of our leaves out of their tensors, each of which has a `get`; a new array."""
-    if not leaf.stacked:
-        return np.ascontiguousarray(leaf.how.take(found[leaf.tensors[0]].get, box))
-    layers = [leaf.how.take(found[name].get, box[1:]) for name in leaf.tensors[box[0]]]
-    return np.stack(layers)
+    inner = box[1:] if leaf.stacked else box
+    layers = [leaf.how.take(found[name].get, inner) for name in leaf.tensors[box[0] if leaf.stacked else slice(None)]]
+    made = np.empty((len(layers), *layers[0].shape), np.result_type(*layers))
+    for r, layer in enumerate(layers):
+        if layer.dtype == made.dtype:
+            bits(made)[r] = bits(layer)
+        else:
+            made[r] = layer
+    return made if leaf.stacked else made[0]
 
 
 def tree(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:

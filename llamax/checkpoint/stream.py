@@ -27,7 +27,7 @@ import tensorstore as ts
 from llamax.checkpoint.hf_names import Index, Shape
 from llamax.checkpoint.manager import Summed
 
-PIECE = 64 * 2**20  # bytes of a chunk, at most where the leaf can be cut
+PIECE = 32 * 2**20  # bytes of a chunk, at most where the leaf can be cut
 AT_ONCE = 1 + min(8, os.cpu_count() or 1)  # chunks in the making
 
 
