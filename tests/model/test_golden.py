@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from llamax import config
 from llamax.batch import Batch
@@ -20,7 +19,7 @@ from llamax.model import layers, stack
 from llamax.model.score import score
 from llamax.model.seam import Seam
 from tests import goldens
-from tests.model.twins import layer_of, quick_jit
+from tests.model.twins import quick_jit
 from tests.tolerances import GOLDEN
 
 CASES = ("scout_like", "maverick_like", "vision")
@@ -73,14 +72,7 @@ def test_every_layer_matches(monkeypatch, case):
 def test_packed_documents_match(case):
     """Positions and chunks restart with every document. (The case was made without temperature.)"""
     golden = goldens.load(case)
-    packed = load_file(goldens.FOLDER / case / "inputs_packed.safetensors")
-    packed = {name: value.astype(np.int32) for name, value in packed.items()}
-    batch = golden.batch._replace(
-        tokens=packed["input_ids"],
-        positions=packed["position_ids"],
-        segment_ids=packed["segment_ids"],
-        tiles=golden.batch.tiles[:1],
-    )
+    batch = goldens.packed(golden, case)
     logits = forward(case, batch, attn_temperature=0.0)[-1]
     np.testing.assert_allclose(logits, golden.outputs["packed.logits"], **GOLDEN)
 
@@ -116,50 +108,8 @@ def test_gradients_match():
     np.testing.assert_allclose(value, golden.outputs["loss"][0], atol=1e-5)
     norm = np.sqrt(sum(np.sum(np.square(grad, dtype=np.float64)) for grad in jax.tree.leaves(grads)))
     np.testing.assert_allclose(norm, golden.outputs["grad_global_norm"][0], rtol=1e-5)  # all parameters at once
-    ours = named(grads)
-    assert ours.keys() == golden.grads.keys()
+    ours = goldens.theirs(golden, grads)
     for name, theirs in golden.grads.items():
-        assert np.linalg.norm(np.asarray(ours[name]) - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+        assert np.linalg.norm(ours[name] - theirs) <= 1e-4 * np.linalg.norm(theirs), name
     for path, grad in jax.tree_util.tree_leaves_with_path({part: grads[part] for part in ("vision", "projector")}):
         assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)  # pictures train every part of the encoder
-
-
-def named(grads: dict) -> dict:
-    """Those of our gradients that the case holds, under its names and in its shapes."""
-    slots = [layer_of(grads["stack"]["segment0"][f"slot{i}"], 0) for i in range(4)]
-    vision, attention, moe = grads["vision"], slots[0]["attention"], slots[1]["moe"]
-
-    def heads(weight_DHK):
-        return weight_DHK.reshape(len(weight_DHK), -1).T
-
-    text = {
-        "embed_tokens.weight": grads["embed"],
-        "norm.weight": grads["norm"]["weight"],
-        "layers.0.input_layernorm.weight": slots[0]["attention_norm"]["weight"],
-        "layers.0.self_attn.q_proj.weight": heads(attention["query"]),
-        "layers.0.self_attn.k_proj.weight": heads(attention["key"]),
-        "layers.0.feed_forward.gate_proj.weight": slots[0]["dense"]["gate"].T,
-        "layers.0.feed_forward.down_proj.weight": slots[0]["dense"]["down"].T,
-        "layers.1.feed_forward.router.weight": moe["router"].T,
-        "layers.1.feed_forward.experts.gate_up_proj": jnp.concatenate([moe["gate"], moe["up"]], axis=-1),
-        "layers.1.feed_forward.experts.down_proj": moe["down"],
-        "layers.1.feed_forward.shared_expert.up_proj.weight": moe["shared"]["up"].T,
-        "layers.3.self_attn.v_proj.weight": heads(slots[3]["attention"]["value"]),
-        "layers.3.post_attention_layernorm.weight": slots[3]["ffn_norm"]["weight"],
-    }
-    encoder = {
-        "class_embedding": vision["class_embedding"],
-        "positional_embedding_vlm": vision["position_embedding"],
-        "patch_embedding.linear.weight": vision["patch_embedding"]["weight"].T,
-        "model.layers.0.self_attn.q_proj.weight": vision["blocks"]["query"]["weight"][0].T,
-        "vision_adapter.mlp.fc1.weight": vision["adapter_in"]["weight"].T,
-    }
-    ends = {
-        "language_model.lm_head.weight": grads["head"].T,
-        "multi_modal_projector.linear_1.weight": grads["projector"].T,
-    }
-    return (
-        ends
-        | {f"language_model.model.{name}": grad for name, grad in text.items()}
-        | {f"vision_model.{name}": grad for name, grad in encoder.items()}
-    )
