@@ -20,8 +20,6 @@ they are missing.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import statistics
 import tempfile
@@ -85,8 +83,7 @@ def transformers_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     torch.manual_seed(0)
     settings = their_settings()
     model = Llama4ForCausalLM(settings).float().train()
-    np.savez(weights, **{name: value.numpy() for name, value in model.state_dict().items()})
-    weights.with_suffix(".json").write_text(json.dumps(settings.to_dict(), default=str))
+    model.save_pretrained(weights)
     matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed_tokens" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed_tokens" in name]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -141,6 +138,7 @@ def llamax_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     import jax
     import jax.numpy as jnp
 
+    import llamax
     from llamax.batch import Batch
     from llamax.model.seam import make_seam
     from llamax.model.skeleton import skeleton
@@ -148,19 +146,15 @@ def llamax_side(weights: Path) -> tuple[Callable, Callable, Callable]:
     from llamax.parallel.mesh import make_mesh
     from llamax.train import state as states
     from llamax.train.step import make_step
-    from tests import goldens
 
     run = l4_tiny()
-    theirs = goldens.model_config(json.loads(weights.with_suffix(".json").read_text()), None)
-    assert dataclasses.replace(theirs, init_std=run.model.init_std) == run.model, (theirs, run.model)
+    loaded = llamax.load(weights)
+    assert loaded.model == run.model, (loaded.model, run.model)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     bones = skeleton(run.model, make_seam(mesh), patch_id=-1, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
-    params, _ = bones.shapes()
-    for name, value in goldens.text_tree(run.model, dict(np.load(weights))).items():
-        goldens.put(params, name, value)
     state = jax.jit(lambda: states.init(bones, tx, seed=0, spike_window=run.health.spike_window))()._replace(
-        params=jax.tree.map(jnp.array, params)
+        params=loaded.params
     )
     tokens, targets = data()
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
@@ -192,7 +186,7 @@ SIDES = {"transformers": transformers_side, "llamax": llamax_side}
 
 
 def commands(side: str, folder: Path) -> dict[str, Callable]:
-    logits, step, matmul = SIDES[side](folder / "weights.npz")
+    logits, step, matmul = SIDES[side](folder / "weights")
     return {
         "logits": lambda: np.save(folder / f"{side}.npy", logits()),
         "steps": step,

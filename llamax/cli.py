@@ -147,6 +147,25 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0 if inspect(args.folder) else 1
 
 
+def _from_hf(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, terminated)  # what is half-written is removed
+    from llamax.checkpoint.hf import from_hf
+    from llamax.observe import log
+
+    log.setup()
+    print(f"Converted to {from_hf(args.folder, args.out)}.")
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, terminated)  # what is half-written is removed
+    from llamax.checkpoint.hf import to_hf
+    from llamax.observe import log
+
+    log.setup()
+    how = dict(dtype=args.dtype, step=args.step, max_shard_gb=args.max_shard_gb)
+    print(f"Exported to {to_hf(args.folder, args.out, **how)}.")
+
+
 def _data_build(args: argparse.Namespace) -> None:
     from llamax.data.embedded.build import Recipe, build
 
@@ -208,6 +227,23 @@ def parser() -> argparse.ArgumentParser:
     about = "list a run's checkpoints and compare their files with their sums; exit code 1 if the newest is not sound"
     inspect = _command(commands, "inspect", _inspect, about, INSPECT)
     inspect.add_argument("folder", type=_named, metavar="DIR", help="the --workdir of a run, or its checkpoints folder")
+
+    about = "bring a model from Hugging Face's format, or leave with one"
+    convert = commands.add_parser("convert", help=about, description=_sentence(about), **_examples(CONVERT))
+    ways = convert.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    about = "convert a Hugging Face folder (Llama 4, or a dense Llama) to llamax's format"
+    from_hf = _command(ways, "from-hf", _from_hf, about, FROM_HF)
+    from_hf.add_argument("folder", type=_named, metavar="DIR", help="config.json and safetensors files")
+    from_hf.add_argument("--out", required=True, type=_named, metavar="CKPT", help="the folder to make")
+    about = "export a run, or a converted model, to Hugging Face's format"
+    to_hf = _command(ways, "to-hf", _to_hf, about, TO_HF)
+    to_hf.add_argument("folder", type=_named, metavar="CKPT", help="the --workdir of a run, or a converted model")
+    to_hf.add_argument("--out", required=True, type=_named, metavar="DIR", help="the folder to make")
+    dtypes = ("float32", "bfloat16", "float16")
+    to_hf.add_argument("--dtype", choices=dtypes, help="of the tensors (as they are stored)")
+    to_hf.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
+    most = "bytes of a file, in GB (%(default)s)"
+    to_hf.add_argument("--max-shard-gb", type=float, default=5.0, metavar="N", help=most)
 
     about = "build or look at data, train a tokenizer"
     data = commands.add_parser("data", help=about, description=_sentence(about), **_examples(DATA))
@@ -313,6 +349,17 @@ CHAT = """
 INSPECT = """
     llamax inspect runs/quickstart
     llamax inspect runs/quickstart/checkpoints
+"""
+CONVERT = """
+    llamax convert from-hf Llama-3.2-1B --out models/llama32_1b
+    llamax convert to-hf runs/quickstart --out exported
+"""
+FROM_HF = """
+    llamax convert from-hf Llama-4-Scout-17B-16E --out models/scout
+"""
+TO_HF = """
+    llamax convert to-hf models/scout --out exported
+    llamax convert to-hf runs/quickstart --out exported --dtype bfloat16 --step 200
 """
 DATA = """
     llamax data build

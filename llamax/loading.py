@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax import config
-from llamax.checkpoint import hf_names, saved
+from llamax.checkpoint import hf, hf_names, saved
 from llamax.checkpoint.hf_read import CONFIG, Source, Tensor
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
-from llamax.model.seam import Seam, make_seam
+from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.parallel import rules
 from llamax.parallel.mesh import make_mesh
@@ -52,45 +52,22 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
     folder, mesh = Path(folder), mesh or make_mesh({"data": 1}, jax.devices()[:1])
     ours = saved.find(folder)
     if ours is not None:
+        hf.check_tokenizer(folder, ours.tokenizer, ours.model)
         bones, shapes = _bones(ours.model, ours.patch_id, mesh, dtype)
-        tokenizer = Tokenizer(ours.tokenizer) if ours.tokenizer else None
-        _check_vocabulary(tokenizer, ours.model)
         with Checkpoints(ours.checkpoints) as checkpoints:
             params, bias = checkpoints.restore_weights(step, params=shapes[0], router_bias=shapes[1])
-        return Loaded(ours.model, bones, params, bias, tokenizer)
+        return Loaded(ours.model, bones, params, bias, ours.tokenizer and Tokenizer(ours.tokenizer))
     if not (folder / CONFIG).exists():
         true = f"it holds neither a run.json, nor a {saved.MODEL}, nor a {CONFIG}"
         change = "Give the --workdir of a run, a converted model, or a folder in Hugging Face's format."
         raise ConfigError(f"A model in {folder}", true, change)
     source = Source(folder)
+    tokenizer = hf.tokenizer_file(folder)
+    hf.check_tokenizer(folder, tokenizer, source.model)
     bones, shapes = _bones(source.model, source.patch_id, mesh, dtype)
-    tokenizer = find_tokenizer(folder)
-    _check_vocabulary(tokenizer, source.model)
     params = _read(source, shapes[0])
     bias = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes[1])
-    return Loaded(source.model, bones, params, bias, tokenizer)
-
-
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder, if it can be had in tiktoken's format."""
-    path = folder / saved.TOKENIZER
-    if not path.exists() or path.open("rb").read(1) == b"\n":  # a SentencePiece model, that of Llama 1 and 2
-        return None
-    return Tokenizer(path)
-
-
-def _check_vocabulary(tokenizer: Tokenizer | None, model: config.Model) -> None:
-    if tokenizer is not None and tokenizer.vocab_size != model.vocab_size:
-        raise ConfigError(
-            f"The tokenizer {tokenizer.path}",
-            f"it has {tokenizer.vocab_size} ids, and the embedding {model.vocab_size} rows",
-            "Bring the model's own tokenizer.",
-        )
-
-
-def shapes_of(model: config.Model) -> tuple[Any, Any]:
-    """(params, router_bias) as shapes of float32; nothing is allocated."""
-    return skeleton(model, Seam(), patch_id=-1, train=config.Train()).shapes()
+    return Loaded(source.model, bones, params, bias, tokenizer and Tokenizer(tokenizer))
 
 
 def _bones(model: config.Model, patch_id: int, mesh: Mesh, dtype: str) -> tuple[Skeleton, tuple[Any, Any]]:

@@ -181,13 +181,14 @@ class Problem(NamedTuple):
 
 
 class Source:
-    """A Hugging Face folder. Nothing is kept in memory but headers.
+    """A Hugging Face folder. Nothing is kept in memory but headers."""
 
-    Raises:
-      ConfigError: no config.json, another architecture, files that are missing or cut short.
-    """
+    def __init__(self, folder: str | Path, weights: str = WEIGHTS):
+        """`weights` is the file that is read where there is no index.
 
-    def __init__(self, folder: str | Path):
+        Raises:
+          ConfigError: no config.json, another architecture, files that are missing or cut short.
+        """
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ConfigError(f"{self.folder}", "there is no such folder", "Give one in Hugging Face's format.")
@@ -195,11 +196,11 @@ class Source:
         preprocessor = self.folder / "preprocessor_config.json"
         pictures = read_json(preprocessor) if preprocessor.exists() else None
         self.model, self.form, self.patch_id = hf_config.describe(self.config, str(self.folder / CONFIG), pictures)
-        self.shards, indexed = self._open()
+        self.shards, indexed = self._open(weights)
         self.stored = {name: Stored(shard, name) for shard in self.shards for name in shard.entries}
         self._lost = [Problem("missing from its file", name) for name in indexed - self.stored.keys()]
 
-    def _open(self) -> tuple[list[Shard], set[str]]:
+    def _open(self, weights: str) -> tuple[list[Shard], set[str]]:
         """(files, the tensors that the index names)."""
         index = self.folder / INDEX
         if index.exists():
@@ -213,10 +214,10 @@ class Source:
                 true = f"it names files that are not there: {', '.join(missing)}"
                 raise ConfigError(f"{index}", true, "Download them again.")
             return [Shard(self.folder / file) for file in files], set(names)
-        if not (self.folder / WEIGHTS).is_file():
-            true = f"it holds neither {WEIGHTS} nor {INDEX}"
+        if not (self.folder / weights).is_file():
+            true = f"it holds neither {weights} nor {INDEX}"
             raise ConfigError(f"{self.folder}", true, "Give a folder with safetensors files; others are not read.")
-        return [Shard(self.folder / WEIGHTS)], set()
+        return [Shard(self.folder / weights)], set()
 
     def check(self, table: list[Leaf]) -> dict[str, Tensor]:
         """Their tensors by name, for every leaf of the table.

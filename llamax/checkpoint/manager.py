@@ -201,6 +201,15 @@ class Checkpoints:
         found = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
         return found["params"], found.get("router_bias", router_bias)
 
+    def checked(self, step: int | None, *, params: Tree, router_bias: Tree) -> Path:
+        """The folder of a step whose weights are sound and of these names and shapes; for reading them piece by piece.
+
+        Step and errors as in `restore_weights`.
+        """
+        step = self._sound(step)
+        self._check(step, {"params": params, "router_bias": router_bias}, dtypes=False)
+        return self.folder / str(step)
+
     def set_aside(self, step: int, why: str) -> Path:
         """Renames the folder of `step` to STEP.WHY (STEP.WHY-2 if taken); the step may then be saved anew.
 

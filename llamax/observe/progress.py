@@ -6,12 +6,20 @@ each logged step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Live
 
 from llamax.observe.log import CONSOLE, is_terminal
@@ -88,6 +96,18 @@ def duration(seconds: float) -> str:
         return f"{s // 86_400}d {s % 86_400 // 3600}h"
     hours, minutes = s // 3600, s % 3600 // 60
     return f"{hours}:{minutes:02d}:{s % 60:02d}" if hours else f"{minutes}:{s % 60:02d}"
+
+
+@contextlib.contextmanager
+def transfer(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes: yields a function that is told how many more are done, from any thread. Elsewhere than on a
+    terminal one plain line at the end."""
+    start = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn())
+    with Live(*columns, TimeRemainingColumn(), console=CONSOLE, transient=True, disable=not is_terminal()) as live:
+        task = live.add_task(description, total=total)
+        yield lambda n: live.advance(task, n)
+    print(f"{description}: {quantity(total)}B in {duration(time.monotonic() - start)}", flush=True)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

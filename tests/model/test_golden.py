@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from llamax.batch import Batch
 from llamax.kernels.attention import blocked_attention
@@ -21,7 +20,7 @@ from llamax.model import layers, llama, stack, vision
 from llamax.model.score import score
 from llamax.model.seam import Seam
 from tests import goldens
-from tests.model.twins import layer_of, quick_jit
+from tests.model.twins import quick_jit
 from tests.tolerances import GOLDEN
 
 CASES = ("scout_like", "maverick_like", "vision", "odd")
@@ -81,14 +80,7 @@ def test_every_layer_matches(monkeypatch, case):
 def test_packed_documents_match(case):
     """Positions and chunks restart with every document. (The case was made without temperature.)"""
     golden = goldens.load(case)
-    packed = load_file(goldens.FOLDER / case / "inputs_packed.safetensors")
-    packed = {name: value.astype(np.int32) for name, value in packed.items()}
-    batch = golden.batch._replace(
-        tokens=packed["input_ids"],
-        positions=packed["position_ids"],
-        segment_ids=packed["segment_ids"],
-        tiles=golden.batch.tiles[:1],
-    )
+    batch = goldens.packed(golden, case)
     logits = forward(case, batch, attn_temperature=0.0)[-1]
     np.testing.assert_allclose(logits, golden.outputs["packed.logits"], **GOLDEN)
 
@@ -151,49 +143,8 @@ def test_gradients_match(case):
     norm = np.sqrt(sum(np.sum(np.square(grad, dtype=np.float64)) for grad in jax.tree.leaves(grads)))
     np.testing.assert_allclose(norm, golden.outputs["grad_global_norm"][0], rtol=1e-5)  # all parameters at once
     assert len(golden.grads) >= 12
+    ours = goldens.theirs(golden, grads)
     for name, theirs in golden.grads.items():
-        ours = np.asarray(named(name, grads, period=len(golden.model.plan[0][0])))
-        assert ours.shape == theirs.shape
-        assert np.linalg.norm(ours - theirs) <= 1e-4 * np.linalg.norm(theirs), name
+        assert np.linalg.norm(ours[name] - theirs) <= 1e-4 * np.linalg.norm(theirs), name
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.abs(grad).max() > 0, jax.tree_util.keystr(path)  # pictures train every part of the encoder
-
-
-def named(name: str, grads: dict, period: int) -> np.ndarray:
-    """Our gradient of a parameter under the case's name for it, in its shape there."""
-    encoder, *path = name.removeprefix("language_model.").removesuffix(".weight").split(".")
-    if encoder == "vision_model":
-        return of_encoder(".".join(path), grads["vision"])
-    if encoder == "multi_modal_projector":
-        return grads["projector"].T
-    if encoder == "lm_head" or path == ["embed_tokens"]:
-        return grads["head"].T if encoder == "lm_head" else grads["embed"]
-    if path == ["norm"]:
-        return grads["norm"]["weight"]
-    repeat, slot = divmod(int(path[1]), period)
-    return of_layer(".".join(path[2:]), layer_of(grads["stack"]["segment0"][f"slot{slot}"], repeat))
-
-
-def of_layer(name: str, layer: dict) -> np.ndarray:
-    part, _, last = name.rpartition(".")
-    if part == "self_attn":
-        weight_DHK = layer["attention"][{"q_proj": "query", "k_proj": "key", "v_proj": "value"}[last]]
-        return weight_DHK.reshape(len(weight_DHK), -1).T
-    if not part:
-        return layer[{"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}[last]]["weight"]
-    ffn = layer["dense"] if "dense" in layer else layer["moe"]
-    if last == "gate_up_proj":
-        return jnp.concatenate([ffn["gate"], ffn["up"]], axis=-1)
-    if part.endswith("experts"):
-        return ffn["down"]
-    return ffn["router"].T if last == "router" else ffn.get("shared", ffn)[last.removesuffix("_proj")].T
-
-
-def of_encoder(name: str, encoder: dict) -> np.ndarray:
-    return {
-        "class_embedding": encoder["class_embedding"],
-        "positional_embedding_vlm": encoder["position_embedding"],
-        "patch_embedding.linear": encoder["patch_embedding"]["weight"].T,
-        "model.layers.0.self_attn.q_proj": encoder["blocks"]["query"]["weight"][0].T,
-        "vision_adapter.mlp.fc1": encoder["adapter_in"]["weight"].T,
-    }[name]

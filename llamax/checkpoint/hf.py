@@ -1,0 +1,427 @@
+"""Models from Hugging Face's format and back: `llamax convert from-hf` and `to-hf`.
+
+Both go leaf by leaf (hf_names.py says which tensors a leaf is made of), so that memory holds a few chunks, or one file
+of the export, and never the model. Both check everything first, write to a folder beside the one asked for, and give it
+its name at the end: what is there is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from llamax.checkpoint import hf_config, hf_config_write, saved, space, stream
+from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, leaves, tree
+from llamax.checkpoint.hf_read import BF16, CONFIG, INDEX, WEIGHTS, Source, Tensor, read_json
+from llamax.checkpoint.manager import Checkpoints
+from llamax.config import ConfigError, Model, Train
+from llamax.data.tokenizer import Tokenizer
+from llamax.model.seam import Seam
+from llamax.model.skeleton import skeleton
+from llamax.observe.progress import quantity, transfer
+from llamax.observe.provenance import write_whole
+
+logger = logging.getLogger("llamax")
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BF16, "float16": np.dtype(np.float16)}
+KEPT = (  # what is not weights, and is given back as it was
+    *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("LICENSE*", "USE_POLICY*", "README*"),
+)
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
+
+
+def shapes(model: Model) -> tuple[Any, Any]:
+    """(params, router_bias) of a model as shapes of float32; nothing is allocated."""
+    return skeleton(model, Seam(), patch_id=-1, train=Train()).shapes()
+
+
+# ---------------------------------------------------------------------------------------------------- from Hugging Face
+
+
+def from_hf(folder: str | Path, out: str | Path) -> Path:
+    """Converts the Hugging Face folder to one of ours (saved.py says what is in it); returns `out`.
+
+    Tensors keep their dtype; those of eight bits become bfloat16. Where the layers of one stacked leaf differ in dtype,
+    it takes the one that holds them all, and an export gives each its own.
+
+    Raises:
+      ConfigError: `out` is there already; the folder, its configuration, its tensors or its tokenizer are not in order,
+        or the disk has no room. Nothing is left behind.
+    """
+    source, out = Source(folder), Path(out)
+    params, bias = shapes(source.model)
+    table = leaves(source.model, source.form, params)
+    found = source.check(table)
+    tokenizer = tokenizer_file(source.folder)
+    check_tokenizer(source.folder, tokenizer, source.model)
+    values = {leaf.path: _lazy(leaf, found, source) for leaf in table}
+    dtypes = {
+        name: found[name].dtype.name
+        for leaf in table
+        for name in leaf.tensors
+        if found[name].dtype != values[leaf.path].dtype
+    }
+    with new_folder(out, space.needed(values.values())) as temporary:
+        _keep(source.folder, temporary / saved.HF)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / saved.TOKENIZER)
+        described = dict(form=source.form, folder=source.folder.name, shards=len(source.shards))
+        saved.record(
+            temporary,
+            source.model,
+            patch_id=source.patch_id,
+            tokenizer=saved.TOKENIZER if tokenizer is not None else None,
+            dtypes=dtypes,
+            source=described,
+        )
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), bias)
+        total = sum(value.nbytes for value in values.values())
+        with transfer(f"converting {source.folder.name}", total) as advance:
+            stream.write(temporary / saved.CHECKPOINTS, tree(values), zeros, advance)
+    return out
+
+
+def _lazy(leaf: Leaf, found: dict[str, Tensor], source: Source) -> stream.Lazy:
+    dtypes = [found[name].dtype for name in leaf.tensors]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = np.promote_types(dtype, other)  # bfloat16 and float16 fit into float32 only
+
+    def make(box: Index) -> np.ndarray:
+        made = assemble(leaf, found, box).astype(dtype, copy=False)
+        source.release()
+        return made
+
+    chunk = stream.chunk_of(leaf.shape, dtype.itemsize, stacked=leaf.stacked, slow=leaf.how.slow)
+    return stream.Lazy(leaf.shape, dtype, chunk, make)
+
+
+def _keep(folder: Path, to: Path) -> None:
+    to.mkdir()
+    for path in sorted({path for pattern in KEPT for path in folder.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, to / path.name)
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The folder's tokenizer in tiktoken's format, if it has one; a tokenizer.json alone is kept for the export."""
+    path = folder / saved.TOKENIZER
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return None if file.read(1) == b"\n" else path  # a SentencePiece model begins so, that of Llama 1 and 2
+
+
+def check_tokenizer(folder: Path, tiktoken: Path | None, model: Model) -> None:
+    """ConfigError if a tokenizer of the folder has other ids than the embedding has rows.
+
+    A tokenizer.json may leave ids at the end unnamed (Llama 4's does, the last 913), an eighth of all at most.
+    """
+    rows, change = model.vocab_size, "Bring the model's own tokenizer, or take the file away."
+    if tiktoken is not None:
+        n = Tokenizer(tiktoken).vocab_size
+        if n != rows:
+            raise ConfigError(f"The tokenizer {tiktoken}", f"it has {n} ids, and the embedding {rows} rows", change)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        said = read_json(path)
+        try:
+            vocab = said["model"]["vocab"]
+            ids = [*vocab.values()] if isinstance(vocab, dict) else [*range(len(vocab))]
+            n = 1 + max(ids + [token["id"] for token in said.get("added_tokens") or ()])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ConfigError(f"The tokenizer {path}", "it has no vocabulary", "Download it again.") from None
+        if not rows - rows // 8 <= n <= rows:
+            raise ConfigError(f"The tokenizer {path}", f"it has {n} ids, and the embedding {rows} rows", change)
+
+
+# ------------------------------------------------------------------------------------------------------ to Hugging Face
+
+
+class Planned(NamedTuple):
+    """One of their tensors in an export: `make` fills it."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def to_hf(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    step: int | None = None,
+    max_shard_gb: float = 5.0,
+) -> Path:
+    """Exports a run's workdir or a converted model in Hugging Face's format; returns `out`.
+
+    Args:
+      dtype: of the tensors, a key of DTYPES; None leaves each as it is stored.
+      step: of a run; None takes the newest sound checkpoint.
+      max_shard_gb: of a file, in 10^9 bytes; a larger tensor has a file of its own.
+    Raises:
+      ConfigError: as `from_hf`; or no format of theirs can express the model, or its router has a bias.
+    """
+    out, model = Path(out), _ours(Path(folder))
+    if not max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb {max_shard_gb:g}", "a file has more than 0 GB", "Leave it out for 5.")
+    form = hf_config_write.format_of(model.model)
+    if model.hf is not None:  # a Llama 4 without anything of its own is written as what it came as
+        form = hf_config.describe(read_json(model.hf / CONFIG), str(model.hf / CONFIG)).form
+    params, bias = shapes(model.model)
+    table = leaves(model.model, form, params)
+    with Checkpoints(model.checkpoints) as checkpoints:
+        step_folder = checkpoints.checked(step, params=params, router_bias=bias)
+    _refuse_router_bias(step_folder, bias)
+    with new_folder(out, 0) as temporary:
+        plan = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
+        check_room(out, space.needed(plan))
+        _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
+        shards = list(_grouped(plan, max_shard_gb * 1e9))
+        made = ahead(plan)
+        with contextlib.closing(made), transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
+            for number, shard in enumerate(shards, start=1):
+                _write_shard(temporary / _file_name(number, len(shards)), shard, made, advance)
+        if len(shards) > 1:
+            _write_index(temporary, shards)
+    return out
+
+
+def _ours(folder: Path) -> saved.Saved:
+    found = saved.find(folder)
+    if found is None:
+        true = f"it holds neither a run.json nor a {saved.MODEL}"
+        raise ConfigError(f"A model in {folder}", true, "Give the --workdir of a run, or a converted model.")
+    return found
+
+
+def _refuse_router_bias(step_folder: Path, bias: Any) -> None:
+    for path, _ in jax.tree_util.tree_leaves_with_path(bias):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if np.any(stream.Stored(step_folder / "router_bias", name).read()):
+            true = f"{name} is not zero, and Llama 4 has no such tensor"
+            change = "Train with --config.router_bias.rate=0, and export that."
+            raise ConfigError(f"Exporting {step_folder}", true, change)
+
+
+def _plan(
+    table: list[Leaf], item: Path, scratch: Path, dtype: np.dtype | None, dtypes: dict[str, str]
+) -> list[Planned]:
+    """Their tensors in the order in which they are made: those that share our leaves together."""
+    groups: dict[tuple[str, ...], list[Leaf]] = {}
+    for leaf in table:
+        groups.setdefault(leaf.tensors, []).append(leaf)
+    plan: list[Planned] = []
+    for parts in groups.values():
+        stored = [stream.Stored(item, leaf.name) for leaf in parts]
+        layers = [_Layers(leaf, one, scratch) for leaf, one in zip(parts, stored, strict=True)]
+        for r, name in enumerate(parts[0].tensors):
+            shape = parts[0].how.theirs(parts[0].layer_shape)
+            own = np.dtype(dtypes[name]) if name in dtypes else stored[0].dtype
+            plan.append(Planned(name, shape, dtype or own, _maker(name, layers, r, shape, dtype or own)))
+    return plan
+
+
+class _Layers:
+    """The layers of one leaf; staged, if at all, when the first is asked for, and let go of with the last."""
+
+    def __init__(self, leaf: Leaf, stored: stream.Stored, scratch: Path):
+        self.leaf, self._stored, self._scratch = leaf, stored, scratch / f"{leaf.name}.staged"
+        self._layer: Callable[[int], np.ndarray] | None = None
+
+    def __call__(self, r: int) -> np.ndarray:
+        if not self.leaf.stacked:
+            return self._stored.read()
+        if self._layer is None:
+            self._layer = self._stored.by_layer(self._scratch)
+        layer = self._layer(r)
+        if r == len(self.leaf.tensors) - 1:
+            self._layer = None
+        return layer
+
+
+def _maker(name: str, layers: list[_Layers], r: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        made = None
+        for part in layers:
+            ours = _cast(name, part(r), dtype)
+            if isinstance(part.leaf.how, Same):
+                return np.ascontiguousarray(ours)
+            made = np.empty(shape, dtype) if made is None else made
+            part.leaf.how.put(made, ours)
+        assert made is not None
+        return made
+
+    return make
+
+
+def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype == x.dtype:
+        return x
+    with np.errstate(over="ignore"):
+        cast = x.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(x).any():
+        true = f"{name} has values beyond float16's 65504"
+        raise ConfigError("--dtype float16", true, "Give --dtype bfloat16, or leave it out.")
+    return cast
+
+
+def _grouped(plan: list[Planned], most: float) -> Iterator[list[Planned]]:
+    """The plan cut into files of at most `most` bytes, where tensors allow it."""
+    shard: list[Planned] = []
+    for tensor in plan:
+        if shard and _bytes(shard) + tensor.nbytes > most:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _bytes(plan: list[Planned]) -> int:
+    return sum(tensor.nbytes for tensor in plan)
+
+
+def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
+    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
+    with ThreadPoolExecutor(1, "convert") as pool:
+        pending = None
+        for tensor in plan:
+            pending, ready = pool.submit(tensor.make), pending
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
+
+
+def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:
+    arrays = {}
+    for tensor in shard:
+        arrays[tensor.name] = next(made)
+        advance(tensor.nbytes)
+    save_file(arrays, path, metadata={"format": "pt"})  # transformers asks for the format
+
+
+def _file_name(number: int, of: int) -> str:
+    return WEIGHTS if of == 1 else f"model-{number:05d}-of-{of:05d}.safetensors"
+
+
+def _write_index(folder: Path, shards: list[list[Planned]]) -> None:
+    files = {
+        tensor.name: _file_name(number, len(shards)) for number, shard in enumerate(shards, start=1) for tensor in shard
+    }
+    index = {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": dict(sorted(files.items()))}
+    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------- the small files
+
+
+def _write_small_files(model: saved.Saved, to: Path, dtype: str | None, stored: str) -> None:
+    """config.json and what belongs to it: those that the model came with, or new ones."""
+    if model.hf is not None:
+        for path in sorted(model.hf.iterdir()):
+            shutil.copyfile(path, to / path.name)
+        said = read_json(to / CONFIG)
+        changed = with_dtype(said, dtype)
+        if changed != said:
+            write_whole(to / CONFIG, json.dumps(changed, indent=2) + "\n")
+        return
+    tokenizer = Tokenizer(model.tokenizer) if model.tokenizer else None
+    ids = token_ids(tokenizer)
+    files = {CONFIG: hf_config_write.write(model.model, ids, dtype or stored)}
+    files["generation_config.json"] = hf_config_write.generation(ids)
+    if model.model.vision is not None:
+        files["preprocessor_config.json"] = hf_config_write.preprocessor(model.model.vision)
+    for name, said in files.items():
+        write_whole(to / name, json.dumps(said, indent=2) + "\n")
+    if tokenizer is not None:
+        export_tokenizer(tokenizer, to)
+
+
+def export_tokenizer(tokenizer: Tokenizer, to: Path) -> None:
+    """The files of a tokenizer that did not come from Hugging Face."""
+    shutil.copyfile(tokenizer.path, to / saved.TOKENIZER)
+
+
+def token_ids(tokenizer: Tokenizer | None) -> hf_config_write.TokenIds:
+    """The special tokens of a tokenizer; Llama 4's without one."""
+    if tokenizer is None:
+        return hf_config_write.TokenIds()
+    return hf_config_write.TokenIds(
+        bos=tokenizer.bos,
+        eos=tuple(sorted(tokenizer.stop)),
+        pad=tokenizer.pad,
+        image_start=tokenizer.image_start,
+        image_end=tokenizer.image_end,
+        patch=tokenizer.patch,
+    )
+
+
+def with_dtype(said: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config.json that came with a model, for the tensors of an export: they are quantised no more, and of `dtype`
+    (None: as they came)."""
+    said = {key: value for key, value in said.items() if key not in ("quantization_config", "compression_config")}
+    for key, value in said.items():
+        if key in DTYPE_KEYS and dtype is not None:
+            said[key] = dtype
+        elif key in ("text_config", "vision_config") and isinstance(value, dict):
+            said[key] = with_dtype(value, dtype)
+    return said
+
+
+# -------------------------------------------------------------------------------------------------------- new folders
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, bytes_needed: int) -> Iterator[Path]:
+    """A temporary folder beside `out`, which takes that name if all goes well and is removed if not.
+
+    Raises:
+      ConfigError: `out` is there and not empty, cannot be made, or the disk has no room.
+    """
+    out = out.expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}", "it is there already", "Name a new folder, or remove this one.")
+    check_room(out, bytes_needed)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}", f"it cannot be made: {error}", "Name another folder.") from None
+    try:
+        yield temporary
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException as error:
+        space.remove(temporary)
+        if isinstance(error, Exception) and space.is_full(error):
+            true = f"the disk was full before all was written; {quantity(space.free(out))}B are free now"
+            raise ConfigError(f"--out {out}", true, "Free some space, or name a folder on another disk.") from error
+        raise
+
+
+def check_room(out: Path, bytes_needed: int) -> None:
+    """ConfigError if fewer bytes are free where `out` will be."""
+    free = space.free(out.expanduser().absolute())
+    if free < bytes_needed:
+        true = f"it needs {quantity(bytes_needed)}B, and {quantity(free)}B are free"
+        raise ConfigError(f"--out {out}", true, "Free some space, or name a folder on another disk.")
