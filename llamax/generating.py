@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from llamax import loading
 from llamax.config import ConfigError
@@ -87,7 +88,7 @@ class Chat:
         self._tell(self._encoded([*self.messages, asked]))
         self.messages.append(asked)
         heard: list[int] = []
-        answer = {"role": "assistant", "content": "", "token_ids": heard}
+        answer: dict[str, Any] = {"role": "assistant", "content": "", "token_ids": heard}
         self.messages.append(answer)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in self._talk.say(max_tokens, sampling):

@@ -97,6 +97,7 @@ class Attention(nnx.Module):
             local_len = self.model.chunk_len if local else None
             o_BTHDh = self.seam.attention(q_BTHDh, k_BTKDh, v_BTKDh, **here, local_len=local_len)
         else:
+            assert at.before is not None
             window = at.before[self.kind]
             here |= dict(past_pos=window.positions, past_seg=window.segments)
             o_BTHDh = self.seam.cached_attention(q_BTHDh, *past, *new, **here)

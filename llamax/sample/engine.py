@@ -124,9 +124,8 @@ def read(state: Going, rows: int, stop: Collection[int]) -> list[Completion]:
     found = []
     for ids, logps in zip(tokens[:rows, :count].tolist(), logp[:rows, :count].tolist(), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stop), None)
-        stopped = end is not None
-        length = end + 1 if stopped else len(ids)
-        found.append(Completion(ids[:length], logps[:length], stopped))
+        length = len(ids) if end is None else end + 1
+        found.append(Completion(ids[:length], logps[:length], end is not None))
     return found
 
 

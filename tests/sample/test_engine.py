@@ -13,13 +13,15 @@ import pytest
 from llamax import config
 from llamax.kernels.attention import blocked_attention
 from llamax.kernels.grouped import sorted_experts
-from llamax.model.seam import Seam
+from llamax.model.seam import Seam, make_seam
 from llamax.model.skeleton import skeleton
+from llamax.parallel import rules
+from llamax.parallel.mesh import make_mesh
 from llamax.sample import engine
 from llamax.sample.engine import Conversation, Prompt, Sampling, generate, in_nucleus, pack, rounded
 from tests import goldens
 from tests.model import twins
-from tests.tolerances import ORACLE
+from tests.tolerances import ORACLE, TWIN
 
 MODEL = replace(twins.TINY, plan=((("rope_chunk+dense", "nope_full+moe"), 1),))
 NO_TILES = np.zeros((0, 8, 8, 3), np.uint8)
@@ -199,6 +201,18 @@ def test_a_conversation_goes_on_from_what_was_heard(tiny):
     talk.tell(Prompt(PROMPTS[0], NO_TILES))
     said = list(talk.say(6))
     assert said[-1] == stop and stop not in said[:-1] and talk.tokens == PROMPTS[0] + said
+
+
+def test_a_mesh_gives_the_tokens_of_one_device(tiny):
+    """Weights and rows split over eight devices; prompts that do not fill the rows."""
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    skel = skeleton(MODEL, make_seam(mesh), patch_id=twins.PATCH, train=config.Train())
+    params = jax.device_put(tiny[1], rules.shardings(skel.axes, tiny[1], mesh))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+    on_mesh = ask((skel, params, tiny[2]), *PROMPTS, n=2, sampling=Sampling(1.0), row_multiple=8)
+    for mine, theirs in zip(on_mesh, ask(tiny, *PROMPTS, n=2, sampling=Sampling(1.0)), strict=True):
+        assert [c.tokens for c in mine] == [c.tokens for c in theirs]
+        np.testing.assert_allclose([c.logp for c in mine], [c.logp for c in theirs], **TWIN)
 
 
 @pytest.mark.parametrize("case", ["scout_like", "maverick_like"])
