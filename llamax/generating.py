@@ -148,8 +148,8 @@ def chat(
                 waiting.append(argument)
             except ConfigError as error:
                 print(error)
-        elif command == "/help":
-            print(HELP)
+        elif command.startswith("/"):
+            print(HELP if command == "/help" else f"{command} is no command\n{HELP}")
         elif said:
             _answer(talk, said, waiting, max_tokens, sampling._replace(seed=sampling.seed + number))
             waiting = []

@@ -112,7 +112,9 @@ def test_an_answer_goes_on_from_the_whole_conversation(model):
 
 def test_talking(loaded, capsys):
     """Commands, several pictures, a wrong one that costs nothing, the end of the input."""
-    lines = iter(["Hello", "/image nothing.png", f"/image {CIRCLE}", "", "What is this?", "/reset", "Hello", "/help"])
+    lines = iter(
+        ["Hello", "/image nothing.png", f"/image {CIRCLE}", "", "What is this?", "/reset", "Hello", "/help", "/x"]
+    )
 
     def read(prompt):
         try:
@@ -126,7 +128,7 @@ def test_talking(loaded, capsys):
     hello = "".join(talk.ask("Hello", (), 4, GREEDY))
     circle = "".join(talk.ask("What is this?", [CIRCLE], 4, GREEDY))
     wrong = "image nothing.png, but there is no such file. Name a picture's file."
-    assert out == f"{hello}\n{wrong}\n{circle}\n{hello}\n{generating.HELP}\n\n"
+    assert out == f"{hello}\n{wrong}\n{circle}\n{hello}\n{generating.HELP}\n/x is no command\n{generating.HELP}\n\n"
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(loaded, monkeypatch):
