@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from llamax import config
-from llamax.losses import router
+from llamax.losses import TERMS, router
 from llamax.losses.router import balance, bias_step, loads, sequence_balance, stats, z_loss
 from tests.model.twins import quick_jit
 from tests.tolerances import ORACLE, TWIN_GRAD
@@ -21,6 +22,8 @@ INDEX = np.argsort(-LOGITS, axis=-1)[..., :K].astype(np.int32)
 MASK = RNG.uniform(size=(B, T)) < 0.7
 LLAMA4 = config.Model()
 V3 = config.Model(choose_by="scores")
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
+POSITIONS = np.array([[*range(5), *range(4), 0, 0, 0], range(12)], np.int32)
 
 
 def softmax(z):
@@ -110,6 +113,19 @@ def test_probabilities_are_of_what_is_chosen_by():
     np.testing.assert_allclose(low, 0.25, rtol=1e-6)
 
 
+@pytest.mark.parametrize("model, probability", [(LLAMA4, softmax), (V3, normalised)])
+def test_the_terms_take_the_probabilities_of_the_model(model, probability):
+    """As the step calls them."""
+    scored = SimpleNamespace(routing=SimpleNamespace(logits=LOGITS, index=INDEX))
+    batch = SimpleNamespace(segment_ids=SEGMENTS, positions=POSITIONS)
+    of_batch, of_documents = (TERMS[name].of(scored, batch, model) for name in ("router_balance", "router_balance_seq"))
+    logits = LOGITS.astype(float)
+    np.testing.assert_allclose(of_batch.mean(), slow_balance(logits, INDEX, SEGMENTS > 0, probability), **ORACLE)
+    np.testing.assert_allclose(
+        of_documents.mean(), slow_sequence_balance(logits, INDEX, SEGMENTS, probability), **ORACLE
+    )
+
+
 def test_padding_counts_for_nothing():
     noisy = np.where(MASK[..., None], LOGITS, 1e3).astype(np.float32)
     elsewhere = np.where(MASK[..., None], INDEX, 0)
@@ -130,9 +146,6 @@ def test_z_loss_is_a_sum_that_adds_up_over_rows():
 
 
 # ---------------------------------------------------------------------------------------------- balance per document
-
-SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12], np.int32)
-POSITIONS = np.array([[*range(5), *range(4), 0, 0, 0], range(12)], np.int32)
 
 
 def slow_sequence_balance(logits, index, segments, probability=softmax):

@@ -78,6 +78,8 @@ def test_linear_patches_learn_what_only_the_picture_tells():
         return optax.apply_updates(params, updates), opt, value, grads["vision"]
 
     params, _ = twins.quick_jit(bones.init)(jax.random.key(0))
+    start = np.std(params["vision"]["projection"]["weight"]) * 48**0.5  # of a feature of white pixels
+    np.testing.assert_allclose(start, model.init_std, rtol=0.2)
     opt, losses = tx.init(params), []
     for i in range(40):
         params, opt, value, grad = step(params, opt, pictures())
