@@ -123,7 +123,7 @@ def _turn(
     """A message's header, content and end. `opens`: it is the first of all; `brings_tools`: it describes the tools."""
     role, trained = message["role"], message["role"] == "assistant"
     head, end = _header(role), Special("eot")
-    if "token_ids" in message:
+    if message.get("token_ids") is not None:
         return [*head, Span(Sampled(tuple(message["token_ids"])), role, True)]
     if role in ("tool", "ipython"):
         return [*head, *(Span(c, "ipython", False) for c in (_json(message.get("content"), where), end))]
@@ -159,6 +159,8 @@ class _Supply:
     """The pictures that come beside the messages, handed out in order."""
 
     def __init__(self, images: Sequence[str | Path | bytes]):
+        if not isinstance(images, list | tuple):
+            raise ConfigError("images", f"they are a {type(images).__name__}", "Give a list, a path or bytes each.")
         self.images, self.asked = images, 0
 
     def take(self) -> Picture:

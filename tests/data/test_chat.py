@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llamax.config import ConfigError, Vision
@@ -439,6 +441,32 @@ def test_what_is_no_conversation_is_refused(messages, how, word):
         chat.render(messages, **how)
     assert word in str(caught.value)
     assert all(len(part) > 3 for part in (caught.value.asked, caught.value.true, caught.value.change))
+
+
+KEYS = ("role", "content", "tool_calls", "token_ids", "tool_call_id", "type", "text", "image", "function", "name")
+WORDS = ("user", "assistant", "tool", "system", "text", "image", "image_url", "<|image|>", "\ud800", "{", "")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(("user", "assistant", "tool", "system")), "content": JSON},
+    optional={"tool_calls": JSON, "token_ids": JSON, "tool_call_id": JSON},
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(messages=st.lists(MESSAGE, max_size=3) | JSON, tools=st.none() | JSON, images=st.none() | JSON)
+def test_anything_is_rendered_or_refused(tokenizer, messages, tools, images):
+    try:
+        spans = chat.render(messages, tools=tools, images=images)
+    except ConfigError:
+        return
+    try:
+        chat.encode(spans, tokenizer, VISION)
+    except ConfigError as error:
+        assert "picture" in error.asked or "token_ids" in error.asked
 
 
 def test_pictures_that_cannot_be_shown_are_refused(tokenizer, tmp_path):
