@@ -150,7 +150,9 @@ def _call(call: Message, where: str) -> str:
 
 def _json(value: Any, where: str, indent: int | None = None) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        text.encode()  # a lone surrogate is a ValueError
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"it holds what JSON cannot: {error}", "Give texts, numbers, lists, dicts.") from None
 

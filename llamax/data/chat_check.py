@@ -57,7 +57,7 @@ def _check(message: Message, where: str) -> None:
             raise ConfigError(where, "it has no content", "Give what the tool answered: a text or any JSON value.")
         content = message["content"]
         kinds = [part.get("type") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-        if set(PARTS[1:]) & set(kinds):
+        if any(kind in PARTS[1:] for kind in kinds):
             change = "Show it in a message of the user that follows."
             raise ConfigError(where, "a tool's answer is text, and this one holds a picture", change)
         return
@@ -97,6 +97,7 @@ def _check_call(call: Message, where: str) -> None:
     arguments = function.get("arguments", {}) if isinstance(function, Mapping) else None
     right = isinstance(function, Mapping) and isinstance(function.get("name"), str)
     if right and isinstance(arguments, str):
+        _check_text(arguments, where)
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
