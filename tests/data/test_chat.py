@@ -430,7 +430,7 @@ CALLS = {"role": "assistant", "tool_calls": [CALL]}
         ([CALLS, {"role": "tool", "content": [{"type": "image"}]}], {}, "holds a picture"),
         ([CALLS, {"role": "tool", "content": {1, 2}}], {}, "JSON"),
         ([CALLS, {"role": "tool", "content": "\ud83d"}], {}, "surrogates"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"\ud83d": 1}'}}]}], {}, "Unicode"),
+        ([CALLS | {"tool_calls": [{"function": {"name": "f", "arguments": '{"\ud83d": 1}'}}]}], {}, "Unicode"),
         ([USER], {"images": "cat.png"}, "images, but they are a str"),
         ([USER, {"role": "assistant", "tool_calls": 3}], {}, "tool_calls are a int"),
         ([USER], {"images": [b""]}, "1 image, but the messages have 0 places"),
