@@ -152,7 +152,8 @@ def _tokenizer_table(vocabulary: Vocabulary, bos: str) -> dict[str, Any]:
     char_of = {byte: char for char, byte in byte_alphabet().items()}
     written = {token: "".join(char_of[byte] for byte in token) for token in vocabulary.ranks}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    before = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    after = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)  # it reads none of these
     split = dict(type="Split", pattern={"Regex": vocabulary.split}, behavior="Isolated", invert=False)
     first, second = (
         [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1)
@@ -169,9 +170,9 @@ def _tokenizer_table(vocabulary: Vocabulary, bos: str) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": number, "content": name, **flags} for name, number in vocabulary.specials.items()],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {"type": "Sequence", "processors": [byte_level, template]},
-        "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, before]},
+        "post_processor": {"type": "Sequence", "processors": [after | {"trim_offsets": False}, template]},
+        "decoder": after,
         "model": {
             "type": "BPE",
             "dropout": None,

@@ -233,6 +233,8 @@ def test_what_has_been_said_stays_as_it_is(tokenizer):
         for k in range(first, len(messages) + 1):
             part = chat.encode(chat.render(messages[:k], tools=tools), tokenizer, VISION)
             n = len(part.tokens)
+            spans = chat.render(messages[:k], tools=tools)
+            assert spans == chat.render(messages, tools=tools)[: len(spans)]  # so what is new can be encoded alone
             np.testing.assert_array_equal(part.tokens, whole.tokens[:n])
             np.testing.assert_array_equal(part.trained, whole.trained[:n])
             np.testing.assert_array_equal(part.tiles, whole.tiles[: len(part.tiles)])
