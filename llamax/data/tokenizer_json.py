@@ -42,11 +42,18 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def read_json(path: str | Path) -> Vocabulary:
-    """The vocabulary of a `tokenizer.json`. ConfigError if it is damaged, or anything but plain byte-level BPE."""
+    """The vocabulary of a `tokenizer.json`.
+
+    ConfigError if it is damaged, or anything but plain byte-level BPE; SentenceBpeFound if it is Llama 1's or 2's kind.
+    """
     asked = f"tokenizer file {path}"
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
+        if table["model"].get("type", "BPE") == "BPE" and table["model"].get("byte_fallback"):
+            raise SentenceBpeFound(asked, "its model merges characters, not bytes", CHANGE)
         return _read(table)
+    except SentenceBpeFound:
+        raise
     except OSError as error:
         raise ConfigError(asked, f"it cannot be read: {error.strerror}", CHANGE) from None
     except _NotPlain as error:
@@ -56,15 +63,18 @@ def read_json(path: str | Path) -> Vocabulary:
         raise ConfigError(asked, true, f"The file is cut short or damaged: copy it again. {CHANGE}") from None
 
 
+class SentenceBpeFound(ConfigError):
+    """The file is of Llama 1's and 2's kind: see sentence_bpe.py."""
+
+
 class _NotPlain(Exception):
     """The file asks for something that byte-level BPE by ranks does not do."""
 
 
 def _read(table: dict[str, Any]) -> Vocabulary:
     model, byte_of = table["model"], byte_alphabet()
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with a fallback to bytes" if model.get("byte_fallback") else model.get("type")
-        raise _NotPlain(f"its model is {kind}, not byte-level BPE")
+    if model.get("type", "BPE") != "BPE":
+        raise _NotPlain(f"its model is {model['type']}, not byte-level BPE")
     wanted = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if wanted or table.get("normalizer"):
         raise _NotPlain(f"it sets {', '.join([*wanted, *(['a normalizer'] * bool(table.get('normalizer')))])}")
