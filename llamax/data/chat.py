@@ -23,6 +23,9 @@ released models, so a conversation has the same text in training, here and there
   "Environment: ipython"; the system's text, and the user's behind a description of tools, lose white space at their
   ends. All else is taken verbatim. There is no system message that nobody gave.
 
+Where that template does what nobody means, this does not follow: it writes arguments that are JSON text already as a
+text in JSON, leaves out a message with an empty list of tool calls, and fails on pictures beside a description of tools.
+
 Two things are stricter than a template of text can be. A text that spells a special token is plain text. And the
 "\\n\\n" of a header is always a token of its own, whatever follows (Meta's way; Hugging Face merges it with line breaks
 that open the content). So what has been said stays as it is: the tokens of the first k messages, and of the prompt that
