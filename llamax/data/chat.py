@@ -24,7 +24,7 @@ released models, so a conversation has the same text in training, here and there
   ends. All else is taken verbatim. There is no system message that nobody gave.
 
 Where that template does what nobody means, this does not follow: it writes arguments that are JSON text already as a
-text in JSON, leaves out a message with an empty list of tool calls, and fails on pictures beside a description of tools.
+text in JSON, leaves out a message with an empty list of tool calls, and fails on pictures beside described tools.
 
 Two things are stricter than a template of text can be. A text that spells a special token is plain text. And the
 "\\n\\n" of a header is always a token of its own, whatever follows (Meta's way; Hugging Face merges it with line breaks
