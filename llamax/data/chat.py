@@ -23,6 +23,9 @@ released models, so a conversation has the same text in training, here and there
   "Environment: ipython"; the system's text, and the user's behind a description of tools, lose white space at their
   ends. All else is taken verbatim. There is no system message that nobody gave.
 
+Where that template does what nobody means, this does not follow: it writes arguments that are JSON text already as a
+text in JSON, leaves out a message with an empty list of tool calls, and fails on pictures beside described tools.
+
 Two things are stricter than a template of text can be. A text that spells a special token is plain text. And the
 "\\n\\n" of a header is always a token of its own, whatever follows (Meta's way; Hugging Face merges it with line breaks
 that open the content). So what has been said stays as it is: the tokens of the first k messages, and of the prompt that
@@ -123,7 +126,7 @@ def _turn(
     """A message's header, content and end. `opens`: it is the first of all; `brings_tools`: it describes the tools."""
     role, trained = message["role"], message["role"] == "assistant"
     head, end = _header(role), Special("eot")
-    if "token_ids" in message:
+    if message.get("token_ids") is not None:
         return [*head, Span(Sampled(tuple(message["token_ids"])), role, True)]
     if role in ("tool", "ipython"):
         return [*head, *(Span(c, "ipython", False) for c in (_json(message.get("content"), where), end))]
@@ -150,7 +153,9 @@ def _call(call: Message, where: str) -> str:
 
 def _json(value: Any, where: str, indent: int | None = None) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        text = json.dumps(value, ensure_ascii=False, indent=indent)
+        text.encode()  # a lone surrogate is a ValueError
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"it holds what JSON cannot: {error}", "Give texts, numbers, lists, dicts.") from None
 
@@ -159,6 +164,8 @@ class _Supply:
     """The pictures that come beside the messages, handed out in order."""
 
     def __init__(self, images: Sequence[str | Path | bytes]):
+        if not isinstance(images, list | tuple):
+            raise ConfigError("images", f"they are a {type(images).__name__}", "Give a list, a path or bytes each.")
         self.images, self.asked = images, 0
 
     def take(self) -> Picture:

@@ -39,11 +39,15 @@ def _check(message: Message, where: str) -> None:
         change = f"Did you mean {near[0]!r}?" if near else f"Make it one of {', '.join(ROLES)}."
         raise ConfigError(where, f"a role is one of {', '.join(ROLES)}", change)
     for key in ("tool_calls", "token_ids"):
-        if role != "assistant" and message.get(key):
+        empty = isinstance(message.get(key), list | tuple) and not message[key]
+        if role != "assistant" and message.get(key) is not None and not empty:
             raise ConfigError(where, f"it has {key}, and only the assistant's messages may", f"Leave {key} out.")
-    for call in message.get("tool_calls") or ():
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple):
+        raise ConfigError(where, f"its tool_calls are a {type(calls).__name__}", "Give a list of calls.")
+    for call in calls:
         _check_call(call, where)
-    if "token_ids" in message:
+    if message.get("token_ids") is not None:
         ids = message["token_ids"]
         if not isinstance(ids, Sequence | np.ndarray) or not all(isinstance(i, int | np.integer) for i in ids):
             raise ConfigError(where, "its token_ids are no list of whole numbers", "Give the ids that were sampled.")
@@ -53,7 +57,7 @@ def _check(message: Message, where: str) -> None:
             raise ConfigError(where, "it has no content", "Give what the tool answered: a text or any JSON value.")
         content = message["content"]
         kinds = [part.get("type") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-        if set(PARTS[1:]) & set(kinds):
+        if any(kind in PARTS[1:] for kind in kinds):
             change = "Show it in a message of the user that follows."
             raise ConfigError(where, "a tool's answer is text, and this one holds a picture", change)
         return
@@ -93,6 +97,7 @@ def _check_call(call: Message, where: str) -> None:
     arguments = function.get("arguments", {}) if isinstance(function, Mapping) else None
     right = isinstance(function, Mapping) and isinstance(function.get("name"), str)
     if right and isinstance(arguments, str):
+        _check_text(arguments, where)
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
@@ -107,7 +112,7 @@ def _check_answers(messages: Sequence[Message]) -> None:
     open_turn: Message | None = None
     for i, message in enumerate(messages):
         if message["role"] not in ("tool", "ipython"):
-            calls = message.get("tool_calls") or "token_ids" in message
+            calls = message.get("tool_calls") or message.get("token_ids") is not None
             open_turn = message if message["role"] == "assistant" and calls else None
             continue
         asked = f"message {i} (role {message['role']})"

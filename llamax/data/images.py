@@ -127,7 +127,8 @@ def choose_canvas(height: int, width: int, tile_px: int, max_tiles: int) -> tupl
 def _fit(height: int, width: int, max_height: int, max_width: int) -> tuple[int, int]:
     """(height, width) scaled to the limit that binds, aspect kept: the other rounded down, at least 1.
 
-    Where both bind, the height is the limit and the width is rounded, which may take a pixel, as in the reference.
+    Where both bind, the height is the limit and the width is rounded, which may take a pixel, as in the reference. That
+    computes in float64, as here; Hugging Face in float32, which is a pixel off for one size in two thousand.
     """
     if max_width * height < max_height * width:  # max_width / width < max_height / height
         return max(1, min(int(height * (max_width / width)), max_height)), max_width

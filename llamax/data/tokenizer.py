@@ -7,7 +7,8 @@ the number of its ranks n says the rest. Its special tokens have the ids n, n + 
     n = 128,000   Llama 3's of 256, and its split
     else          128: the functional ones of Llama 4's table in its order, then reserved ones
 
-Hugging Face's `tokenizer.json` holds ranks, special tokens and split (see tokenizer_json.py). Nothing is ever fetched.
+Hugging Face's `tokenizer.json` holds ranks, special tokens and split (see tokenizer_json.py); that of Llama 1 and 2 is
+another algorithm (see sentence_bpe.py). Nothing is ever fetched.
 
 Source: Llama 4's and Llama 3's tokenizers (split regex, special ids, guards against very long runs).
 """
@@ -26,6 +27,7 @@ import tiktoken
 
 from llamax.config import ConfigError
 from llamax.data import tokenizer_json
+from llamax.data.sentence_bpe import SentenceBpe
 from llamax.data.tokenizer_json import Vocabulary
 
 LLAMA4_RANKS = 200_000
@@ -95,6 +97,8 @@ LLAMA3_NAMES = {
     **{"step": "step_id", "finetune_right_pad": "finetune_right_pad_id"},
 }
 
+LLAMA2_NAMES = {"begin_of_text": "<s>", "end_of_text": "</s>"}  # and as they are written, in Llama 1 and 2
+
 
 def special_tokens(n_ranks: int) -> dict[str, int]:
     """The special tokens of a file with `n_ranks` ranks, written `<|name|>`, and their ids (n_ranks and up)."""
@@ -116,7 +120,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
     content = path.read_bytes()
     if b"<unk>" in content[:64]:
         true = "it is a SentencePiece model (Llama 1 and 2 have one), which is not read"
-        raise ConfigError(f"tokenizer file {path}", true, "Give a file in tiktoken's format, or a tokenizer.json.")
+        raise ConfigError(f"tokenizer file {path}", true, "Give the tokenizer.json that lies beside it.")
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -206,17 +210,27 @@ def check_size(tokenizer: Tokenizer, rows: int, asked: str, change: str) -> None
 
 
 class Tokenizer:
-    """A tokenizer file in memory. Ids below `n_ranks` are BPE tokens, the rest are special tokens."""
+    """A tokenizer file in memory. Ids below `n_ranks` are BPE tokens, the rest are special tokens.
+
+    In a file of Llama 1's or 2's kind the special tokens are the first among the others, and `n_ranks` is all of them.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        ranks, self.specials, self.split = read_vocabulary(path)  # specials: "<|name|>" -> id
-        self.n_ranks = len(ranks)
-        self._encoding = tiktoken.Encoding(
-            self.path.name, pat_str=self.split, mergeable_ranks=ranks, special_tokens=self.specials
-        )
+        self._encoding: tiktoken.Encoding | SentenceBpe
+        try:
+            ranks, self.specials, self.split = read_vocabulary(path)  # specials: "<|name|>" -> id
+        except tokenizer_json.SentenceBpeFound:
+            self._encoding = SentenceBpe(path)
+            self.specials, self.split, lengths = self._encoding.specials, "", self._encoding.lengths
+        else:
+            self._encoding = tiktoken.Encoding(
+                self.path.name, pat_str=self.split, mergeable_ranks=ranks, special_tokens=self.specials
+            )
+            lengths = [len(token) for token in sorted(ranks, key=ranks.__getitem__)]
+        self.n_ranks = len(lengths)
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)  # bytes of text that a token stands for; specials 0
-        self.byte_lengths[list(ranks.values())] = [len(token) for token in ranks]
+        self.byte_lengths[: self.n_ranks] = lengths
 
     @property
     def vocab_size(self) -> int:
@@ -232,6 +246,9 @@ class Tokenizer:
             chat_template: `chat.template()` in a model that chats.
             max_tokens: the longest context that the model was made for; 0 leaves it open.
         """
+        if not self.split:
+            true = "it is of Llama 1's and 2's kind, which is read but not written"
+            raise ConfigError(f"writing {self.path} for Hugging Face", true, "Simply copy the file.")
         written = {number: name for name, number in self.specials.items()}
         tokenizer_json.write_json(
             read_vocabulary(self.path),  # not kept: it is a hundred megabytes
@@ -255,7 +272,7 @@ class Tokenizer:
         allowed = "all" if specials else set()
         pieces = [
             self._encoding.encode_to_numpy(piece, allowed_special=allowed, disallowed_special=()).astype(np.int32)
-            for piece in _pieces(text)
+            for piece in (_pieces(text) if self.split else (text,) if text else ())
         ]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
@@ -288,8 +305,8 @@ class Tokenizer:
         return found
 
     def _special(self, name: str) -> int | None:
-        there = self.specials.get(f"<|{name}|>")
-        return self.specials.get(f"<|{LLAMA3_NAMES.get(name)}|>") if there is None else there
+        names = (f"<|{name}|>", f"<|{LLAMA3_NAMES.get(name)}|>", LLAMA2_NAMES.get(name, ""))
+        return next((self.specials[written] for written in names if written in self.specials), None)
 
     @property
     def bos(self) -> int:

@@ -42,11 +42,18 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def read_json(path: str | Path) -> Vocabulary:
-    """The vocabulary of a `tokenizer.json`. ConfigError if it is damaged, or anything but plain byte-level BPE."""
+    """The vocabulary of a `tokenizer.json`.
+
+    ConfigError if it is damaged, or anything but plain byte-level BPE; SentenceBpeFound if it is Llama 1's or 2's kind.
+    """
     asked = f"tokenizer file {path}"
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
+        if table["model"].get("type", "BPE") == "BPE" and table["model"].get("byte_fallback"):
+            raise SentenceBpeFound(asked, "its model merges characters, not bytes", CHANGE)
         return _read(table)
+    except SentenceBpeFound:
+        raise
     except OSError as error:
         raise ConfigError(asked, f"it cannot be read: {error.strerror}", CHANGE) from None
     except _NotPlain as error:
@@ -56,15 +63,18 @@ def read_json(path: str | Path) -> Vocabulary:
         raise ConfigError(asked, true, f"The file is cut short or damaged: copy it again. {CHANGE}") from None
 
 
+class SentenceBpeFound(ConfigError):
+    """The file is of Llama 1's and 2's kind: see sentence_bpe.py."""
+
+
 class _NotPlain(Exception):
     """The file asks for something that byte-level BPE by ranks does not do."""
 
 
 def _read(table: dict[str, Any]) -> Vocabulary:
     model, byte_of = table["model"], byte_alphabet()
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with a fallback to bytes" if model.get("byte_fallback") else model.get("type")
-        raise _NotPlain(f"its model is {kind}, not byte-level BPE")
+    if model.get("type", "BPE") != "BPE":
+        raise _NotPlain(f"its model is {model['type']}, not byte-level BPE")
     wanted = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if wanted or table.get("normalizer"):
         raise _NotPlain(f"it sets {', '.join([*wanted, *(['a normalizer'] * bool(table.get('normalizer')))])}")
@@ -152,7 +162,8 @@ def _tokenizer_table(vocabulary: Vocabulary, bos: str) -> dict[str, Any]:
     char_of = {byte: char for char, byte in byte_alphabet().items()}
     written = {token: "".join(char_of[byte] for byte in token) for token in vocabulary.ranks}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    before = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    after = dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True)  # it reads none of these
     split = dict(type="Split", pattern={"Regex": vocabulary.split}, behavior="Isolated", invert=False)
     first, second = (
         [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1)
@@ -169,9 +180,9 @@ def _tokenizer_table(vocabulary: Vocabulary, bos: str) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": number, "content": name, **flags} for name, number in vocabulary.specials.items()],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {"type": "Sequence", "processors": [byte_level, template]},
-        "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, before]},
+        "post_processor": {"type": "Sequence", "processors": [after | {"trim_offsets": False}, template]},
+        "decoder": after,
         "model": {
             "type": "BPE",
             "dropout": None,

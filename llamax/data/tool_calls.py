@@ -54,10 +54,13 @@ def _python_calls(text: str) -> list[dict[str, Any]]:
         raise ValueError("no list")
     calls = []
     for call in tree.elts:
-        named = isinstance(call, ast.Call) and isinstance(call.func, ast.Name | ast.Attribute) and not call.args
-        if not named or any(keyword.arg is None for keyword in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name | ast.Attribute) or call.args:
             raise ValueError("no call with keyword arguments")
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        arguments: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg is None:
+                raise ValueError("arguments without names")
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
         json.dumps(arguments)  # TypeError: bytes, sets, complex numbers
         calls.append({"name": ast.unparse(call.func), "arguments": arguments})
     return calls

@@ -95,7 +95,7 @@ def container_of(head: bytes) -> str:
         return "mov"  # MP4, MOV, M4V, 3GP
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "avi"
-    if head[:1] == b"G" and head[188:189] == b"G" and head[376:377] == b"G":  # packets of 188 bytes
+    if (head[:1], head[188:189], head[376:377]) == (b"G",) * 3 and head[:4] != b"GIF8":  # packets of 188 bytes
         return "mpegts"
     signatures = {b"\x1aE\xdf\xa3": "matroska", b"OggS": "ogg", b"FLV\1": "flv", b"\0\0\1\xba": "mpeg"}
     return signatures.get(head[:4], "asf" if head[:4] == b"\x30\x26\xb2\x75" else "")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llamax.config import ConfigError, Vision
@@ -231,6 +233,8 @@ def test_what_has_been_said_stays_as_it_is(tokenizer):
         for k in range(first, len(messages) + 1):
             part = chat.encode(chat.render(messages[:k], tools=tools), tokenizer, VISION)
             n = len(part.tokens)
+            spans = chat.render(messages[:k], tools=tools)
+            assert spans == chat.render(messages, tools=tools)[: len(spans)]  # so what is new can be encoded alone
             np.testing.assert_array_equal(part.tokens, whole.tokens[:n])
             np.testing.assert_array_equal(part.trained, whole.trained[:n])
             np.testing.assert_array_equal(part.tiles, whole.tiles[: len(part.tiles)])
@@ -427,6 +431,10 @@ CALLS = {"role": "assistant", "tool_calls": [CALL]}
         ([CALLS, {"role": "tool", "content": "1", "tool_call_id": "b"}], {}, "tool_call_id is 'b'"),
         ([CALLS, {"role": "tool", "content": [{"type": "image"}]}], {}, "holds a picture"),
         ([CALLS, {"role": "tool", "content": {1, 2}}], {}, "JSON"),
+        ([CALLS, {"role": "tool", "content": "\ud83d"}], {}, "surrogates"),
+        ([CALLS | {"tool_calls": [{"function": {"name": "f", "arguments": '{"\ud83d": 1}'}}]}], {}, "Unicode"),
+        ([USER], {"images": "cat.png"}, "images, but they are a str"),
+        ([USER, {"role": "assistant", "tool_calls": 3}], {}, "tool_calls are a int"),
         ([USER], {"images": [b""]}, "1 image, but the messages have 0 places"),
         ([{"role": "user", "content": "<|image|><|image|>"}], {"images": [b""]}, "1 image, but the messages have 2"),
         ([{"role": "system", "content": ""}], {"tools": TOOLS}, "first message of the user"),
@@ -439,6 +447,32 @@ def test_what_is_no_conversation_is_refused(messages, how, word):
         chat.render(messages, **how)
     assert word in str(caught.value)
     assert all(len(part) > 3 for part in (caught.value.asked, caught.value.true, caught.value.change))
+
+
+KEYS = ("role", "content", "tool_calls", "token_ids", "tool_call_id", "type", "text", "image", "function", "name")
+WORDS = ("user", "assistant", "tool", "system", "text", "image", "image_url", "<|image|>", "\ud800", "{", "")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(("user", "assistant", "tool", "system")), "content": JSON},
+    optional={"tool_calls": JSON, "token_ids": JSON, "tool_call_id": JSON},
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(messages=st.lists(MESSAGE, max_size=3) | JSON, tools=st.none() | JSON, images=st.none() | JSON)
+def test_anything_is_rendered_or_refused(tokenizer, messages, tools, images):
+    try:
+        spans = chat.render(messages, tools=tools, images=images)
+    except ConfigError:
+        return
+    try:
+        chat.encode(spans, tokenizer, VISION)
+    except ConfigError as error:
+        assert "picture" in error.asked or "token_ids" in error.asked
 
 
 def test_pictures_that_cannot_be_shown_are_refused(tokenizer, tmp_path):

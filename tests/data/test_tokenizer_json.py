@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,60 @@ def test_ids_that_hugging_face_does_not_name_are_llama_4s(tmp_path):
     assert specials["<|reasoning_thinking_start|>"] == table["<|reasoning_thinking_start|>"]
 
 
+def llama_2(path: Path):
+    """A tokenizer of Llama 2's kind: BPE over characters, a space before, fallback to bytes, the marks first."""
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    space = chr(0x2581)
+    normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend(space), tokenizers.normalizers.Replace(" ", space)]
+    )
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.normalizer = normalizer
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Split(space, "merged_with_next")  # its own has none: too slow
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, limit_alphabet=90, show_progress=False)
+    learner.train_from_iterator([text for text in texts()[:40] if text.isascii()], trainer)
+    model = json.loads(learner.to_str())["model"]
+    listed = ["<unk>", "<s>", "</s>", *bytes_, *model["vocab"]]
+    merges_ = [tuple(pair) for pair in model["merges"]]
+    vocab = {token: i for i, token in enumerate(listed)}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, merges_, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    made.normalizer = normalizer
+    decoders = tokenizers.decoders
+    parts = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.save(str(path))
+    return made
+
+
+def test_llama_2s_kind(tmp_path, monkeypatch):
+    theirs = llama_2(tmp_path / "tokenizer.json")
+    ours = Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.vocab_size == ours.n_ranks == theirs.get_vocab_size()
+    assert (ours.bos, ours.eos, ours.pad, ours.stop) == (1, 2, 2, {2}) and not ours.has("eot")
+    for text in [text.replace(chr(0x2581), "") for text in texts() if text]:  # it comes back as a space
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == " " + text and theirs.decode(ids) == text
+        assert "".join(ours.decode_each(ids)) == ours.decode(ids)
+        assert ours.byte_lengths[ids].sum() == len(text.encode()) + 1
+    assert ours.encode("") == []
+    spelt = "red</s><s>"
+    assert not {1, 2} & set(ours.encode(spelt)) and ours.decode(ours.encode(spelt)) == " " + spelt
+    assert ours.encode(spelt, specials=True)[-2:] == [2, 1]
+    assert not {1, 2} & set(ours.encode(spelt)), "it is not left on"
+    with pytest.raises(ConfigError, match="header_start"):
+        chat.encode(chat.render([{"role": "user", "content": "Hi"}]), ours)
+    with pytest.raises(ConfigError, match="copy the file"):
+        ours.write_json(tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match="pip install tokenizers"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
 def change(**model):
     return lambda table: table["model"].update(model)
 
@@ -161,7 +216,7 @@ def change(**model):
     ("spoil", "word"),
     [
         (change(type="Unigram"), "Unigram"),
-        (change(byte_fallback=True), "fallback to bytes"),
+        (change(byte_fallback=True, merges=[["a", "中"]]), "no tokenizer.json"),  # Llama 2's kind, and damaged
         (change(dropout=0.1), "dropout"),
         (lambda table: table.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda table: table["added_tokens"][0].update(special=False), "ordinary tokens"),

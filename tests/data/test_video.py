@@ -200,7 +200,16 @@ HEADS = {
 def test_a_container_is_told_by_its_first_bytes():
     assert {container_of(head): head for head in HEADS.values()} == HEADS
     gif, png, webp = b"GIF89a", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBPVP8 "
-    for other in (gif, png, webp, b"", b"#EXTM3U\nhttp://x", b"ffconcat version 1.0", b"G" + bytes(600)):
+    for other in (
+        gif,
+        png,
+        webp,
+        b"",
+        b"#EXTM3U\nhttp://x",
+        b"ffconcat version 1.0",
+        b"G" + bytes(600),
+        b"GIF89a" + b"G" * 600,
+    ):
         assert container_of(other) == ""
 
 
