@@ -8,6 +8,7 @@ its name at the end: what is there is whole.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -43,6 +44,7 @@ KEPT = (  # what is not weights, and is given back as it was
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
+@functools.lru_cache(4)
 def shapes(model: Model) -> tuple[Any, Any]:
     """(params, router_bias) of a model as shapes of float32; nothing is allocated."""
     return skeleton(model, Seam(), patch_id=-1, train=Train()).shapes()
