@@ -101,7 +101,7 @@ def _leaf(leaf: hf_names.Leaf, found: dict[str, Tensor], shape: jax.ShapeDtypeSt
         box = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
         key = tuple((s.start, s.stop) for s in box)
         if key not in seen:
-            seen[key] = hf_names.assemble(leaf, found, box).astype(shape.dtype)
+            seen[key] = hf_names.assemble(leaf, found, box).astype(shape.dtype)  # a copy: arrays must not hang on files
         return seen[key]
 
     return jax.make_array_from_callback(leaf.shape, shape.sharding, read)

@@ -84,7 +84,7 @@ def build(golden: Golden, seam: Seam | None = None, *, remat: str = "none", **ch
     model, train = dataclasses.replace(golden.model, **changes), config.Train(remat=remat)
     skel = skeleton(model, seam or Seam(), patch_id=golden.patch_id, train=train)
     values = {
-        leaf.path: jnp.asarray(hf_names.assemble(leaf, golden.weights, hf_names.whole(leaf.shape)))
+        leaf.path: jnp.array(hf_names.assemble(leaf, golden.weights, hf_names.whole(leaf.shape)))
         for leaf in golden.table
     }
     _, bias = skel.shapes()

@@ -8,13 +8,17 @@ its name at the end: what is there is whole.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +44,11 @@ KEPT = (  # what is not weights, and is given back as it was
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
+MAKERS = min(4, os.cpu_count() or 1)  # tensors of an export that are in the making
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
+@functools.lru_cache(4)
 def shapes(model: Model) -> tuple[Any, Any]:
     """(params, router_bias) of a model as shapes of float32; nothing is allocated."""
     return skeleton(model, Seam(), patch_id=-1, train=Train()).shapes()
@@ -196,10 +202,8 @@ def to_hf(
         check_room(out, space.needed(plan))
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
         shards = list(_grouped(plan, max_shard_gb * 1e9))
-        made = ahead(plan)
-        with contextlib.closing(made), transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
-            for number, shard in enumerate(shards, start=1):
-                _write_shard(temporary / _file_name(number, len(shards)), shard, made, advance)
+        with transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
+            _write_shards(temporary, shards, advance)
         if len(shards) > 1:
             _write_index(temporary, shards)
     return out
@@ -241,21 +245,22 @@ def _plan(
 
 
 class _Layers:
-    """The layers of one leaf; staged, if at all, when the first is asked for, and let go of with the last."""
+    """The layers of one leaf, each to be asked for once, from any thread; staged, if at all, when the first is."""
 
     def __init__(self, leaf: Leaf, stored: stream.Stored, scratch: Path):
         self.leaf, self._stored, self._scratch = leaf, stored, scratch / f"{leaf.name}.staged"
         self._layer: Callable[[int], np.ndarray] | None = None
+        self._left, self._lock = len(leaf.tensors), threading.Lock()
 
     def __call__(self, r: int) -> np.ndarray:
         if not self.leaf.stacked:
             return self._stored.read()
-        if self._layer is None:
-            self._layer = self._stored.by_layer(self._scratch)
-        layer = self._layer(r)
-        if r == len(self.leaf.tensors) - 1:
-            self._layer = None
-        return layer
+        with self._lock:
+            layer = self._layer = self._layer or self._stored.by_layer(self._scratch)
+            self._left -= 1
+            if not self._left:
+                self._layer = None  # and the staged file goes with it
+        return layer(r)
 
 
 def _maker(name: str, layers: list[_Layers], r: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -299,24 +304,33 @@ def _bytes(plan: list[Planned]) -> int:
     return sum(tensor.nbytes for tensor in plan)
 
 
-def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
-    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
-    with ThreadPoolExecutor(1, "convert") as pool:
-        pending = None
+def ahead(plan: Iterable[Planned]) -> Generator[np.ndarray]:
+    """The tensors of the plan, in order; the next ones are made meanwhile, MAKERS at a time."""
+    with ThreadPoolExecutor(MAKERS, "convert") as pool:
+        pending: deque[Future[np.ndarray]] = deque()
         for tensor in plan:
-            pending, ready = pool.submit(tensor.make), pending
-            if ready is not None:
-                yield ready.result()
-        if pending is not None:
-            yield pending.result()
+            pending.append(pool.submit(tensor.make))
+            if len(pending) > MAKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:
-    arrays = {}
-    for tensor in shard:
-        arrays[tensor.name] = next(made)
-        advance(tensor.nbytes)
-    save_file(arrays, path, metadata={"format": "pt"})  # transformers asks for the format
+def _write_shards(folder: Path, shards: list[list[Planned]], advance: Callable[[int], Any]) -> None:
+    """Writes one file while the tensors of the next are made."""
+    made, written = ahead(itertools.chain.from_iterable(shards)), None
+    with contextlib.closing(made), ThreadPoolExecutor(1, "write") as writer:
+        for number, shard in enumerate(shards, start=1):
+            arrays = {}
+            for tensor in shard:
+                arrays[tensor.name] = next(made)
+                advance(tensor.nbytes)
+            if written is not None:
+                written.result()
+            metadata = {"format": "pt"}  # transformers asks for it
+            written = writer.submit(save_file, arrays, folder / _file_name(number, len(shards)), metadata=metadata)
+        assert written is not None
+        written.result()
 
 
 def _file_name(number: int, of: int) -> str:

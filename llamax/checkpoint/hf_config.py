@@ -258,8 +258,9 @@ def _listed(section: Section, key: str, value: Any, right: bool, what: str) -> N
 
 def _rope(section: Section, theta: float) -> Rope:
     """Either spelling: `rope_parameters`, or `rope_scaling` beside `rope_theta`."""
-    said = section.values.get("rope_scaling") or section.values.get("rope_parameters") or {}
-    at = Section(said, {}, f"{section.where}, rope_parameters")
+    key = next((key for key in ("rope_scaling", "rope_parameters") if section.values.get(key)), "rope_parameters")
+    said = section.values.get(key) or {}
+    at = Section(said, {}, f"{section.where}, {key}")
     theta = section.values.get("rope_theta") or theta
     at.defaults = dict(rope_type="default", type="default", rope_theta=float(theta), partial_rotary_factor=1.0)
     kind = at("rope_type") if said.get("rope_type") else at("type")

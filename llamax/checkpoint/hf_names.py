@@ -293,16 +293,18 @@ def whole(shape: Shape) -> Index:
 
 
 def assemble(leaf: Leaf, found: Mapping[str, Any], box: Index) -> np.ndarray:
-    """A box of one of our leaves out of their tensors, each of which has a `get`; a new array."""
+    """A box of one of our leaves out of their tensors, each of which has a `get`; it may be a view of one."""
     inner = box[1:] if leaf.stacked else box
     layers = [leaf.how.take(found[name].get, inner) for name in leaf.tensors[box[0] if leaf.stacked else slice(None)]]
+    if len(layers) == 1:
+        return layers[0][None] if leaf.stacked else layers[0]
     made = np.empty((len(layers), *layers[0].shape), np.result_type(*layers))
     for r, layer in enumerate(layers):
         if layer.dtype == made.dtype:
             bits(made)[r] = bits(layer)
         else:
             made[r] = layer
-    return made if leaf.stacked else made[0]
+    return made
 
 
 def tree(values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
