@@ -198,12 +198,13 @@ def test_the_released_tokenizer(golden):
     assert released.decode(released.encode(long)) == long
 
 
-def test_a_tokenizer_of_another_size_than_the_embedding_is_refused(tokenizer):
+@pytest.mark.parametrize("rows", [4095, 4097])
+def test_a_tokenizer_of_another_size_than_the_embedding_is_refused(tokenizer, rows):
     tok.check_size(tokenizer, 4096, "the model", "Name its own.")
     with pytest.raises(
-        ConfigError, match="the model, but .*tokenizer.model has 4096 ids .* embedding 4095. Name its own."
+        ConfigError, match=f"the model, but .*tokenizer.model has 4096 ids .* embedding {rows}. Name its"
     ):
-        tok.check_size(tokenizer, 4095, "the model", "Name its own.")
+        tok.check_size(tokenizer, rows, "the model", "Name its own.")
 
 
 def test_a_special_token_that_is_not_there(tokenizer):
