@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -87,17 +86,18 @@ class Chat:
         asked = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
         self._tell(self._encoded([*self.messages, asked]))
         self.messages.append(asked)
-        heard: list[int] = []
-        answer: dict[str, Any] = {"role": "assistant", "content": "", "token_ids": heard}
+        answer: dict[str, Any] = {"role": "assistant", "content": "", "token_ids": []}
         self.messages.append(answer)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for piece in self.tokenizer.decode_each(self._said(answer["token_ids"], max_tokens, sampling)):
+            answer["content"] += piece
+            yield piece
+
+    def _said(self, heard: list[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """New ids but for the stop id, as they come; all of them go into `heard`."""
         for token in self._talk.say(max_tokens, sampling):
             heard.append(token)
             if token not in self.tokenizer.stop:
-                answer["content"] += (piece := decoder.decode(self.tokenizer.decode_bytes([token])))
-                yield piece
-        answer["content"] += (piece := decoder.decode(b"", final=True))
-        yield piece
+                yield token
 
     def _encoded(self, messages: Sequence[dict]) -> Encoded:
         return template.encode(template.render(messages, prompt=True), self.tokenizer, self.model.model.vision)

@@ -106,6 +106,7 @@ def _dense(dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, **dif
         plan=((("rope_full+dense",), layers),),
         dense_ffn_dim=ffn_dim,
         qk_norm=False,
+        attn_temperature=0.0,
         **differences,
     )
 
@@ -211,6 +212,7 @@ def mixtral_8x7b() -> Model:
         router_renormalise=True,
         gate_on="output",
         qk_norm=False,
+        attn_temperature=0.0,
         rope=Rope(theta=1_000_000.0),
     )
 

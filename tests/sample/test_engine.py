@@ -215,7 +215,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(tiny):
         np.testing.assert_allclose([c.logp for c in mine], [c.logp for c in theirs], **TWIN)
 
 
-@pytest.mark.parametrize("case", ["scout_like", "maverick_like"])
+@pytest.mark.parametrize("case", ["scout_like", "maverick_like", *goldens.DENSE])
 def test_greedy_text_of_another_implementation_is_reproduced(case):
     golden = goldens.load(case)
     weights = goldens.build(golden)
