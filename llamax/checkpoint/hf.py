@@ -1,6 +1,6 @@
 """Models from Hugging Face's format and back: `llamax convert from-hf` and `to-hf`.
 
-Both go leaf by leaf (hf_names.py says which tensors a leaf is made of), so that memory holds a few chunks, or one file
+Both go leaf by leaf (hf_names.py says which tensors a leaf is made of), so that memory holds a few chunks, or tensors
 of the export, and never the model. Both check everything first, write to a folder beside the one asked for, and give it
 its name at the end: what is there is whole.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
@@ -17,18 +16,17 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from llamax.checkpoint import hf_config, hf_config_write, saved, space, stream
-from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, leaves, tree
-from llamax.checkpoint.hf_read import BF16, CONFIG, INDEX, WEIGHTS, Source, Tensor, read_json
+from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, bits, leaves, tree
+from llamax.checkpoint.hf_read import BF16, CONFIG, FLOATS, INDEX, WEIGHTS, Source, Tensor, read_json
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError, Model, Train
 from llamax.data.tokenizer import Tokenizer
@@ -39,6 +37,7 @@ from llamax.observe.provenance import write_whole
 
 logger = logging.getLogger("llamax")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BF16, "float16": np.dtype(np.float16)}
+SPELT = {dtype: spelt for spelt, dtype in FLOATS.items()}  # in a file's header
 KEPT = (  # what is not weights, and is given back as it was
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -202,8 +201,10 @@ def to_hf(
         check_room(out, space.needed(plan))
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
         shards = list(_grouped(plan, max_shard_gb * 1e9))
-        with transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
-            _write_shards(temporary, shards, advance)
+        made = ahead(plan)
+        with contextlib.closing(made), transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
+            for number, shard in enumerate(shards, start=1):
+                _write_shard(temporary / _file_name(number, len(shards)), shard, made, advance)
         if len(shards) > 1:
             _write_index(temporary, shards)
     return out
@@ -304,7 +305,7 @@ def _bytes(plan: list[Planned]) -> int:
     return sum(tensor.nbytes for tensor in plan)
 
 
-def ahead(plan: Iterable[Planned]) -> Generator[np.ndarray]:
+def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
     """The tensors of the plan, in order; the next ones are made meanwhile, MAKERS at a time."""
     with ThreadPoolExecutor(MAKERS, "convert") as pool:
         pending: deque[Future[np.ndarray]] = deque()
@@ -316,21 +317,23 @@ def ahead(plan: Iterable[Planned]) -> Generator[np.ndarray]:
             yield pending.popleft().result()
 
 
-def _write_shards(folder: Path, shards: list[list[Planned]], advance: Callable[[int], Any]) -> None:
-    """Writes one file while the tensors of the next are made."""
-    made, written = ahead(itertools.chain.from_iterable(shards)), None
-    with contextlib.closing(made), ThreadPoolExecutor(1, "write") as writer:
-        for number, shard in enumerate(shards, start=1):
-            arrays = {}
-            for tensor in shard:
-                arrays[tensor.name] = next(made)
-                advance(tensor.nbytes)
-            if written is not None:
-                written.result()
-            metadata = {"format": "pt"}  # transformers asks for it
-            written = writer.submit(save_file, arrays, folder / _file_name(number, len(shards)), metadata=metadata)
-        assert written is not None
-        written.result()
+def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:
+    """A safetensors file, tensor by tensor as they are made; the library's writer wants all of a file in memory.
+
+    The format: the header's length in 8 bytes, the header as JSON padded to 8 bytes, the tensors one after the other.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for tensor in shard:
+        offsets = [at, at := at + tensor.nbytes]
+        header[tensor.name] = dict(dtype=SPELT[tensor.dtype], shape=tensor.shape, data_offsets=offsets)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            file.write(bits(next(made)).data)
+            advance(tensor.nbytes)
 
 
 def _file_name(number: int, of: int) -> str:

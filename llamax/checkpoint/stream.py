@@ -93,6 +93,8 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
                     arg=arg,
                 )
                 spec["metadata"]["chunks"] = leaf.chunk  # as it is: Orbax may cut it further
+                # Weights shrink by a quarter at most, and reading compressed ones takes several times as long.
+                spec["metadata"]["compressor"] = None
                 store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
                 await self._write(leaf, store, pool)
 
