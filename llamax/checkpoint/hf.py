@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,7 @@ from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, bits,
 from llamax.checkpoint.hf_read import BF16, CONFIG, FLOATS, INDEX, WEIGHTS, Source, Tensor, read_json
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError, Model, Train
-from llamax.data.tokenizer import Tokenizer
+from llamax.data.tokenizer import Tokenizer, read_ranks
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
 from llamax.observe.progress import quantity, transfer
@@ -43,7 +42,7 @@ KEPT = (  # what is not weights, and is given back as it was
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
-MAKERS = min(4, os.cpu_count() or 1)  # tensors of an export that are in the making
+LLAMA3_RANKS, LLAMA3_VOCAB = 128_000, 128_256
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
@@ -70,7 +69,7 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     params, bias = shapes(source.model)
     table = leaves(source.model, source.form, params)
     found = source.check(table)
-    tokenizer = tokenizer_file(source.folder)
+    tokenizer = tokenizer_file(source.folder, source.model)
     check_tokenizer(source.folder, tokenizer, source.model)
     values = {leaf.path: _lazy(leaf, found, source) for leaf in table}
     dtypes = {
@@ -120,13 +119,19 @@ def _keep(folder: Path, to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def tokenizer_file(folder: Path) -> Path | None:
-    """The folder's tokenizer in tiktoken's format, if it has one; a tokenizer.json alone is kept for the export."""
+def tokenizer_file(folder: Path, model: Model) -> Path | None:
+    """The folder's tokenizer in tiktoken's format, if it has one that we read.
+
+    Those of Llama 1 and 2 (SentencePiece), Llama 3 (another split of text) and a tokenizer.json alone are not; they are
+    kept for the export.
+    """
     path = folder / saved.TOKENIZER
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        return None if file.read(1) == b"\n" else path  # a SentencePiece model begins so, that of Llama 1 and 2
+        if file.read(1) == b"\n":  # how a SentencePiece model begins
+            return None
+    return None if model.vocab_size == LLAMA3_VOCAB and len(read_ranks(path)) == LLAMA3_RANKS else path
 
 
 def check_tokenizer(folder: Path, tiktoken: Path | None, model: Model) -> None:
@@ -197,8 +202,8 @@ def to_hf(
         step_folder = checkpoints.checked(step, params=params, router_bias=bias)
     _refuse_router_bias(step_folder, bias)
     with new_folder(out, 0) as temporary:
-        plan = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
-        check_room(out, space.needed(plan))
+        plan, staged = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
+        check_room(out, space.needed(plan) + staged)
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
         shards = list(_grouped(plan, max_shard_gb * 1e9))
         made = ahead(plan)
@@ -229,12 +234,14 @@ def _refuse_router_bias(step_folder: Path, bias: Any) -> None:
 
 def _plan(
     table: list[Leaf], item: Path, scratch: Path, dtype: np.dtype | None, dtypes: dict[str, str]
-) -> list[Planned]:
-    """Their tensors in the order in which they are made: those that share our leaves together."""
+) -> tuple[list[Planned], int]:
+    """(their tensors in the order in which they are made: those that share our leaves together; bytes of the largest
+    leaves that are staged at the same time)."""
     groups: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in table:
         groups.setdefault(leaf.tensors, []).append(leaf)
     plan: list[Planned] = []
+    staged = 0
     for parts in groups.values():
         stored = [stream.Stored(item, leaf.name) for leaf in parts]
         layers = [_Layers(leaf, one, scratch) for leaf, one in zip(parts, stored, strict=True)]
@@ -242,7 +249,8 @@ def _plan(
             shape = parts[0].how.theirs(parts[0].layer_shape)
             own = np.dtype(dtypes[name]) if name in dtypes else stored[0].dtype
             plan.append(Planned(name, shape, dtype or own, _maker(name, layers, r, shape, dtype or own)))
-    return plan
+        staged = max(staged, sum(one.staged_bytes for leaf, one in zip(parts, stored, strict=True) if leaf.stacked))
+    return plan, staged
 
 
 class _Layers:
@@ -273,6 +281,7 @@ def _maker(name: str, layers: list[_Layers], r: int, shape: Shape, dtype: np.dty
                 return np.ascontiguousarray(ours)
             made = np.empty(shape, dtype) if made is None else made
             part.leaf.how.put(made, ours)
+            del ours  # before the next is read
         assert made is not None
         return made
 
@@ -306,15 +315,17 @@ def _bytes(plan: list[Planned]) -> int:
 
 
 def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
-    """The tensors of the plan, in order; the next ones are made meanwhile, MAKERS at a time."""
-    with ThreadPoolExecutor(MAKERS, "convert") as pool:
-        pending: deque[Future[np.ndarray]] = deque()
+    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
+    with ThreadPoolExecutor(1, "convert") as pool:
+        pending: Future[np.ndarray] | None = None
         for tensor in plan:
-            pending.append(pool.submit(tensor.make))
-            if len(pending) > MAKERS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            ready = pending.result() if pending is not None else None
+            pending = pool.submit(tensor.make)
+            if ready is not None:
+                yield ready
+            del ready
+        if pending is not None:
+            yield pending.result()
 
 
 def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:

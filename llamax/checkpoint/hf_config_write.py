@@ -58,6 +58,8 @@ def format_of(model: Model) -> str:
 
 
 def _only_expressed(part: Any, name: str) -> None:
+    if type(part) not in EXPRESSED:
+        raise _unwritable(f"{name}={part!r}", "Hugging Face's Llamas have nothing like it")
     known = EXPRESSED[type(part)].split()
     for field in dataclasses.fields(part):
         made = field.default_factory is not dataclasses.MISSING

@@ -35,7 +35,7 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16
 SCALES = ("_scale", "_scale_inv")  # after the name of the tensor that they belong to
 BLOCK = 128
 # Tables that follow from the configuration, and scales of activations, which an unquantised model has no use for.
-IGNORED = re.compile(r".*(rotary_emb\.inv_freq|rotary_embedding\.freqs_ci|\.(input|output)_scale(_ub)?|_zero_point)")
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|rotary_embedding\.freqs_ci|\.(input|output|k|v)_scale(_ub)?)")
 EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
