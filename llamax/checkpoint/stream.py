@@ -28,8 +28,8 @@ from llamax.checkpoint.hf_names import Index, Shape
 from llamax.checkpoint.manager import Summed
 
 PIECE = 16 * 2**20  # bytes of a chunk, at most where the leaf can be cut
-# Bits of equal weight side by side: exponents hardly differ, so bfloat16 shrinks by a quarter, as with Orbax's zstd and in
-# half of its time (bench/convert.py).
+# Bits of equal weight side by side: exponents hardly differ, so bfloat16 shrinks by a quarter, as with Orbax's zstd and
+# in half of its time.
 COMPRESSOR = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 2}
 AT_ONCE = 1 + min(8, os.cpu_count() or 1)  # chunks in the making
 
