@@ -62,7 +62,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
         change = "Give the --workdir of a run, a converted model, or a folder in Hugging Face's format."
         raise ConfigError(f"A model in {folder}", true, change)
     source = Source(folder)
-    tokenizer = hf.tokenizer_file(folder)
+    tokenizer = hf.tokenizer_file(folder, source.model)
     hf.check_tokenizer(folder, tokenizer, source.model)
     bones, shapes = _bones(source.model, source.patch_id, mesh, dtype)
     params = _read(source, shapes[0])

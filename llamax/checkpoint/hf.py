@@ -1,6 +1,6 @@
 """Models from Hugging Face's format and back: `llamax convert from-hf` and `to-hf`.
 
-Both go leaf by leaf (hf_names.py says which tensors a leaf is made of), so that memory holds a few chunks, or one file
+Both go leaf by leaf (hf_names.py says which tensors a leaf is made of), so that memory holds a few chunks, or tensors
 of the export, and never the model. Both check everything first, write to a folder beside the one asked for, and give it
 its name at the end: what is there is whole.
 """
@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from llamax.checkpoint import hf_config, hf_config_write, saved, space, stream
-from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, leaves, tree
-from llamax.checkpoint.hf_read import BF16, CONFIG, INDEX, WEIGHTS, Source, Tensor, read_json
+from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, bits, leaves, tree
+from llamax.checkpoint.hf_read import BF16, CONFIG, FLOATS, INDEX, WEIGHTS, Source, Tensor, read_json
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError, Model, Train
-from llamax.data.tokenizer import Tokenizer
+from llamax.data.tokenizer import Tokenizer, read_ranks
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
 from llamax.observe.progress import quantity, transfer
@@ -39,12 +36,13 @@ from llamax.observe.provenance import write_whole
 
 logger = logging.getLogger("llamax")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BF16, "float16": np.dtype(np.float16)}
+SPELT = {dtype: spelt for spelt, dtype in FLOATS.items()}  # in a file's header
 KEPT = (  # what is not weights, and is given back as it was
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
-MAKERS = min(4, os.cpu_count() or 1)  # tensors of an export that are in the making
+LLAMA3_RANKS, LLAMA3_VOCAB = 128_000, 128_256
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
@@ -71,7 +69,7 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     params, bias = shapes(source.model)
     table = leaves(source.model, source.form, params)
     found = source.check(table)
-    tokenizer = tokenizer_file(source.folder)
+    tokenizer = tokenizer_file(source.folder, source.model)
     check_tokenizer(source.folder, tokenizer, source.model)
     values = {leaf.path: _lazy(leaf, found, source) for leaf in table}
     dtypes = {
@@ -121,13 +119,19 @@ def _keep(folder: Path, to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def tokenizer_file(folder: Path) -> Path | None:
-    """The folder's tokenizer in tiktoken's format, if it has one; a tokenizer.json alone is kept for the export."""
+def tokenizer_file(folder: Path, model: Model) -> Path | None:
+    """The folder's tokenizer in tiktoken's format, if it has one that we read.
+
+    Those of Llama 1 and 2 (SentencePiece), Llama 3 (another split of text) and a tokenizer.json alone are not; they are
+    kept for the export.
+    """
     path = folder / saved.TOKENIZER
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        return None if file.read(1) == b"\n" else path  # a SentencePiece model begins so, that of Llama 1 and 2
+        if file.read(1) == b"\n":  # how a SentencePiece model begins
+            return None
+    return None if model.vocab_size == LLAMA3_VOCAB and len(read_ranks(path)) == LLAMA3_RANKS else path
 
 
 def check_tokenizer(folder: Path, tiktoken: Path | None, model: Model) -> None:
@@ -198,12 +202,14 @@ def to_hf(
         step_folder = checkpoints.checked(step, params=params, router_bias=bias)
     _refuse_router_bias(step_folder, bias)
     with new_folder(out, 0) as temporary:
-        plan = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
-        check_room(out, space.needed(plan))
+        plan, staged = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
+        check_room(out, space.needed(plan) + staged)
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
         shards = list(_grouped(plan, max_shard_gb * 1e9))
-        with transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
-            _write_shards(temporary, shards, advance)
+        made = ahead(plan)
+        with contextlib.closing(made), transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
+            for number, shard in enumerate(shards, start=1):
+                _write_shard(temporary / _file_name(number, len(shards)), shard, made, advance)
         if len(shards) > 1:
             _write_index(temporary, shards)
     return out
@@ -228,12 +234,14 @@ def _refuse_router_bias(step_folder: Path, bias: Any) -> None:
 
 def _plan(
     table: list[Leaf], item: Path, scratch: Path, dtype: np.dtype | None, dtypes: dict[str, str]
-) -> list[Planned]:
-    """Their tensors in the order in which they are made: those that share our leaves together."""
+) -> tuple[list[Planned], int]:
+    """(their tensors in the order in which they are made: those that share our leaves together; bytes of the largest
+    leaves that are staged at the same time)."""
     groups: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in table:
         groups.setdefault(leaf.tensors, []).append(leaf)
     plan: list[Planned] = []
+    staged = 0
     for parts in groups.values():
         stored = [stream.Stored(item, leaf.name) for leaf in parts]
         layers = [_Layers(leaf, one, scratch) for leaf, one in zip(parts, stored, strict=True)]
@@ -241,7 +249,8 @@ def _plan(
             shape = parts[0].how.theirs(parts[0].layer_shape)
             own = np.dtype(dtypes[name]) if name in dtypes else stored[0].dtype
             plan.append(Planned(name, shape, dtype or own, _maker(name, layers, r, shape, dtype or own)))
-    return plan
+        staged = max(staged, sum(one.staged_bytes for leaf, one in zip(parts, stored, strict=True) if leaf.stacked))
+    return plan, staged
 
 
 class _Layers:
@@ -272,6 +281,7 @@ def _maker(name: str, layers: list[_Layers], r: int, shape: Shape, dtype: np.dty
                 return np.ascontiguousarray(ours)
             made = np.empty(shape, dtype) if made is None else made
             part.leaf.how.put(made, ours)
+            del ours  # before the next is read
         assert made is not None
         return made
 
@@ -304,33 +314,37 @@ def _bytes(plan: list[Planned]) -> int:
     return sum(tensor.nbytes for tensor in plan)
 
 
-def ahead(plan: Iterable[Planned]) -> Generator[np.ndarray]:
-    """The tensors of the plan, in order; the next ones are made meanwhile, MAKERS at a time."""
-    with ThreadPoolExecutor(MAKERS, "convert") as pool:
-        pending: deque[Future[np.ndarray]] = deque()
+def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
+    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
+    with ThreadPoolExecutor(1, "convert") as pool:
+        pending: Future[np.ndarray] | None = None
         for tensor in plan:
-            pending.append(pool.submit(tensor.make))
-            if len(pending) > MAKERS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            ready = pending.result() if pending is not None else None
+            pending = pool.submit(tensor.make)
+            if ready is not None:
+                yield ready
+            del ready
+        if pending is not None:
+            yield pending.result()
 
 
-def _write_shards(folder: Path, shards: list[list[Planned]], advance: Callable[[int], Any]) -> None:
-    """Writes one file while the tensors of the next are made."""
-    made, written = ahead(itertools.chain.from_iterable(shards)), None
-    with contextlib.closing(made), ThreadPoolExecutor(1, "write") as writer:
-        for number, shard in enumerate(shards, start=1):
-            arrays = {}
-            for tensor in shard:
-                arrays[tensor.name] = next(made)
-                advance(tensor.nbytes)
-            if written is not None:
-                written.result()
-            metadata = {"format": "pt"}  # transformers asks for it
-            written = writer.submit(save_file, arrays, folder / _file_name(number, len(shards)), metadata=metadata)
-        assert written is not None
-        written.result()
+def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:
+    """A safetensors file, tensor by tensor as they are made; the library's writer wants all of a file in memory.
+
+    The format: the header's length in 8 bytes, the header as JSON padded to 8 bytes, the tensors one after the other.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for tensor in shard:
+        offsets = [at, at := at + tensor.nbytes]
+        header[tensor.name] = dict(dtype=SPELT[tensor.dtype], shape=tensor.shape, data_offsets=offsets)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in shard:
+            file.write(bits(next(made)).data)
+            advance(tensor.nbytes)
 
 
 def _file_name(number: int, of: int) -> str:

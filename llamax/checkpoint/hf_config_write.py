@@ -58,10 +58,12 @@ def format_of(model: Model) -> str:
 
 
 def _only_expressed(part: Any, name: str) -> None:
+    if type(part) not in EXPRESSED:
+        raise _unwritable(f"{name}={part!r}", "Hugging Face's Llamas have nothing like it")
     known = EXPRESSED[type(part)].split()
     for field in dataclasses.fields(part):
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default  # type: ignore[misc]
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
         if field.name not in known and getattr(part, field.name) != default:
             true = f"Hugging Face's Llamas are as with {default!r}"
             raise _unwritable(f"{name}.{field.name}={getattr(part, field.name)!r}", true)

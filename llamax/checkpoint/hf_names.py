@@ -31,9 +31,11 @@ Shape = tuple[int, ...]
 
 
 class How(Protocol):
-    """How one of their tensors becomes one of ours. `slow` is the dimension of ours that is their slowest."""
+    """How one of their tensors becomes one of ours."""
 
-    slow: int
+    @property
+    def slow(self) -> int:
+        """The dimension of ours that is their slowest."""
 
     def theirs(self, ours: Shape) -> Shape:
         """The shape of their tensor."""

@@ -35,7 +35,7 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16
 SCALES = ("_scale", "_scale_inv")  # after the name of the tensor that they belong to
 BLOCK = 128
 # Tables that follow from the configuration, and scales of activations, which an unquantised model has no use for.
-IGNORED = re.compile(r".*(rotary_emb\.inv_freq|rotary_embedding\.freqs_ci|\.(input|output)_scale(_ub)?|_zero_point)")
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|rotary_embedding\.freqs_ci|\.(input|output|k|v)_scale(_ub)?)")
 EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -52,8 +52,11 @@ def read_json(path: Path) -> Any:
 class Tensor(Protocol):
     """Something that gives boxes of a tensor of `dtype`."""
 
-    shape: Shape
-    dtype: np.dtype
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def get(self, box: Index) -> np.ndarray: ...
 
@@ -294,12 +297,14 @@ class Source:
     def _per_expert(self, at: str, part: str, shape: Shape) -> tuple[Tensor | None, set[str], list[Problem]]:
         linears = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
         each = (shape[2] // len(linears), shape[1])
-        found, used, wrong = [], set(), []
+        found: list[tuple[Tensor, ...]] = []
+        used: set[str] = set()
+        wrong: list[Problem] = []
         for expert in range(shape[0]):
             row = []
             for linear in linears:
                 tensor, needed, problems = self._find(f"{at}.{expert}.{linear}.weight", each)
-                row.append(tensor)
+                row += [] if tensor is None else [tensor]
                 used |= needed
                 wrong += problems
             found.append(tuple(row))

@@ -27,7 +27,10 @@ import tensorstore as ts
 from llamax.checkpoint.hf_names import Index, Shape
 from llamax.checkpoint.manager import Summed
 
-PIECE = 32 * 2**20  # bytes of a chunk, at most where the leaf can be cut
+PIECE = 16 * 2**20  # bytes of a chunk, at most where the leaf can be cut
+# Bits of equal weight side by side: exponents hardly differ, so bfloat16 shrinks by a quarter, as with Orbax's zstd and
+# in half of its time.
+COMPRESSOR = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 2}
 AT_ONCE = 1 + min(8, os.cpu_count() or 1)  # chunks in the making
 
 
@@ -93,6 +96,7 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
                     arg=arg,
                 )
                 spec["metadata"]["chunks"] = leaf.chunk  # as it is: Orbax may cut it further
+                spec["metadata"]["compressor"] = COMPRESSOR
                 store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
                 await self._write(leaf, store, pool)
 
@@ -165,6 +169,11 @@ class Stored:
         self.dtype = np.dtype(self._store.dtype.numpy_dtype)
         self._chunk: Shape = tuple(self._store.chunk_layout.read_chunk.shape)
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the file that `by_layer` writes."""
+        return 0 if self._chunk[0] == 1 else math.prod(self.shape) * self.dtype.itemsize
+
     def read(self, box: Index | None = None) -> np.ndarray:
         """A box of it, or all."""
         return (self._store if box is None else self._store[box]).read().result()
@@ -175,7 +184,7 @@ class Stored:
         Reading a layer takes the chunks that hold it. If they hold other layers too, the whole leaf is first copied to
         the file `scratch`, chunk by chunk, and read from its map; the file has no name any more once this returns.
         """
-        if self._chunk[0] == 1:
+        if not self.staged_bytes:
             return lambda r: self._store[r].read().result()
         staged = np.memmap(scratch, self.dtype, "w+", shape=self.shape)
         scratch.unlink()

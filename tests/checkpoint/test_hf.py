@@ -222,4 +222,5 @@ def test_loading_onto_eight_devices_equals_one(tmp_path, kind):
     assert one.params["embed"].dtype == jnp.float32
     half = llamax.load(folder, dtype="bfloat16")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a).astype(BF16), b), one.params, half.params)
+    assert {x.dtype for x in jax.tree.leaves(half.params)} == {BF16}
     assert half.skeleton.bind(half.params, half.router_bias).dtype == jnp.bfloat16

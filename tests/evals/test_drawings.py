@@ -13,6 +13,7 @@ from llamax.data.sources import write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
 from llamax.evals import drawings
 from llamax.evals.report import Context
+from llamax.sample.engine import Completion
 from tests.runs import tiny_run
 
 RUN = tiny_run()
@@ -56,9 +57,9 @@ def asked(monkeypatch) -> list:
         asked.extend(prompts)
         colours = ["blue" if p.tiles[0, 0, 0, 0] == 0 else "red" for p in prompts]
         said = [TOKENIZER.encode(f" {colour} star.") for colour in colours]
-        if "allowed" not in how:
-            return said
-        return [[next(id for id in ids if id in how["allowed"])] for ids in said]  # " star" where shapes are asked
+        if "allowed" in how:
+            said = [[next(id for id in ids if id in how["allowed"])] for ids in said]  # " star" where shapes are asked
+        return [[Completion(ids, [0.0] * len(ids), stopped=False)] for ids in said]
 
     monkeypatch.setattr(drawings, "generate", look)
     return asked

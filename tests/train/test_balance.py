@@ -158,7 +158,7 @@ def test_activation_norms_are_those_of_the_residual_stream():
         seen.clear()
         model = skel.bind(params, bias)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stack, "scan", lambda module, x, *args, remat: one_repeat(module, x, *args))
+            patch.setattr(stack, "scan", lambda module, x, *args, remat, each: one_repeat(module, x, *args))
             _, trace = model(ROWS)
         return trace.energy, seen[2]
 
