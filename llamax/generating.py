@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 from llamax import loading
 from llamax.config import ConfigError
 from llamax.data import chat as template
-from llamax.data.encode import Encoded, Encoder
+from llamax.data.encode import Encoder
 from llamax.data.sources import SKIP_REASONS, Document, Picture
 from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Loaded
 from llamax.observe import log
-from llamax.sample.engine import Conversation, Prompt, Sampling
+from llamax.sample.engine import Conversation, Prompt, Sampling, check
 from llamax.sample.engine import generate as complete
 
 HELP = "/image FILE  show a picture with what you say next\n/reset  forget all\n/exit  leave (so does Ctrl-D)"
@@ -38,10 +37,12 @@ def generate(
         ConfigError: no model is there, or a picture, a number or the prompt cannot be used.
     """
     log.setup()
-    _check(max_tokens, sampling)
-    if n < 1:
-        raise ConfigError(f"-n {n}", "that is no continuation", "Give 1 or more.")
+    check(max_tokens, sampling, n)
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise ConfigError(f"--prompt {prompt!r}", "it is no valid Unicode", "Give text.")
     model, tokenizer = _load(folder, dtype)
+    for image in images:
+        _check_image(image, model)
     encoded = Encoder(tokenizer.path, model.model.vision, where="the prompt")(Document(_pieces(prompt, images)))
     if encoded.skip:
         shown = " ".join(f"--image {image}" for image in images)
@@ -65,7 +66,7 @@ def _pieces(prompt: str, images: Sequence[str | Path]) -> tuple[str | Picture, .
 
 
 class Chat:
-    """A conversation with a model: messages in, streamed text out. Nothing said is ever tokenized again."""
+    """A conversation with a model: messages in, streamed text out. Nothing is read or tokenized twice."""
 
     def __init__(self, model: Loaded, tokenizer: Tokenizer, system: str | None = None):
         self.model, self.tokenizer, self.system = model, tokenizer, system
@@ -73,41 +74,49 @@ class Chat:
 
     def reset(self) -> None:
         """Forgets all but the system's message."""
-        self.messages: list[dict] = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         weights = (self.model.skeleton, self.model.params, self.model.router_bias)
         self._talk = Conversation(*weights, stop=self.tokenizer.stop)
+        self._told, self._first = 0, 0  # parts of the template that were told; the answer's first place in the tokens
 
     def ask(self, text: str, images: Sequence[str | Path], max_tokens: int, sampling: Sampling) -> Iterator[str]:
-        """The answer as it comes. What was heard of it is in the conversation, even if nobody listens to its end.
+        """The answer as it comes. What was said of it is in the conversation, even if nobody listens to its end.
 
         ConfigError if a picture cannot be used; the message is then forgotten.
         """
-        pictures = [{"type": "image", "image": image} for image in images]
+        self._tell(text, images)
+        try:
+            yield from self.tokenizer.decode_each(self._said(max_tokens, sampling))
+        finally:
+            self._write_down()
+
+    def _tell(self, text: str, images: Sequence[str | Path]) -> None:
+        self._write_down()
+        pictures = [{"type": "image", "image": Path(image).read_bytes()} for image in images]
         asked = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
-        self._tell(self._encoded([*self.messages, asked]))
-        self.messages.append(asked)
-        answer: dict[str, Any] = {"role": "assistant", "content": "", "token_ids": []}
-        self.messages.append(answer)
-        for piece in self.tokenizer.decode_each(self._said(answer["token_ids"], max_tokens, sampling)):
-            answer["content"] += piece
-            yield piece
+        spans = template.render([*self.messages, asked], prompt=True)
+        # The first that is new is the answer before, with the end of turn if that was not said.
+        new = template.encode(spans[self._told :], self.tokenizer, self.model.model.vision)
+        said = len(self._talk.tokens) - self._first
+        assert new.tokens[:said].tolist() == self._talk.tokens[self._first :]
+        before = len(self._talk.tokens)
+        try:
+            self._talk.tell(Prompt(new.tokens[said:].tolist(), new.tiles))
+        finally:
+            if len(self._talk.tokens) > before:
+                self.messages += [asked, {"role": "assistant", "content": "", "token_ids": []}]
+                self._told, self._first = len(spans), len(self._talk.tokens)
 
-    def _said(self, heard: list[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """New ids but for the stop id, as they come; all of them go into `heard`."""
-        for token in self._talk.say(max_tokens, sampling):
-            heard.append(token)
-            if token not in self.tokenizer.stop:
-                yield token
+    def _said(self, max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """New ids as they come, but for the stop id."""
+        return (token for token in self._talk.say(max_tokens, sampling) if token not in self.tokenizer.stop)
 
-    def _encoded(self, messages: Sequence[dict]) -> Encoded:
-        return template.encode(template.render(messages, prompt=True), self.tokenizer, self.model.model.vision)
-
-    def _tell(self, whole: Encoded) -> None:
-        """What of the whole conversation has not been read yet: the template keeps what was said as a prefix."""
-        known = len(self._talk.tokens)
-        assert whole.tokens[:known].tolist() == self._talk.tokens
-        tiles = sum(int(count) for first, _, count in whole.pictures if first < known)
-        self._talk.tell(Prompt(whole.tokens[known:].tolist(), whole.tiles[tiles:]))
+    def _write_down(self) -> None:
+        """The last message is what was said of the answer."""
+        if self._first:
+            ids = self._talk.tokens[self._first :]
+            text = self.tokenizer.decode(token for token in ids if token not in self.tokenizer.stop)
+            self.messages[-1] |= {"content": text, "token_ids": ids}
 
 
 def chat(
@@ -125,7 +134,7 @@ def chat(
     Every answer has a seed of its own, counted up from that of `sampling`.
     """
     log.setup()
-    _check(max_tokens, sampling)
+    check(max_tokens, sampling)
     talk, waiting = Chat(*_load(folder, dtype), system), list(images)
     for image in waiting:
         _check_image(image, talk.model)
@@ -144,8 +153,8 @@ def chat(
             talk.reset()
         elif command == "/image":
             try:
-                _check_image(argument, talk.model)
-                waiting.append(argument)
+                _check_image(argument.strip(), talk.model)
+                waiting.append(argument.strip())
             except ConfigError as error:
                 print(error)
         elif command.startswith("/"):
@@ -179,13 +188,3 @@ def _load(folder: str | Path, dtype: str) -> tuple[Loaded, Tokenizer]:
         change = "Put the model's tokenizer.model (tiktoken's format) or tokenizer.json beside it."
         raise ConfigError(f"Text from the model in {folder}", "it has no tokenizer that can be read", change)
     return model, model.tokenizer
-
-
-def _check(max_tokens: int, sampling: Sampling) -> None:
-    if max_tokens < 1:
-        raise ConfigError(f"--max-tokens {max_tokens}", "that leaves nothing to say", "Give 1 or more.")
-    if not 0 <= sampling.temperature < math.inf:
-        true = "it is a number from 0 up"
-        raise ConfigError(f"--temperature {sampling.temperature:g}", true, "Give 0 for the likeliest text.")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"--top-p {sampling.top_p:g}", "it is a probability above 0", "Give 1 for all tokens.")

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax import config
-from llamax.checkpoint import hf, hf_names, saved
+from llamax.checkpoint import hf_names, hf_tokenizer, saved
 from llamax.checkpoint.hf_read import CONFIG, Source, Tensor
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
-from llamax.data.tokenizer import Tokenizer
+from llamax.data.tokenizer import Tokenizer, check_size
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.parallel import rules
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
     skeleton: Skeleton
     params: Any
     router_bias: Any
-    tokenizer: Tokenizer | None  # None: the folder has none that is in tiktoken's format
+    tokenizer: Tokenizer | None  # None: the folder has none that we read
 
 
 def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32", step: int | None = None) -> Loaded:
@@ -52,22 +52,32 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
     folder, mesh = Path(folder), mesh or make_mesh({"data": 1}, jax.devices()[:1])
     ours = saved.find(folder)
     if ours is not None:
-        hf.check_tokenizer(folder, ours.tokenizer, ours.model)
+        tokenizer = _tokenizer(ours)
         bones, shapes = _bones(ours.model, ours.patch_id, mesh, dtype)
         with Checkpoints(ours.checkpoints) as checkpoints:
             params, bias = checkpoints.restore_weights(step, params=shapes[0], router_bias=shapes[1])
-        return Loaded(ours.model, bones, params, bias, ours.tokenizer and Tokenizer(ours.tokenizer))
+        return Loaded(ours.model, bones, params, bias, tokenizer)
     if not (folder / CONFIG).exists():
         true = f"it holds neither a run.json, nor a {saved.MODEL}, nor a {CONFIG}"
         change = "Give the --workdir of a run, a converted model, or a folder in Hugging Face's format."
         raise ConfigError(f"A model in {folder}", true, change)
     source = Source(folder)
-    tokenizer = hf.tokenizer_file(folder, source.model)
-    hf.check_tokenizer(folder, tokenizer, source.model)
+    hf_tokenizer.check(folder, source.model)
     bones, shapes = _bones(source.model, source.patch_id, mesh, dtype)
     params = _read(source, shapes[0])
     bias = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes[1])
-    return Loaded(source.model, bones, params, bias, tokenizer and Tokenizer(tokenizer))
+    return Loaded(source.model, bones, params, bias, hf_tokenizer.opened(hf_tokenizer.find(folder)))
+
+
+def _tokenizer(ours: saved.Saved) -> Tokenizer | None:
+    if ours.hf is not None:
+        hf_tokenizer.check(ours.hf, ours.model)
+        return hf_tokenizer.opened(ours.tokenizer)
+    if ours.tokenizer is None:
+        return None
+    tokenizer = Tokenizer(ours.tokenizer)
+    check_size(tokenizer, ours.model.vocab_size, f"The model in {ours.folder}", "Bring the tokenizer that it had.")
+    return tokenizer
 
 
 def _bones(model: config.Model, patch_id: int, mesh: Mesh, dtype: str) -> tuple[Skeleton, tuple[Any, Any]]:

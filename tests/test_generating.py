@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Loaded
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
+from llamax.sample import engine
 from llamax.sample.engine import Sampling
 from tests.runs import FIXTURES, tiny_run
 
@@ -70,12 +73,16 @@ def test_several_continuations(loaded):
 @pytest.mark.parametrize(
     "how, said",
     [
-        (dict(images=[FIXTURES / "nothing.png"]), "a picture's file does not exist"),
-        (dict(max_tokens=0), "nothing to say"),
+        (dict(images=[FIXTURES / "nothing.png"]), "there is no such file"),
+        (dict(prompt="a\udcff"), "no valid Unicode"),
+        (dict(max_tokens=0), "1 to 16777216 tokens"),
+        (dict(max_tokens=2_000_000_000), "1 to 16777216 tokens"),
         (dict(n=0), "no continuation"),
-        (dict(sampling=Sampling(-1.0)), "a number from 0 up"),
-        (dict(sampling=Sampling(float("nan"))), "number from 0 up"),
-        (dict(sampling=Sampling(1.0, 0.0)), "a probability above 0"),
+        (dict(sampling=Sampling(-1.0)), "a number from 1e-06 up"),
+        (dict(sampling=Sampling(1e-40)), "a number from 1e-06 up"),
+        (dict(sampling=Sampling(float("nan"))), "number from 1e-06 up"),
+        (dict(sampling=Sampling(1.0, 0.0)), "a probability from 1e-06 up"),
+        (dict(sampling=Sampling(seed=2**32)), "0 to 2\\^32 - 1"),
         (dict(prompt="<|image|> and <|image|>", images=[CIRCLE]), "1 images, but the prompt has 2 places"),
     ],
 )
@@ -131,18 +138,51 @@ def test_talking(loaded, capsys):
     assert out == f"{hello}\n{wrong}\n{circle}\n{hello}\n{generating.HELP}\n/x is no command\n{generating.HELP}\n\n"
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_was_heard(loaded, monkeypatch):
+def test_pictures_are_those_of_their_turn(model, tmp_path):
+    """The file may change or go afterwards."""
+    shown, talk = tmp_path / "shown.png", generating.Chat(model, model.tokenizer)
+    shutil.copyfile(CIRCLE, shown)
+    list(talk.ask("What?", [shown], 2, GREEDY))
+    shown.unlink()
+    assert "".join(talk.ask("And now?", (), 2, GREEDY)) == talk.messages[-1]["content"]
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_was_said(loaded, monkeypatch):
+    """Interrupts at any moment, before, in and after a step of the device: tokens and cache stay together."""
     talks = []
 
-    class Interrupted(generating.Chat):
-        def ask(self, text, *rest):
+    class Watched(generating.Chat):
+        def ask(self, *asked):
             talks.append(self)
-            for number, piece in enumerate(super().ask(text, *rest)):
-                yield piece
-                if text == "Hello" and number == 1:
-                    raise KeyboardInterrupt
+            yield from super().ask(*asked)
 
-    monkeypatch.setattr(generating, "Chat", Interrupted)
-    said = iter(["Hello", "Go on", "/exit"])
+    step, reading, moments = engine.advance, engine.extend, iter([1, 2, 3, 4])
+
+    def interrupting(*args):
+        moment = next(moments, 0)
+        if moment == 1:
+            signal.raise_signal(signal.SIGINT)
+        result = step(*args)
+        if moment == 2:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    def interrupted_reading(*args):
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return reading(*args)
+
+    interrupted: list[bool] = []
+    monkeypatch.setattr(engine, "advance", interrupting)
+    monkeypatch.setattr(engine, "extend", interrupted_reading)
+    monkeypatch.setattr(generating, "Chat", Watched)
+    said = iter(["Hello", "lost", "Go on", "And on", "/exit"])
     generating.chat("there", max_tokens=4, sampling=GREEDY, read=lambda prompt: next(said))
-    assert [len(m["token_ids"]) for m in talks[0].messages if m["role"] == "assistant"] == [2, 4]
+    messages, talk = talks[0].messages, talks[0]._talk
+    assert [m["content"][-1]["text"] for m in messages if m["role"] == "user"] == ["Hello", "Go on", "And on"]
+    assert [len(m["token_ids"]) for m in messages if m["role"] == "assistant"] == [1, 1, 4]
+    prompt = generating.Prompt(talk.tokens[:-4], np.zeros((0, 28, 28, 3), np.uint8))
+    how = dict(max_tokens=4, stop=loaded.tokenizer.stop)
+    (((tokens, *_),),) = generating.complete(loaded.skeleton, loaded.params, loaded.router_bias, [prompt], **how)
+    assert tokens == messages[-1]["token_ids"]

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llamax.checkpoint import hf_config, hf_config_write, saved, space, stream
+from llamax.checkpoint import hf_config, hf_config_write, hf_tokenizer, saved, space, stream
 from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, bits, leaves, tree
 from llamax.checkpoint.hf_read import BF16, CONFIG, FLOATS, INDEX, WEIGHTS, Source, Tensor, read_json
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError, Model, Train
-from llamax.data.tokenizer import Tokenizer, read_ranks
+from llamax.data.tokenizer import Tokenizer
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
 from llamax.observe.progress import quantity, transfer
@@ -42,7 +42,6 @@ KEPT = (  # what is not weights, and is given back as it was
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
-LLAMA3_RANKS, LLAMA3_VOCAB = 128_000, 128_256
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
@@ -69,8 +68,8 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     params, bias = shapes(source.model)
     table = leaves(source.model, source.form, params)
     found = source.check(table)
-    tokenizer = tokenizer_file(source.folder, source.model)
-    check_tokenizer(source.folder, tokenizer, source.model)
+    hf_tokenizer.check(source.folder, source.model)
+    tokenizer = hf_tokenizer.find(source.folder)
     values = {leaf.path: _lazy(leaf, found, source) for leaf in table}
     dtypes = {
         name: found[name].dtype.name
@@ -80,14 +79,12 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     }
     with new_folder(out, space.needed(values.values())) as temporary:
         _keep(source.folder, temporary / saved.HF)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / saved.TOKENIZER)
         described = dict(form=source.form, folder=source.folder.name, shards=len(source.shards))
         saved.record(
             temporary,
             source.model,
             patch_id=source.patch_id,
-            tokenizer=saved.TOKENIZER if tokenizer is not None else None,
+            tokenizer=f"{saved.HF}/{tokenizer.name}" if tokenizer is not None else None,
             dtypes=dtypes,
             source=described,
         )
@@ -117,44 +114,6 @@ def _keep(folder: Path, to: Path) -> None:
     to.mkdir()
     for path in sorted({path for pattern in KEPT for path in folder.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, to / path.name)
-
-
-def tokenizer_file(folder: Path, model: Model) -> Path | None:
-    """The folder's tokenizer in tiktoken's format, if it has one that we read.
-
-    Those of Llama 1 and 2 (SentencePiece), Llama 3 (another split of text) and a tokenizer.json alone are not; they are
-    kept for the export.
-    """
-    path = folder / saved.TOKENIZER
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        if file.read(1) == b"\n":  # how a SentencePiece model begins
-            return None
-    return None if model.vocab_size == LLAMA3_VOCAB and len(read_ranks(path)) == LLAMA3_RANKS else path
-
-
-def check_tokenizer(folder: Path, tiktoken: Path | None, model: Model) -> None:
-    """ConfigError if a tokenizer of the folder has other ids than the embedding has rows.
-
-    A tokenizer.json may leave ids at the end unnamed (Llama 4's does, the last 913), an eighth of all at most.
-    """
-    rows, change = model.vocab_size, "Bring the model's own tokenizer, or take the file away."
-    if tiktoken is not None:
-        n = Tokenizer(tiktoken).vocab_size
-        if n != rows:
-            raise ConfigError(f"The tokenizer {tiktoken}", f"it has {n} ids, and the embedding {rows} rows", change)
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        said = read_json(path)
-        try:
-            vocab = said["model"]["vocab"]
-            ids = [*vocab.values()] if isinstance(vocab, dict) else [*range(len(vocab))]
-            n = 1 + max(ids + [token["id"] for token in said.get("added_tokens") or ()])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise ConfigError(f"The tokenizer {path}", "it has no vocabulary", "Download it again.") from None
-        if not rows - rows // 8 <= n <= rows:
-            raise ConfigError(f"The tokenizer {path}", f"it has {n} ids, and the embedding {rows} rows", change)
 
 
 # ------------------------------------------------------------------------------------------------------ to Hugging Face
@@ -371,6 +330,9 @@ def _write_small_files(model: saved.Saved, to: Path, dtype: str | None, stored: 
         changed = with_dtype(said, dtype)
         if changed != said:
             write_whole(to / CONFIG, json.dumps(changed, indent=2) + "\n")
+        tokenizer = hf_tokenizer.opened(model.tokenizer)
+        if tokenizer is not None and not (to / hf_tokenizer.JSON).exists():
+            hf_tokenizer.write(tokenizer, to)
         return
     tokenizer = Tokenizer(model.tokenizer) if model.tokenizer else None
     ids = token_ids(tokenizer)
@@ -381,12 +343,7 @@ def _write_small_files(model: saved.Saved, to: Path, dtype: str | None, stored: 
     for name, said in files.items():
         write_whole(to / name, json.dumps(said, indent=2) + "\n")
     if tokenizer is not None:
-        export_tokenizer(tokenizer, to)
-
-
-def export_tokenizer(tokenizer: Tokenizer, to: Path) -> None:
-    """The files of a tokenizer that did not come from Hugging Face."""
-    shutil.copyfile(tokenizer.path, to / saved.TOKENIZER)
+        hf_tokenizer.write(tokenizer, to)
 
 
 def token_ids(tokenizer: Tokenizer | None) -> hf_config_write.TokenIds:

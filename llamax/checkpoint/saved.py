@@ -4,8 +4,7 @@ A converted model, what `llamax convert from-hf` writes:
 
     FOLDER/model.json             {"model": config.Model, "patch_id", "tokenizer", "source", "dtypes", "versions"}
     FOLDER/checkpoints/0/...      the items `params` and `router_bias` of a checkpoint, and the sums of its files
-    FOLDER/hf/...                 the source's own small files, which an export gives back as they were
-    FOLDER/tokenizer.model        in tiktoken's format, if the source has one that can be read
+    FOLDER/hf/...                 the source's own small files, its tokenizer too: an export gives them back as they are
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
 from llamax.observe import provenance
 
-MODEL, CHECKPOINTS, HF, TOKENIZER = "model.json", "checkpoints", "hf", "tokenizer.model"
+MODEL, CHECKPOINTS, HF = "model.json", "checkpoints", "hf"
 
 
 class Saved(NamedTuple):

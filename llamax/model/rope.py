@@ -2,7 +2,7 @@
 
 Lanes (2j, 2j+1) of a head form one complex number, which position p multiplies by exp(i p w_j), w_j = theta^(-2j/Dh).
 "llama3" scaling divides w_j by `factor` where the wavelength 2 pi / w_j exceeds original_len / low_freq_factor, keeps
-it below original_len / high_freq_factor, and interpolates between. Angles are float32, and right to 1e-4 at any int32
+it below original_len / high_freq_factor, and interpolates between. Angles are float32, and right to 5e-5 at any int32
 position.
 """
 
@@ -16,7 +16,7 @@ from jax import Array
 
 from llamax import config
 
-DIGIT = 256
+DIGIT = 64
 
 
 class Rotation(NamedTuple):
@@ -43,13 +43,14 @@ def frequencies(rope: config.Rope, head_dim: int) -> np.ndarray:
 def rotation(positions_BT: Array, freq: np.ndarray, limit: int = 2**31) -> Rotation:
     """The angles of every token, for `rotate` on [B, T, heads, Dh]; positions are below `limit`.
 
-    One product p w_j would be off by 0.4 rad at position 10,000,000. So p is taken as digits of base 256, and each
-    digit's turn as what is left of it after whole turns: the sum of products of a digit and a small angle.
+    One product p w_j would be off by 0.4 rad at position 10,000,000. So p is taken as digits of base 64, and the turn
+    of one in each place as what is left of it after whole turns, at most half a turn either way.
     """
-    angle, place = jnp.float32(0), 1
+    digit = (positions_BT % DIGIT).astype(jnp.float32)[..., None, None]
+    angle, place = digit * freq.astype(np.float32), DIGIT
     while place < limit:
         digit = (positions_BT // place % DIGIT).astype(jnp.float32)[..., None, None]
-        angle = angle + digit * np.remainder(freq * place, 2 * np.pi).astype(np.float32)
+        angle = angle + digit * (np.remainder(freq * place + np.pi, 2 * np.pi) - np.pi).astype(np.float32)
         place *= DIGIT
     return Rotation(jnp.cos(angle), jnp.sin(angle))
 

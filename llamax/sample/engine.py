@@ -8,6 +8,10 @@ Letters: B rows, T room in a row, M tiles a row, V vocabulary, S new tokens.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,11 +22,14 @@ import numpy as np
 from jax import Array
 
 from llamax.batch import Batch
+from llamax.config import ConfigError
 from llamax.model import cache as caches
 from llamax.model.cache import Cache
 from llamax.model.skeleton import Skeleton
 
 ROUND = 64  # the least length of a row
+LEAST = 1e-6  # of temperatures above 0, and of top_p: float32 divides by it
+MOST_TOKENS = 2**24  # of a completion
 
 
 class Prompt(NamedTuple):
@@ -44,7 +51,24 @@ class Completion(NamedTuple):
 class Sampling(NamedTuple):
     temperature: float = 0.0  # 0 takes the likeliest token; above, samples from softmax(logits / temperature)
     top_p: float = 1.0  # out of the likeliest tokens that together have this probability (arXiv:1904.09751)
-    seed: int = 0
+    seed: int = 0  # 0 to 2^32 - 1
+
+
+def check(max_tokens: int, sampling: Sampling, n: int = 1) -> None:
+    """ConfigError if no text can be drawn so; it names the options of the command line."""
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        asked, true = f"--max-tokens {max_tokens}", f"a text has 1 to {MOST_TOKENS} tokens"
+        raise ConfigError(asked, true, "Give a number in between.")
+    if n < 1:
+        raise ConfigError(f"-n {n}", "that is no continuation", "Give 1 or more.")
+    if sampling.temperature != 0 and not LEAST <= sampling.temperature < math.inf:
+        asked, true = f"--temperature {sampling.temperature:g}", f"it is 0, or a number from {LEAST:g} up"
+        raise ConfigError(asked, true, "Give 0 for the likeliest text.")
+    if not LEAST <= sampling.top_p <= 1:
+        asked, true = f"--top-p {sampling.top_p:g}", f"it is a probability from {LEAST:g} up"
+        raise ConfigError(asked, true, "Give 1 for all tokens, or --temperature 0 for the likeliest.")
+    if not 0 <= sampling.seed < 2**32:
+        raise ConfigError(f"--seed {sampling.seed}", "it is 0 to 2^32 - 1", "Give a smaller one.")
 
 
 def generate(
@@ -63,30 +87,39 @@ def generate(
 ) -> list[list[Completion]]:
     """`n` completions of at most `max_tokens` new tokens for each prompt.
 
-    `rows`: completions that are worked on together, at most. `row_multiple`: the rows of a batch divide by it (on a
-    mesh, the devices that split rows). `allowed`: the only ids that may be drawn; none stands for all but `<|patch|>`,
-    which would take a picture's next feature.
+    `rows`: completions that are worked on together, at most, but for what fills up to `row_multiple`: the rows of a
+    batch divide by it (on a mesh, the devices that split rows). `allowed`: the only ids that may be drawn; none stands
+    for all but `<|patch|>`, which would take a picture's next feature.
+
+    Raises:
+        ConfigError: a prompt is empty, or `check` refuses the numbers.
     """
+    check(max_tokens, sampling, n)
+    if not all(prompt.tokens for prompt in prompts):
+        raise ConfigError("a prompt of no tokens", "there is nothing to continue", "Begin it with <|begin_of_text|>.")
     model = skeleton.bind(params, router_bias)
     may_V = _may(allowed, model.model.vocab_size, model.patch_id)
     how = How(skeleton, tuple(sorted(stop)), sampling.temperature > 0, sampling.top_p < 1)
+    chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
     done: list[list[Completion]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    at_once = max(1, rows // n)
+    at_once = 1 << max(0, (rows // n).bit_length() - 1)  # prompts; `pack` rounds their number up to such
     for first in range(0, len(prompts), at_once):
         numbers = by_length[first : first + at_once]
         batch = pack([prompts[i] for i in numbers], row_multiple)
         room = rounded(max(len(prompts[i].tokens) for i in numbers) + max_tokens)
-        logits_BV, cache = prefill(how.skeleton, room, params, router_bias, batch)
-        names = [(i, k) for i in numbers for k in range(n)]
-        keys_B = keys(sampling.seed, names, len(batch.tokens) * n)
-        if n > 1:
-            logits_BV, cache = jnp.repeat(logits_BV, n, axis=0), caches.repeat(cache, n)
-        state = begin(logits_BV, cache, rounded(max_tokens), len(names))
-        chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
-        state = advance(how, params, router_bias, state, np.int32(max_tokens), chance, may_V, keys_B)
-        for (i, _), completion in zip(names, read(state, len(names), how.stop), strict=True):
-            done[i].append(completion)
+        read_once = prefill(how.skeleton, room, params, router_bias, batch)
+        for sample in range(0, n, rows):
+            samples = range(sample, min(n, sample + rows))
+            names = [(i, k) for i in numbers for k in samples]
+            logits_BV, cache = jax.tree.map(jnp.copy, read_once) if n > rows else read_once  # which `advance` takes
+            if len(samples) > 1:
+                logits_BV, cache = jnp.repeat(logits_BV, len(samples), axis=0), caches.repeat(cache, len(samples))
+            state = begin(logits_BV, cache, rounded(max_tokens), len(names))
+            keys_B = keys(sampling.seed, names, len(logits_BV))
+            state = advance(how, params, router_bias, state, np.int32(max_tokens), chance, may_V, keys_B)
+            for (i, _), completion in zip(names, read(state, len(names), how.stop), strict=True):
+                done[i].append(completion)
     return done
 
 
@@ -140,9 +173,9 @@ def prefill(skeleton: Skeleton, room: int, params, router_bias, batch: Batch) ->
     return model.logits(_last(hidden_BTD, batch)), cache
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
+@partial(jax.jit, static_argnums=0)
 def extend(skeleton: Skeleton, params, router_bias, batch: Batch, cache: Cache) -> tuple[Array, Cache]:
-    """The same for tokens that go on where the cache ends."""
+    """The same for tokens that go on where the cache ends; the cache given stays as it was."""
     model = skeleton.bind(params, router_bias)
     hidden_BTD, cache = model.extend(batch, cache)
     return model.logits(_last(hidden_BTD, batch)), cache
@@ -198,7 +231,7 @@ def in_nucleus(p_BV: Array, top_p: Array) -> Array:
     """Which tokens are among the likeliest whose probabilities add up to `top_p`; the likeliest always is."""
     falling_BV = -jnp.sort(-p_BV, axis=-1)
     before_BV = jnp.cumsum(falling_BV, axis=-1) - falling_BV
-    least_B1 = jnp.min(jnp.where(before_BV < top_p, falling_BV, jnp.inf), axis=-1, keepdims=True)
+    least_B1 = jnp.min(jnp.where(before_BV < top_p, falling_BV, falling_BV[:, :1]), axis=-1, keepdims=True)
     return p_BV >= least_B1
 
 
@@ -207,7 +240,12 @@ def in_nucleus(p_BV: Array, top_p: Array) -> Array:
 
 def rounded(n: int) -> int:
     """n rounded up to one of few lengths, at most a quarter longer above 256."""
-    step = max(ROUND, 1 << max(0, n.bit_length() - 3))
+    return _few(n, ROUND)
+
+
+def _few(n: int, least: int) -> int:
+    """n rounded up to a multiple of `least`, or of an eighth to a quarter of itself."""
+    step = max(least, 1 << max(0, n.bit_length() - 3))
     return -(-n // step) * step
 
 
@@ -216,7 +254,7 @@ def pack(prompts: Sequence[Prompt], row_multiple: int = 1) -> Batch:
     T = rounded(max(len(p.tokens) for p in prompts))
     B = 1 << (len(prompts) - 1).bit_length()
     B = -(-B // row_multiple) * row_multiple
-    M = max(len(p.tiles) for p in prompts)
+    M = _few(max(len(p.tiles) for p in prompts), 1)
     side = max(p.tiles.shape[1] for p in prompts)
     tokens, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     tiles = np.zeros((B, M, side, side, 3), np.uint8)
@@ -241,6 +279,7 @@ def _may(allowed: Collection[int], vocab_size: int, patch_id: int) -> np.ndarray
     may_V[list(allowed) or slice(None)] = True
     if patch_id >= 0:
         may_V[patch_id] = False
+    assert may_V.any(), f"nothing may be drawn of {allowed}"
     return may_V
 
 
@@ -258,52 +297,84 @@ def keys(seed: int, names: Sequence[tuple[int, int]], rows: int) -> Array:
 class Conversation:
     """One row that is told something and says something, in turns; nothing is ever read twice.
 
-    `tokens` is all of it, as ids: what is said goes on from what was drawn, not from its text.
+    `tokens` is all of it, as ids: what is said goes on from what was drawn, not from its text. An interrupt at any
+    moment leaves it whole: tokens, and the cache that holds them.
     """
 
     def __init__(self, skeleton: Skeleton, params, router_bias, *, stop: Collection[int]):
         self.skeleton, self.weights, self.stop = skeleton, (params, router_bias), tuple(sorted(stop))
-        self.model = skeleton.bind(params, router_bias)
-        self.tokens: list[int] = []
-        self._cache: Cache | None = None
-        self._logits: Array | None = None
-        self._room = 0
+        self._llama = skeleton.bind(params, router_bias)
+        self._now = _Now([], 0, None, None)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._now.tokens
 
     def tell(self, prompt: Prompt) -> None:
         """Reads tokens and pictures after all that was before."""
         assert prompt.tokens
-        batch = pack([prompt])
-        first = len(self.tokens)
-        self.tokens += prompt.tokens
-        if self._cache is None:
-            self._room = rounded(len(self.tokens))
-            self._logits, self._cache = prefill(self.skeleton, self._room, *self.weights, batch)
+        now, batch = self._now, pack([prompt])
+        tokens = now.tokens + prompt.tokens
+        if now.cache is None:
+            room = rounded(len(tokens))
+            logits, cache = prefill(self.skeleton, room, *self.weights, batch)
         else:
-            self._make_room(len(self.tokens))
-            batch = batch._replace(positions=batch.positions + first)
-            self._logits, self._cache = extend(self.skeleton, *self.weights, batch, self._cache)
+            room, cache = self._with_room(now, len(tokens))
+            batch = batch._replace(positions=batch.positions + len(now.tokens))
+            logits, cache = extend(self.skeleton, *self.weights, batch, cache)
+        jax.block_until_ready(logits)
+        self._now = _Now(tokens, room, cache, logits)
 
     def say(self, max_tokens: int, sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008, it is immutable
-        """New tokens as they are drawn, the stop id that ends them included. Whoever stops listening early has heard
-        all that is in the conversation."""
-        assert self._cache is not None and self._logits is not None
+        """New tokens as they are drawn, the stop id that ends them included. Each is in `tokens` when it comes."""
+        check(max_tokens, sampling)
+        assert self._now.cache is not None and self._now.logits is not None
         how = How(self.skeleton, self.stop, sampling.temperature > 0, sampling.top_p < 1)
-        may_V = jnp.asarray(_may((), self.model.model.vocab_size, self.model.patch_id))
+        may_V = jnp.asarray(_may((), self._llama.model.vocab_size, self._llama.patch_id))
         chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
         keys_B = keys(sampling.seed, [(0, len(self.tokens))], 1)
-        state = begin(self._logits, self._cache, rounded(max_tokens), 1)
+        drawn = begin(self._now.logits, self._now.cache, rounded(max_tokens), 1)
         for number in range(max_tokens):
-            self._make_room(len(self.tokens) + 1)
-            state = state._replace(cache=self._cache)
-            state = advance(how, *self.weights, state, np.int32(number + 1), chance, may_V, keys_B)
-            self._cache, self._logits = state.cache, state.logits
-            token = int(state.tokens[0, number])
-            self.tokens.append(token)
+            with uninterrupted():  # the state is donated: until the new one is there, there is none
+                now = self._now
+                room, cache = self._with_room(now, len(now.tokens) + 1)
+                state = drawn._replace(cache=cache, logits=now.logits)
+                drawn = advance(how, *self.weights, state, np.int32(number + 1), chance, may_V, keys_B)
+                token = int(drawn.tokens[0, number])
+                now.tokens.append(token)
+                self._now = _Now(now.tokens, room, drawn.cache, drawn.logits)
             yield token
             if token in self.stop:
                 return
 
-    def _make_room(self, length: int) -> None:
-        if length > self._room:
-            self._room = rounded(max(length, 2 * self._room))
-            self._cache = caches.grown(self._cache, self.model.model, self._room)
+    def _with_room(self, now: _Now, length: int) -> tuple[int, Cache]:
+        assert now.cache is not None
+        if length <= now.room:
+            return now.room, now.cache
+        room = rounded(max(length, 2 * now.room))
+        return room, caches.grown(now.cache, self._llama.model, room)
+
+
+class _Now(NamedTuple):
+    """A conversation as it stands. It is replaced as a whole."""
+
+    tokens: list[int]
+    room: int
+    cache: Cache | None
+    logits: Array | None
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block (in the main thread, which alone gets it)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[tuple] = []
+    before = signal.signal(signal.SIGINT, lambda *how: asked.append(how))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked and callable(before):
+        before(*asked[0])

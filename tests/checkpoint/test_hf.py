@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import grain
 import jax
@@ -20,6 +21,7 @@ from llamax.batch import Batch
 from llamax.checkpoint import hf, stream, sums
 from llamax.checkpoint.inspect import look
 from llamax.checkpoint.manager import Checkpoints
+from llamax.data.tokenizer import Tokenizer, write_ranks
 from llamax.observe import provenance
 from llamax.parallel.mesh import make_mesh
 from tests import goldens, hf_folders
@@ -106,6 +108,21 @@ def test_one_file_has_no_index_and_other_files_are_kept(tmp_path):
     assert all((back / name).read_text() == text for name, text in kept.items())
 
 
+def test_an_export_has_a_tokenizer_json_if_the_source_had_a_tokenizer(tmp_path):
+    """One of 256 single bytes and 128 special tokens, and embeddings of as many rows."""
+    single = tmp_path / "tokenizer.model"
+    write_ranks({bytes([i]): i for i in range(256)}, single)
+    tensors = hf_folders.tensors(hf_folders.golden(tmp_path / "source", "vision"))
+    said = json.loads((tmp_path / "source" / "config.json").read_text())
+    said["text_config"]["vocab_size"] = 384
+    ends = {name: np.resize(x, (384, x.shape[1])) for name, x in tensors.items() if "embed_t" in name or "head" in name}
+    grown = hf_folders.write(tmp_path / "grown", said, tensors | ends)
+    shutil.copyfile(single, grown / "tokenizer.model")
+    back = back_and_forth(grown, tmp_path)
+    assert (back / "tokenizer.model").read_bytes() == single.read_bytes()
+    assert Tokenizer(back / "tokenizer.json").encode("déjà vu") == list("déjà vu".encode())
+
+
 def test_an_export_in_another_dtype_says_so(tmp_path):
     source = hf_folders.golden(tmp_path / "source", "vision")
     said = json.loads((source / "config.json").read_text())
@@ -166,6 +183,11 @@ def test_a_run_goes_to_hugging_face_and_back(tmp_path):
     said = json.loads((out / "config.json").read_text())
     assert said["image_token_index"] == run.tokenizer.patch and said["text_config"]["bos_token_id"] == run.tokenizer.bos
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == sorted(run.tokenizer.stop)
+    text = "def main(): # déjà vu <|eot|>\n\n  42"
+    assert {loaded.tokenizer.path.name for loaded in (exported, again)} == {"tokenizer.json"}
+    assert run.tokenizer.encode(text) == exported.tokenizer.encode(text) == again.tokenizer.encode(text)
+    (out / "tokenizer.json").unlink()
+    assert llamax.load(out).tokenizer.path == out / "tokenizer.model"
     half = hf.to_hf(folder, tmp_path / "half", dtype="bfloat16", step=3)
     for name, x in hf_folders.tensors(out).items():
         np.testing.assert_array_equal(x.astype(BF16), hf_folders.tensors(half)[name])

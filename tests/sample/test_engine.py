@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llamax import config
+from llamax.config import ConfigError
 from llamax.kernels.attention import blocked_attention
 from llamax.kernels.grouped import sorted_experts
 from llamax.model.seam import Seam, make_seam
@@ -91,6 +92,22 @@ def test_several_samples_of_a_prompt_are_its_own_in_any_company(tiny):
     assert texts(ask(tiny, *PROMPTS, n=2, **how)) == [of_prompt[:2] for of_prompt in many]
     assert texts(ask(tiny, PROMPTS[0], n=4, **how)) == many[:1]
     assert texts(ask(tiny, *PROMPTS, n=4, rows=5, **how)) == many
+    assert texts(ask(tiny, *PROMPTS, n=4, rows=3, **how)) == many
+
+
+@pytest.mark.parametrize("n, rows", [(1, 3), (2, 5), (4, 3), (3, 1)])
+def test_no_more_rows_than_asked_are_worked_on(tiny, monkeypatch, n, rows):
+    seen, advance = [], engine.advance
+    monkeypatch.setattr(engine, "advance", lambda *args: seen.append(len(args[3].done)) or advance(*args))
+    found = ask(tiny, *PROMPTS, n=n, rows=rows, max_tokens=1)
+    assert max(seen) <= rows and [len(of_prompt) for of_prompt in found] == [n] * 3
+
+
+def test_what_cannot_be_continued_is_told(tiny):
+    with pytest.raises(ConfigError, match="no tokens"):
+        ask(tiny, PROMPTS[0], [])
+    with pytest.raises(ConfigError, match="1 to"):
+        ask(tiny, PROMPTS[0], max_tokens=0)
 
 
 def test_generation_ends_with_a_stop_token(tiny):
@@ -153,12 +170,14 @@ def test_the_nucleus_is_the_least_set_that_reaches_top_p():
     p = np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5], [0.25, 0.25, 0.25, 0.25]], np.float32)
     np.testing.assert_array_equal(in_nucleus(p, np.float32(0.6))[:2], [[1, 1, 0, 0], [0, 0, 1, 1]])
     np.testing.assert_array_equal(in_nucleus(p, np.float32(1e-6))[:2], [[1, 0, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(in_nucleus(p, np.float32(0))[:2], [[1, 0, 0, 0], [0, 0, 0, 1]])
     assert in_nucleus(p, np.float32(0.6))[2].all()  # of equals none is left out
 
 
 def test_shapes_are_few_and_prompts_get_their_own_pictures():
     assert sorted({rounded(n) for n in range(1, 1025)}) == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
     assert all(n <= rounded(n) <= max(n + 63, 1.25 * n) for n in range(1, 5000))
+    assert sorted({engine._few(n, 1) for n in range(18)}) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
     for n, multiple, rows in ((1, 1, 1), (1, 8, 8), (3, 1, 4), (3, 8, 8), (70, 96, 192)):
         assert len(pack([Prompt([1, 2], NO_TILES)] * n, multiple).tokens) == rows
     rng = np.random.default_rng(0)
@@ -182,7 +201,7 @@ def test_a_conversation_never_reads_twice_and_says_the_same(tiny):
     talk.tell(Prompt(PROMPTS[0], NO_TILES))
     first = list(talk.say(61))
     talk.tell(Prompt(PROMPTS[2], NO_TILES))
-    assert talk._room == 128
+    assert talk._now.room == 128
     second = list(talk.say(4))
     assert talk.tokens == PROMPTS[0] + first + PROMPTS[2] + second
     assert texts(ask(tiny, PROMPTS[0], max_tokens=61)) == [[first]]
