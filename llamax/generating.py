@@ -15,7 +15,8 @@ from llamax.data.sources import SKIP_REASONS, Document, Picture
 from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Loaded
 from llamax.observe import log
-from llamax.sample.engine import Conversation, Prompt, Sampling, check
+from llamax.sample.conversation import Conversation
+from llamax.sample.engine import Prompt, Sampling, check
 from llamax.sample.engine import generate as complete
 
 HELP = "/image FILE  show a picture with what you say next\n/reset  forget all\n/exit  leave (so does Ctrl-D)"

@@ -8,11 +8,8 @@ Letters: B rows, T room in a row, M tiles a row, V vocabulary, S new tokens.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -98,7 +95,7 @@ def generate(
     if not all(prompt.tokens for prompt in prompts):
         raise ConfigError("a prompt of no tokens", "there is nothing to continue", "Begin it with <|begin_of_text|>.")
     model = skeleton.bind(params, router_bias)
-    may_V = _may(allowed, model.model.vocab_size, model.patch_id)
+    may_V = may_be_drawn(allowed, model.model.vocab_size, model.patch_id)
     how = How(skeleton, tuple(sorted(stop)), sampling.temperature > 0, sampling.top_p < 1)
     chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
     done: list[list[Completion]] = [[] for _ in prompts]
@@ -274,7 +271,7 @@ def _tokens(tokens_BT, positions_BT, segments_BT) -> Batch:
     return Batch(tokens_BT, zeros, zeros.astype(np.float32), segments_BT.astype(np.int32), positions_BT, zeros, nothing)
 
 
-def _may(allowed: Collection[int], vocab_size: int, patch_id: int) -> np.ndarray:
+def may_be_drawn(allowed: Collection[int], vocab_size: int, patch_id: int) -> np.ndarray:
     may_V = np.zeros(vocab_size, bool)
     may_V[list(allowed) or slice(None)] = True
     if patch_id >= 0:
@@ -289,92 +286,3 @@ def keys(seed: int, names: Sequence[tuple[int, int]], rows: int) -> Array:
     numbers[: len(names)] = names
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(jax.random.fold_in)(fold(jax.random.key(seed), numbers[:, 0]), numbers[:, 1])
-
-
-# ------------------------------------------------------------------------------------------------------- conversations
-
-
-class Conversation:
-    """One row that is told something and says something, in turns; nothing is ever read twice.
-
-    `tokens` is all of it, as ids: what is said goes on from what was drawn, not from its text. An interrupt at any
-    moment leaves it whole: tokens, and the cache that holds them.
-    """
-
-    def __init__(self, skeleton: Skeleton, params, router_bias, *, stop: Collection[int]):
-        self.skeleton, self.weights, self.stop = skeleton, (params, router_bias), tuple(sorted(stop))
-        self._llama = skeleton.bind(params, router_bias)
-        self._now = _Now([], 0, None, None)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self._now.tokens
-
-    def tell(self, prompt: Prompt) -> None:
-        """Reads tokens and pictures after all that was before."""
-        assert prompt.tokens
-        now, batch = self._now, pack([prompt])
-        tokens = now.tokens + prompt.tokens
-        if now.cache is None:
-            room = rounded(len(tokens))
-            logits, cache = prefill(self.skeleton, room, *self.weights, batch)
-        else:
-            room, cache = self._with_room(now, len(tokens))
-            batch = batch._replace(positions=batch.positions + len(now.tokens))
-            logits, cache = extend(self.skeleton, *self.weights, batch, cache)
-        jax.block_until_ready(logits)
-        self._now = _Now(tokens, room, cache, logits)
-
-    def say(self, max_tokens: int, sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008, it is immutable
-        """New tokens as they are drawn, the stop id that ends them included. Each is in `tokens` when it comes."""
-        check(max_tokens, sampling)
-        assert self._now.cache is not None and self._now.logits is not None
-        how = How(self.skeleton, self.stop, sampling.temperature > 0, sampling.top_p < 1)
-        may_V = jnp.asarray(_may((), self._llama.model.vocab_size, self._llama.patch_id))
-        chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
-        keys_B = keys(sampling.seed, [(0, len(self.tokens))], 1)
-        drawn = begin(self._now.logits, self._now.cache, rounded(max_tokens), 1)
-        for number in range(max_tokens):
-            with uninterrupted():  # the state is donated: until the new one is there, there is none
-                now = self._now
-                room, cache = self._with_room(now, len(now.tokens) + 1)
-                state = drawn._replace(cache=cache, logits=now.logits)
-                drawn = advance(how, *self.weights, state, np.int32(number + 1), chance, may_V, keys_B)
-                token = int(drawn.tokens[0, number])
-                now.tokens.append(token)
-                self._now = _Now(now.tokens, room, drawn.cache, drawn.logits)
-            yield token
-            if token in self.stop:
-                return
-
-    def _with_room(self, now: _Now, length: int) -> tuple[int, Cache]:
-        assert now.cache is not None
-        if length <= now.room:
-            return now.room, now.cache
-        room = rounded(max(length, 2 * now.room))
-        return room, caches.grown(now.cache, self._llama.model, room)
-
-
-class _Now(NamedTuple):
-    """A conversation as it stands. It is replaced as a whole."""
-
-    tokens: list[int]
-    room: int
-    cache: Cache | None
-    logits: Array | None
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block (in the main thread, which alone gets it)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[tuple] = []
-    before = signal.signal(signal.SIGINT, lambda *how: asked.append(how))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked and callable(before):
-        before(*asked[0])

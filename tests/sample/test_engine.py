@@ -19,7 +19,8 @@ from llamax.model.skeleton import skeleton
 from llamax.parallel import rules
 from llamax.parallel.mesh import make_mesh
 from llamax.sample import engine
-from llamax.sample.engine import Conversation, Prompt, Sampling, generate, in_nucleus, pack, rounded
+from llamax.sample.conversation import Conversation
+from llamax.sample.engine import Prompt, Sampling, generate, in_nucleus, pack, rounded
 from tests import goldens
 from tests.model import twins
 from tests.tolerances import ORACLE, TWIN
