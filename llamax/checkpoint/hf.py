@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ KEPT = (  # what is not weights, and is given back as it was
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
+MAKERS, AHEAD = 1 + min(4, os.cpu_count() or 1), 128 * 2**20  # of an export: threads; bytes that are made ahead
 LLAMA3_RANKS, LLAMA3_VOCAB = 128_000, 128_256
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
@@ -71,7 +73,7 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     found = source.check(table)
     tokenizer = tokenizer_file(source.folder, source.model)
     check_tokenizer(source.folder, tokenizer, source.model)
-    values = {leaf.path: _lazy(leaf, found, source) for leaf in table}
+    values = {leaf.path: _lazy(leaf, found) for leaf in table}
     dtypes = {
         name: found[name].dtype.name
         for leaf in table
@@ -98,7 +100,7 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     return out
 
 
-def _lazy(leaf: Leaf, found: dict[str, Tensor], source: Source) -> stream.Lazy:
+def _lazy(leaf: Leaf, found: dict[str, Tensor]) -> stream.Lazy:
     dtypes = [found[name].dtype for name in leaf.tensors]
     dtype = dtypes[0]
     for other in dtypes[1:]:
@@ -106,7 +108,8 @@ def _lazy(leaf: Leaf, found: dict[str, Tensor], source: Source) -> stream.Lazy:
 
     def make(box: Index) -> np.ndarray:
         made = assemble(leaf, found, box).astype(dtype, copy=False)
-        source.release()
+        for name in leaf.tensors[box[0]] if leaf.stacked else leaf.tensors:
+            found[name].release()
         return made
 
     chunk = stream.chunk_of(leaf.shape, dtype.itemsize, stacked=leaf.stacked, slow=leaf.how.slow)
@@ -315,17 +318,15 @@ def _bytes(plan: list[Planned]) -> int:
 
 
 def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
-    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
-    with ThreadPoolExecutor(1, "convert") as pool:
-        pending: Future[np.ndarray] | None = None
+    """The tensors of the plan, in order; the next ones are made meanwhile: one, or as many as AHEAD bytes hold."""
+    with ThreadPoolExecutor(MAKERS, "convert") as pool:
+        pending: deque[tuple[Future[np.ndarray], int]] = deque()
         for tensor in plan:
-            ready = pending.result() if pending is not None else None
-            pending = pool.submit(tensor.make)
-            if ready is not None:
-                yield ready
-            del ready
-        if pending is not None:
-            yield pending.result()
+            while len(pending) == MAKERS or (pending and sum(n for _, n in pending) + tensor.nbytes > AHEAD):
+                yield pending.popleft()[0].result()
+            pending.append((pool.submit(tensor.make), tensor.nbytes))
+        while pending:
+            yield pending.popleft()[0].result()
 
 
 def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:

@@ -31,7 +31,8 @@ PIECE = 16 * 2**20  # bytes of a chunk, at most where the leaf can be cut
 # Bits of equal weight side by side: exponents hardly differ, so bfloat16 shrinks by a quarter, as with Orbax's zstd and
 # in half of its time.
 COMPRESSOR = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 2}
-AT_ONCE = 1 + min(8, os.cpu_count() or 1)  # chunks in the making
+MAKERS = 1 + min(8, os.cpu_count() or 1)  # threads that make chunks
+AT_ONCE = 3 + MAKERS  # chunks that are made or on their way to the disk
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def chunk_of(shape: Shape, itemsize: int, *, stacked: bool, slow: int) -> Shape:
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Lazy` leaves one after the other, AT_ONCE chunks at a time."""
+    """Writes `Lazy` leaves, AT_ONCE chunks of them at a time, in order."""
 
     def __init__(self, advance: Callable[[int], Any], stop: threading.Event):
         """`advance` is told of bytes written; once `stop` is set, no other chunk is made."""
@@ -83,27 +84,11 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
         self._advance, self._stopped = advance, stop
 
     async def _background_serialize(self, values, infos, args=None) -> None:
-        with ThreadPoolExecutor(AT_ONCE, "convert") as pool:
-            for leaf, info, arg in zip(values, infos, args, strict=True):
-                await info.await_path_creation()
-                spec = ocp.type_handlers.get_json_tspec_write(
-                    info,
-                    use_ocdbt=info.is_ocdbt_checkpoint,
-                    global_shape=leaf.shape,
-                    local_shape=leaf.chunk,
-                    dtype=leaf.dtype,
-                    process_index=0,
-                    arg=arg,
-                )
-                spec["metadata"]["chunks"] = leaf.chunk  # as it is: Orbax may cut it further
-                spec["metadata"]["compressor"] = COMPRESSOR
-                store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-                await self._write(leaf, store, pool)
-
-    async def _write(self, leaf: Lazy, store: ts.TensorStore, pool: ThreadPoolExecutor) -> None:
+        stores = [await self._open(leaf, info, arg) for leaf, info, arg in zip(values, infos, args, strict=True)]
+        chunks = [(leaf, store, box) for leaf, store in zip(values, stores, strict=True) for box in leaf.boxes()]
         loop, room = asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)
 
-        async def one(box: Index) -> None:
+        async def one(leaf: Lazy, store: ts.TensorStore, box: Index) -> None:
             async with room:
                 if self._stopped.is_set():
                     raise asyncio.CancelledError
@@ -111,12 +96,28 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
                 await store[box].write(made, can_reference_source_data_indefinitely=True)
                 self._advance(made.nbytes)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for box in leaf.boxes():
-                    tasks.create_task(one(box))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+        with ThreadPoolExecutor(MAKERS, "convert") as pool:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for chunk in chunks:
+                        tasks.create_task(one(*chunk))
+            except BaseExceptionGroup as several:
+                raise several.exceptions[0] from None
+
+    async def _open(self, leaf: Lazy, info: Any, arg: Any) -> ts.TensorStore:
+        await info.await_path_creation()
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=info.is_ocdbt_checkpoint,
+            global_shape=leaf.shape,
+            local_shape=leaf.chunk,
+            dtype=leaf.dtype,
+            process_index=0,
+            arg=arg,
+        )
+        spec["metadata"]["chunks"] = leaf.chunk  # as it is: Orbax may cut it further
+        spec["metadata"]["compressor"] = COMPRESSOR
+        return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
 
 def write(
