@@ -107,13 +107,14 @@ def _lazy(leaf: Leaf, found: dict[str, Tensor]) -> stream.Lazy:
         dtype = np.promote_types(dtype, other)  # bfloat16 and float16 fit into float32 only
 
     def make(box: Index) -> np.ndarray:
-        made = assemble(leaf, found, box).astype(dtype, copy=False)
+        return assemble(leaf, found, box).astype(dtype, copy=False)
+
+    def release(box: Index) -> None:
         for name in leaf.tensors[box[0]] if leaf.stacked else leaf.tensors:
             found[name].release()
-        return made
 
     chunk = stream.chunk_of(leaf.shape, dtype.itemsize, stacked=leaf.stacked, slow=leaf.how.slow)
-    return stream.Lazy(leaf.shape, dtype, chunk, make)
+    return stream.Lazy(leaf.shape, dtype, chunk, make, release)
 
 
 def _keep(folder: Path, to: Path) -> None:

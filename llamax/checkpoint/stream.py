@@ -37,12 +37,14 @@ AT_ONCE = 3 + MAKERS  # chunks that are made or on their way to the disk
 
 @dataclass(frozen=True)
 class Lazy:
-    """A leaf of a checkpoint that is made box by box. `make` is called from several threads."""
+    """A leaf of a checkpoint that is made box by box. `make` is called from several threads, and `release` once what it
+    gave for a box, which may be a view of a file, is written."""
 
     shape: Shape
     dtype: np.dtype
     chunk: Shape
     make: Callable[[Index], np.ndarray]
+    release: Callable[[Index], None] = lambda box: None
 
     @property
     def size(self) -> int:
@@ -94,6 +96,7 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
                     raise asyncio.CancelledError
                 made = await loop.run_in_executor(pool, leaf.make, box)
                 await store[box].write(made, can_reference_source_data_indefinitely=True)
+                leaf.release(box)
                 self._advance(made.nbytes)
 
         with ThreadPoolExecutor(MAKERS, "convert") as pool:
