@@ -84,8 +84,19 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
         """`advance` is told of bytes written; once `stop` is set, no other chunk is made."""
         super().__init__(deepcopy_host_arrays=False)
         self._advance, self._stopped = advance, stop
+        self.idle = threading.Event()  # nothing is being written
+        self.idle.set()
 
     async def _background_serialize(self, values, infos, args=None) -> None:
+        self.idle.clear()
+        try:
+            await self._write_all(values, infos, args)
+            if self._stopped.is_set():
+                raise RuntimeError("interrupted")  # or Orbax would complete the item
+        finally:
+            self.idle.set()
+
+    async def _write_all(self, values, infos, args) -> None:
         stores = [await self._open(leaf, info, arg) for leaf, info, arg in zip(values, infos, args, strict=True)]
         chunks = [(leaf, store, box) for leaf, store in zip(values, stores, strict=True) for box in leaf.boxes()]
         loop, room = asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)
@@ -137,8 +148,9 @@ def write(
       advance: is told of bytes of `params` written, from other threads.
     """
     stop = threading.Event()
+    writer = LazyHandler(advance, stop)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Lazy, LazyHandler(advance, stop)), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+        (Lazy, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     )
     handlers = {
         "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
@@ -152,7 +164,8 @@ def write(
         with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
     finally:
-        stop.set()  # after an interruption the threads must not go on
+        stop.set()  # after an interruption the threads must not go on: what they write comes back after its removal
+        writer.idle.wait(60)
 
 
 # -------------------------------------------------------------------------------------------------------- reading
