@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import math
 import os
 import threading
@@ -92,7 +93,8 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
         try:
             await self._write_all(values, infos, args)
             if self._stopped.is_set():
-                raise RuntimeError("interrupted")  # or Orbax would complete the item
+                logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what follows
+                raise SystemExit  # or Orbax would complete the item; of this one a thread says nothing
         finally:
             self.idle.set()
 
