@@ -100,7 +100,8 @@ def _read(source: Source, shapes: Any) -> Any:
     values = {}
     for path, shape in _flat(shapes):
         values[path] = _leaf(wanted[path], found, shape)
-        source.release()
+        for name in wanted[path].tensors:
+            found[name].release()
     return hf_names.tree(values)
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ KEPT = (  # what is not weights, and is given back as it was
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
+MAKERS, AHEAD = 1 + min(4, os.cpu_count() or 1), 128 * 2**20  # of an export: threads; bytes that are made ahead
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
@@ -70,7 +72,7 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     found = source.check(table)
     hf_tokenizer.check(source.folder, source.model)
     tokenizer = hf_tokenizer.find(source.folder)
-    values = {leaf.path: _lazy(leaf, found, source) for leaf in table}
+    values = {leaf.path: _lazy(leaf, found) for leaf in table}
     dtypes = {
         name: found[name].dtype.name
         for leaf in table
@@ -95,19 +97,21 @@ def from_hf(folder: str | Path, out: str | Path) -> Path:
     return out
 
 
-def _lazy(leaf: Leaf, found: dict[str, Tensor], source: Source) -> stream.Lazy:
+def _lazy(leaf: Leaf, found: dict[str, Tensor]) -> stream.Lazy:
     dtypes = [found[name].dtype for name in leaf.tensors]
     dtype = dtypes[0]
     for other in dtypes[1:]:
         dtype = np.promote_types(dtype, other)  # bfloat16 and float16 fit into float32 only
 
     def make(box: Index) -> np.ndarray:
-        made = assemble(leaf, found, box).astype(dtype, copy=False)
-        source.release()
-        return made
+        return assemble(leaf, found, box).astype(dtype, copy=False)
+
+    def release(box: Index) -> None:
+        for name in leaf.tensors[box[0]] if leaf.stacked else leaf.tensors:
+            found[name].release()
 
     chunk = stream.chunk_of(leaf.shape, dtype.itemsize, stacked=leaf.stacked, slow=leaf.how.slow)
-    return stream.Lazy(leaf.shape, dtype, chunk, make)
+    return stream.Lazy(leaf.shape, dtype, chunk, make, release)
 
 
 def _keep(folder: Path, to: Path) -> None:
@@ -274,17 +278,15 @@ def _bytes(plan: list[Planned]) -> int:
 
 
 def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
-    """The tensors of the plan, in order; the next one is made meanwhile, in another thread."""
-    with ThreadPoolExecutor(1, "convert") as pool:
-        pending: Future[np.ndarray] | None = None
+    """The tensors of the plan, in order; the next ones are made meanwhile: one, or as many as AHEAD bytes hold."""
+    with ThreadPoolExecutor(MAKERS, "convert") as pool:
+        pending: deque[tuple[Future[np.ndarray], int]] = deque()
         for tensor in plan:
-            ready = pending.result() if pending is not None else None
-            pending = pool.submit(tensor.make)
-            if ready is not None:
-                yield ready
-            del ready
-        if pending is not None:
-            yield pending.result()
+            while len(pending) == MAKERS or (pending and sum(n for _, n in pending) + tensor.nbytes > AHEAD):
+                yield pending.popleft()[0].result()
+            pending.append((pool.submit(tensor.make), tensor.nbytes))
+        while pending:
+            yield pending.popleft()[0].result()
 
 
 def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:

@@ -60,6 +60,9 @@ class Tensor(Protocol):
 
     def get(self, box: Index) -> np.ndarray: ...
 
+    def release(self) -> None:
+        """Lets go of the pages that `get` has read."""
+
 
 class Shard:
     """One safetensors file, mapped. `entries`: name -> (dtype as the file spells it, shape, begin, end)."""
@@ -96,9 +99,11 @@ class Shard:
         dtype, shape, _, _ = self.entries[name]
         return self.bytes_of(name).view(FLOATS[dtype]).reshape(shape)
 
-    def release(self) -> None:
-        """Lets go of the pages that were read; reading them again is harmless."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def release(self, name: str) -> None:
+        """Lets go of the pages that were read of a tensor; reading them again is harmless."""
+        _, _, begin, end = self.entries[name]
+        first = begin - begin % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,9 @@ class Stored:
 
     def get(self, box: Index) -> np.ndarray:
         return self.shard.array(self.name)[box]
+
+    def release(self) -> None:
+        self.shard.release(self.name)
 
     def same_as(self, other: Stored) -> bool:
         """Whether the bytes are the same."""
@@ -153,6 +161,9 @@ class Scaled:
                 scale = np.take(scale, inside, axis=dim)
         return (self.stored.get(box).astype(np.float32) * scale).astype(BF16)
 
+    def release(self) -> None:
+        self.stored.release()
+
 
 @dataclass(frozen=True)
 class PerExpert:
@@ -176,6 +187,11 @@ class PerExpert:
         assert outputs.stop <= (part + 1) * wide, "a box crosses parts"
         rows = slice(outputs.start - part * wide, outputs.stop - part * wide)
         return np.stack([expert[part].get((rows, inputs)).T for expert in self.parts[experts]])
+
+    def release(self) -> None:
+        for expert in self.parts:
+            for part in expert:
+                part.release()
 
 
 class Problem(NamedTuple):
@@ -314,11 +330,6 @@ class Source:
         if len({tensor.dtype for row in found for tensor in row}) > 1:
             wrong = [Problem("has experts of several dtypes", f"{at}.*.{part}")]
         return whole_one, used, wrong
-
-    def release(self) -> None:
-        """Lets go of all pages that were read."""
-        for shard in self.shards:
-            shard.release()
 
 
 def scale_shape(scale: Shape, weight: Shape) -> Shape | None:

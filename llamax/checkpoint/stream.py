@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import math
 import os
 import threading
@@ -31,17 +32,20 @@ PIECE = 16 * 2**20  # bytes of a chunk, at most where the leaf can be cut
 # Bits of equal weight side by side: exponents hardly differ, so bfloat16 shrinks by a quarter, as with Orbax's zstd and
 # in half of its time.
 COMPRESSOR = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 2}
-AT_ONCE = 1 + min(8, os.cpu_count() or 1)  # chunks in the making
+MAKERS = 1 + min(8, os.cpu_count() or 1)  # threads that make chunks
+AT_ONCE = 3 + MAKERS  # chunks that are made or on their way to the disk
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A leaf of a checkpoint that is made box by box. `make` is called from several threads."""
+    """A leaf of a checkpoint that is made box by box. `make` is called from several threads, and `release` once what it
+    gave for a box, which may be a view of a file, is written."""
 
     shape: Shape
     dtype: np.dtype
     chunk: Shape
     make: Callable[[Index], np.ndarray]
+    release: Callable[[Index], None] = lambda box: None
 
     @property
     def size(self) -> int:
@@ -75,48 +79,61 @@ def chunk_of(shape: Shape, itemsize: int, *, stacked: bool, slow: int) -> Shape:
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Lazy` leaves one after the other, AT_ONCE chunks at a time."""
+    """Writes `Lazy` leaves, AT_ONCE chunks of them at a time, in order."""
 
     def __init__(self, advance: Callable[[int], Any], stop: threading.Event):
         """`advance` is told of bytes written; once `stop` is set, no other chunk is made."""
         super().__init__(deepcopy_host_arrays=False)
         self._advance, self._stopped = advance, stop
+        self.idle = threading.Event()  # nothing is being written
+        self.idle.set()
 
     async def _background_serialize(self, values, infos, args=None) -> None:
-        with ThreadPoolExecutor(AT_ONCE, "convert") as pool:
-            for leaf, info, arg in zip(values, infos, args, strict=True):
-                await info.await_path_creation()
-                spec = ocp.type_handlers.get_json_tspec_write(
-                    info,
-                    use_ocdbt=info.is_ocdbt_checkpoint,
-                    global_shape=leaf.shape,
-                    local_shape=leaf.chunk,
-                    dtype=leaf.dtype,
-                    process_index=0,
-                    arg=arg,
-                )
-                spec["metadata"]["chunks"] = leaf.chunk  # as it is: Orbax may cut it further
-                spec["metadata"]["compressor"] = COMPRESSOR
-                store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-                await self._write(leaf, store, pool)
+        self.idle.clear()
+        try:
+            await self._write_all(values, infos, args)
+            if self._stopped.is_set():
+                logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what follows
+                raise SystemExit  # or Orbax would complete the item; of this one a thread says nothing
+        finally:
+            self.idle.set()
 
-    async def _write(self, leaf: Lazy, store: ts.TensorStore, pool: ThreadPoolExecutor) -> None:
+    async def _write_all(self, values, infos, args) -> None:
+        stores = [await self._open(leaf, info, arg) for leaf, info, arg in zip(values, infos, args, strict=True)]
+        chunks = [(leaf, store, box) for leaf, store in zip(values, stores, strict=True) for box in leaf.boxes()]
         loop, room = asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)
 
-        async def one(box: Index) -> None:
+        async def one(leaf: Lazy, store: ts.TensorStore, box: Index) -> None:
             async with room:
                 if self._stopped.is_set():
                     raise asyncio.CancelledError
                 made = await loop.run_in_executor(pool, leaf.make, box)
                 await store[box].write(made, can_reference_source_data_indefinitely=True)
+                leaf.release(box)
                 self._advance(made.nbytes)
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for box in leaf.boxes():
-                    tasks.create_task(one(box))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+        with ThreadPoolExecutor(MAKERS, "convert") as pool:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for chunk in chunks:
+                        tasks.create_task(one(*chunk))
+            except BaseExceptionGroup as several:
+                raise several.exceptions[0] from None
+
+    async def _open(self, leaf: Lazy, info: Any, arg: Any) -> ts.TensorStore:
+        await info.await_path_creation()
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=info.is_ocdbt_checkpoint,
+            global_shape=leaf.shape,
+            local_shape=leaf.chunk,
+            dtype=leaf.dtype,
+            process_index=0,
+            arg=arg,
+        )
+        spec["metadata"]["chunks"] = leaf.chunk  # as it is: Orbax may cut it further
+        spec["metadata"]["compressor"] = COMPRESSOR
+        return await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
 
 def write(
@@ -133,8 +150,9 @@ def write(
       advance: is told of bytes of `params` written, from other threads.
     """
     stop = threading.Event()
+    writer = LazyHandler(advance, stop)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Lazy, LazyHandler(advance, stop)), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+        (Lazy, writer), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
     )
     handlers = {
         "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
@@ -148,7 +166,8 @@ def write(
         with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
     finally:
-        stop.set()  # after an interruption the threads must not go on
+        stop.set()  # after an interruption the threads must not go on: what they write comes back after its removal
+        writer.idle.wait(60)
 
 
 # -------------------------------------------------------------------------------------------------------- reading
