@@ -40,6 +40,7 @@ class Summed(atomicity.AtomicRenameTemporaryPath):
 
     _tmp_path: Any
     _final_path: Any
+    ahead: sums.Ahead | None = None  # of a subclass: has taken some of the sums
 
     async def finalize(self) -> None:
         if sums.is_unfinished(self._final_path.parent):  # an item's folder inside of the step's
@@ -48,8 +49,10 @@ class Summed(atomicity.AtomicRenameTemporaryPath):
         final, whole = self._final_path, self._tmp_path.with_name(f"{self._tmp_path.name}-whole")
         self._final_path = whole
         try:
+            if self.ahead is not None:
+                self.ahead.stop()
             await super().finalize()
-            await asyncio.to_thread(sums.write, Path(whole))
+            await asyncio.to_thread(sums.write, Path(whole), self.ahead and self.ahead.known)
             await asyncio.to_thread(whole.rename, final)
         finally:
             self._final_path = final

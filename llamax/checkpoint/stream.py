@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from llamax.checkpoint import sums
 from llamax.checkpoint.hf_names import Index, Shape
 from llamax.checkpoint.manager import Summed
 
@@ -33,6 +34,7 @@ PIECE = 16 * 2**20  # bytes of a chunk, at most where the leaf can be cut
 # in half of its time.
 COMPRESSOR = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 2}
 MAKERS = 1 + min(8, os.cpu_count() or 1)  # threads that make chunks
+FILE = 128 * 2**20  # bytes of a file: their sums are taken side by side
 AT_ONCE = 3 + MAKERS  # chunks that are made or on their way to the disk
 
 
@@ -158,13 +160,15 @@ def write(
         "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         "router_bias": ocp.StandardCheckpointHandler(),
     }
-    items: dict[str, Any] = {"params": ocp.args.PyTreeSave(params)}
+    items: dict[str, Any] = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=FILE)}
     if jax.tree.leaves(router_bias):
         items["router_bias"] = ocp.args.StandardSave(router_bias)
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=Summed)
     try:
-        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-            manager.save(0, args=ocp.args.Composite(**items))
+        with sums.Ahead(folder) as ahead:
+            summed = type("SummedAhead", (Summed,), {"ahead": ahead})
+            options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, temporary_path_class=summed)
+            with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+                manager.save(0, args=ocp.args.Composite(**items))
     finally:
         stop.set()  # after an interruption the threads must not go on: what they write comes back after its removal
         writer.idle.wait(60)

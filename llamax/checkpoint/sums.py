@@ -10,10 +10,13 @@ The last sum is of the others, so a damaged checksums.json is noticed too. No ja
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +31,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of Orbax's folders until th
 DAMAGED = "damaged"
 SHOWN = 4  # problems that a message names
 CHUNK = 4 * 2**20  # bytes read at once
+REST_S = 0.3  # seconds without a write after which a file may be whole
 
 Progress = Callable[[int], Any]  # is told how many bytes more were read
 
@@ -35,16 +39,65 @@ Progress = Callable[[int], Any]  # is told how many bytes more were read
 # ------------------------------------------------------------------------------------------------- sums of one folder
 
 
-def write(step_folder: Path) -> None:
-    """Writes the sums of all files below `step_folder`, to the disk itself."""
-    paths = [path for path in files(step_folder) if path != SUMS]
+def write(step_folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+    """Writes the sums of all files below `step_folder`, to the disk itself. `known`: those that `Ahead` has taken."""
+    found = files(step_folder)
+    paths = [path for path in found if path != SUMS]
+
+    def digest(path: str) -> tuple[int, str]:
+        taken = (known or {}).get(Path(path).name)
+        return taken if taken is not None and taken[0] == found[path] else _digest(step_folder / path)
+
     with _pool() as pool:
-        digests = pool.map(lambda path: _digest(step_folder / path), paths)
-        sums = {path: {"bytes": n, "sha256": digest} for path, (n, digest) in zip(paths, digests, strict=True)}
+        sums = {
+            path: {"bytes": n, "sha256": text} for path, (n, text) in zip(paths, pool.map(digest, paths), strict=True)
+        }
     with (step_folder / SUMS).open("w") as file:
         file.write(_render(sums))
         file.flush()
         os.fsync(file.fileno())
+
+
+class Ahead:
+    """Takes the sums of a save's data files while others are being written.
+
+    Orbax's data files (in folders named `d`) have random names and grow at their end until they are whole. One that has
+    rested for a moment is summed, and the sum counts only if the file still has the same size at the end.
+    """
+
+    def __init__(self, folder: Path):
+        self.known: dict[str, tuple[int, str]] = {}  # by the file's own name: bytes, SHA-256
+        self._folder, self._stop = folder, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="checksums", daemon=True)
+
+    def __enter__(self) -> Ahead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends; a file in the middle is left to the end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):
+            for parent, _, names in os.walk(self._folder):
+                for name in names if Path(parent).name == "d" else ():
+                    with contextlib.suppress(OSError):  # renamed with its folder; or it is time to stop
+                        self._look(Path(parent, name))
+
+    def _look(self, path: Path) -> None:
+        self._go_on(0)
+        status = path.stat()
+        if time.time() - status.st_mtime > REST_S and self.known.get(path.name, (-1,))[0] != status.st_size:
+            self.known[path.name] = _digest(path, self._go_on)
+
+    def _go_on(self, _: int) -> None:
+        if self._stop.is_set():
+            raise InterruptedError
 
 
 def check(step_folder: Path, progress: Progress = lambda n: None) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -209,9 +210,9 @@ def test_the_sums_are_written_in_the_background(tmp_path, monkeypatch):
     """And before the step takes its name."""
     seen, write = {}, sums.write
 
-    def note(folder):
+    def note(folder, known):
         seen.update(thread=threading.current_thread(), name=folder.name, steps=sums.steps(folder.parent))
-        write(folder)
+        write(folder, known)
 
     monkeypatch.setattr(sums, "write", note)
     with Checkpoints(tmp_path, CFG) as checkpoints:
@@ -228,3 +229,25 @@ def test_retention(keep, every, left, tmp_path):
             checkpoints.save(step, **small, data_iterator=stream(), extra={})
         assert checkpoints.steps() == left
     assert sums.steps(tmp_path) == left
+
+
+def test_sums_taken_ahead_count_for_what_stayed_as_it_was(tmp_path, monkeypatch):
+    """Two data files that rest, one of which then grows, and a file that is none: the step is sound in any case."""
+    data = tmp_path / "params" / "d"
+    data.mkdir(parents=True)
+    (tmp_path / "manifest").write_bytes(b"m")
+    for name in ("aa", "bb"):
+        (data / name).write_bytes(name.encode() * 1000)
+    monkeypatch.setattr(sums, "REST_S", 0.0)
+    with sums.Ahead(tmp_path) as ahead:
+        deadline = time.monotonic() + 30
+        while len(ahead.known) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert ahead.known.keys() == {"aa", "bb"}
+    with (data / "bb").open("ab") as file:
+        file.write(b"more")
+    read, digest = [], sums._digest
+    monkeypatch.setattr(sums, "_digest", lambda path, *rest: read.append(path.name) or digest(path, *rest))
+    sums.write(tmp_path, ahead.known)
+    assert sorted(read) == ["bb", "manifest"]
+    assert sums.check(tmp_path) == []
