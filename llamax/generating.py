@@ -44,6 +44,9 @@ def generate(
     model, tokenizer = _load(folder, dtype)
     for image in images:
         _check_image(image, model)
+    if not images and model.model.vision is not None and template.PLACEHOLDER in prompt:
+        true = f"the prompt has {prompt.count(template.PLACEHOLDER)} places for them ({template.PLACEHOLDER})"
+        raise ConfigError("0 images", true, "Give an image for every place, in order.")
     encoded = Encoder(tokenizer.path, model.model.vision, where="the prompt")(Document(_pieces(prompt, images)))
     if encoded.skip:
         shown = " ".join(f"--image {image}" for image in images)

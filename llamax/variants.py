@@ -41,22 +41,22 @@ def behemoth() -> Model:
 
     Meta announced these three numbers and never released the model or its dimensions: every width below is our own,
     chosen to meet them. Scout's layers, one expert of 16 a token and one shared; heads of 128; widths are multiples of
-    1024. With x the parameters of one expert in all layers and a everything else (attention, embeddings, router,
-    norms), active = a + 2 x and total = a + 17 x, so 2000B - 288B = 15 x: x = 114.1B and a = 59.7B.
+    256. With x the parameters of one expert in all layers and a everything else (attention, embeddings, router, norms),
+    active = a + 2 x and total = a + 17 x, so 2000B - 288B = 15 x: x = 114.1B and a = 59.7B.
 
-        88 layers, width 16,384, 128 query and 8 kv heads: attention 2 * 16,384 * 128 * (128 + 8) = 570.4M a layer
-        a = 88 * (570.4M + 0.3M router and norms) + 2 * 202,048 * 16,384 embeddings = 50.2B + 6.6B = 56.8B
-        experts of 26,624:  x = 88 * 3 * 16,384 * 26,624 = 115.2B
-        active = 56.8B + 2 * 115.2B = 287.2B;  total = 56.8B + 17 * 115.2B = 2,014.5B, and 0.9B of vision
+        88 layers, width 16,384, 128 query and 16 kv heads: attention 2 * 16,384 * 128 * (128 + 16) = 604.0M a layer
+        a = 88 * (604.0M + 0.3M router and norms) + 2 * 202,048 * 16,384 embeddings = 53.2B + 6.6B = 59.8B
+        experts of 26,368:  x = 88 * 3 * 16,384 * 26,368 = 114.1B
+        active = 59.8B + 2 * 114.1B = 287.9B;  total = 59.8B + 17 * 114.1B = 1,998.7B, and 0.9B of vision
 
     RoPE is not rescaled: its layers see chunks of 8,192 tokens, the length that they are trained at.
     """
     return Model(
         dim=16_384,
         n_heads=128,
-        n_kv_heads=8,
+        n_kv_heads=16,
         plan=((SCOUT_PERIOD, 22),),
-        expert_ffn_dim=26_624,
+        expert_ffn_dim=26_368,
         n_experts=16,
         vision=Vision(),
     )

@@ -339,7 +339,7 @@ def _write_small_files(model: saved.Saved, to: Path, dtype: str | None, stored: 
     tokenizer = Tokenizer(model.tokenizer) if model.tokenizer else None
     ids = token_ids(tokenizer)
     files = {CONFIG: hf_config_write.write(model.model, ids, dtype or stored)}
-    files["generation_config.json"] = hf_config_write.generation(ids)
+    files["generation_config.json"] = hf_config_write.generation(ids, model.model.vocab_size)
     if model.model.vision is not None:
         files["preprocessor_config.json"] = hf_config_write.preprocessor(model.model.vision)
     for name, said in files.items():
@@ -352,14 +352,10 @@ def token_ids(tokenizer: Tokenizer | None) -> hf_config_write.TokenIds:
     """The special tokens of a tokenizer; Llama 4's without one."""
     if tokenizer is None:
         return hf_config_write.TokenIds()
-    return hf_config_write.TokenIds(
-        bos=tokenizer.bos,
-        eos=tuple(sorted(tokenizer.stop)),
-        pad=tokenizer.pad,
-        image_start=tokenizer.image_start,
-        image_end=tokenizer.image_end,
-        patch=tokenizer.patch,
-    )
+    ids = hf_config_write.TokenIds(bos=tokenizer.bos, eos=tuple(sorted(tokenizer.stop)), pad=tokenizer.pad)
+    if not tokenizer.has("patch"):
+        return ids
+    return ids._replace(image_start=tokenizer.image_start, image_end=tokenizer.image_end, patch=tokenizer.patch)
 
 
 def with_dtype(said: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -388,6 +384,7 @@ def new_folder(out: Path, bytes_needed: int) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}", "it is there already", "Name a new folder, or remove this one.")
     check_room(out, bytes_needed)
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -400,6 +397,9 @@ def new_folder(out: Path, bytes_needed: int) -> Iterator[Path]:
         temporary.rename(out)
     except BaseException as error:
         space.remove(temporary)
+        for parent in new_parents:  # the deepest first
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
         if isinstance(error, Exception) and space.is_full(error):
             true = f"the disk was full before all was written; {quantity(space.free(out))}B are free now"
             raise ConfigError(f"--out {out}", true, "Free some space, or name a folder on another disk.") from error

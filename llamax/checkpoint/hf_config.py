@@ -75,6 +75,7 @@ VISION_DEFAULTS: dict[str, Any] = dict(
     attention_dropout=0.0,
 )
 THETA = {LLAMA4_TEXT: 500_000.0, LLAMA: 10_000.0, "vision": 10_000.0}  # where neither spelling gives one
+BRING_BACK = "Bring the file back from its source."
 IMAGE_TOKEN, BOI_TOKEN, EOI_TOKEN = 200_092, 200_080, 200_081
 VISION_NORM_EPS = 1e-5  # theirs are LayerNorms of this epsilon, whatever norm_eps says
 
@@ -96,7 +97,7 @@ class Section:
     def __init__(self, values: Any, defaults: Mapping[str, Any], where: str):
         self.values, self.defaults, self.where = values, defaults, where
         if not isinstance(values, Mapping):
-            raise self.refused(f"{values!r}", "it is a dict", "Bring the file back from its source.")
+            raise self.refused(f"{values!r}", "it is a dict", BRING_BACK)
 
     def refused(self, asked: str, true: str, change: str = "") -> ConfigError:
         change = change or "Such a model cannot be expressed here: convert one without it."
@@ -114,7 +115,7 @@ class Section:
         if kind is bool and type(value) is int:  # released files say attn_temperature_tuning: 4
             return bool(value)
         if type(value) is not kind or (kind in (int, float) and not math.isfinite(value)):
-            raise self.refused(f"{key}={value!r}", f"it is {config_kind(kind)}", "Bring the file back from its source.")
+            raise self.refused(f"{key}={value!r}", f"it is {config_kind(kind)}", BRING_BACK)
         return value
 
     def only(self, key: str, allowed: Any) -> None:
@@ -125,7 +126,7 @@ class Section:
     def size(self, key: str) -> int:
         """A whole number from 1 up."""
         if self(key) < 1:
-            raise self.refused(f"{key}={self(key)}", "it is 1 or more", "Bring the file back from its source.")
+            raise self.refused(f"{key}={self(key)}", "it is 1 or more", BRING_BACK)
         return self(key)
 
     def optional(self, key: str, fallback: int) -> int:
@@ -143,8 +144,10 @@ def describe(hf: Any, where: str, preprocessor: Mapping[str, Any] | None = None)
     Raises:
       ConfigError: another architecture, or a value that changes the model and cannot be expressed.
     """
-    top = Section(hf, {"model_type": "", "tie_word_embeddings": False}, where)
+    top = Section(hf, {"model_type": "", "tie_word_embeddings": False, "partial_rotary_factor": 1.0}, where)
     kind = top("model_type")
+    _architecture(top, kind)
+    top.only("partial_rotary_factor", 1.0)
     if kind == LLAMA:
         return Described(_dense(Section(hf, LLAMA_DEFAULTS, where)), LLAMA, -1)
     if kind == LLAMA4_TEXT:
@@ -157,12 +160,39 @@ def describe(hf: Any, where: str, preprocessor: Mapping[str, Any] | None = None)
             raise top.refused(
                 f"tie_word_embeddings={top('tie_word_embeddings')}", f"text_config says {model.tied_embeddings}"
             )
-        max_tiles = Section(preprocessor or {}, {"max_patches": 16}, "preprocessor_config.json").size("max_patches")
-        model = dataclasses.replace(model, vision=_vision(vision, max_tiles))
-        ids = Section(hf, {"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}, where)
-        return Described(model, LLAMA4, ids("image_token_index" if "image_token_index" in hf else "image_token_id"))
+        model = dataclasses.replace(model, vision=_vision(vision, _max_tiles(preprocessor or {}, vision)))
+        key = "image_token_index" if "image_token_index" in hf else "image_token_id"
+        patch_id = Section(hf, {key: IMAGE_TOKEN}, where)(key)
+        if not 0 <= patch_id < model.vocab_size:
+            raise top.refused(f"{key}={patch_id}", f"the vocabulary has {model.vocab_size} ids", BRING_BACK)
+        return Described(model, LLAMA4, patch_id)
     true = f"this converts model_type {LLAMA4}, {LLAMA4_TEXT} and {LLAMA}"
     raise top.refused(f"model_type={kind!r}", true, "Convert a model of the Llama family.")
+
+
+def _architecture(top: Section, kind: str) -> None:
+    """A config.json may name classes of transformers; they are those of its model_type."""
+    named = top.values.get("architectures")
+    family = {LLAMA: "Llama", LLAMA4_TEXT: "Llama4", LLAMA4: "Llama4"}.get(kind)
+    for name in named if isinstance(named, list) and family else ():
+        if not str(name).startswith(family) or (kind == LLAMA and str(name).startswith("Llama4")):
+            raise top.refused(f"architectures={named!r}", f"model_type={kind!r} is another one", BRING_BACK)
+
+
+def _max_tiles(preprocessor: Mapping[str, Any], vision: Section) -> int:
+    """Tiles of a picture at most. What the preprocessor would do otherwise than we is refused."""
+    defaults = dict(max_patches=16, resize_to_max_canvas=False, do_resize=True, do_rescale=True, do_normalize=True)
+    said = Section(preprocessor, defaults, "the preprocessor's configuration")
+    for key in ("resize_to_max_canvas", "do_resize", "do_rescale", "do_normalize"):
+        said.only(key, defaults[key])
+    side = vision.size("image_size")
+    for key, allowed in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("size", dict(height=side, width=side))):
+        value = preprocessor.get(key)
+        if isinstance(value, Mapping):  # later versions name other ways to give a size, all null
+            value = {name: one for name, one in value.items() if one is not None}
+        if value is not None and value != allowed:
+            raise said.refused(f"{key}={value!r}", f"only {allowed!r} is supported")
+    return said.size("max_patches")
 
 
 def _dense(text: Section) -> Model:
@@ -265,15 +295,17 @@ def _rope(section: Section, theta: float) -> Rope:
     at.defaults = dict(rope_type="default", type="default", rope_theta=float(theta), partial_rotary_factor=1.0)
     kind = at("rope_type") if said.get("rope_type") else at("type")
     at.only("partial_rotary_factor", 1.0)
+    if at("rope_theta") <= 0:
+        raise at.refused(f"rope_theta={at('rope_theta'):g}", "it is more than 0", BRING_BACK)
     if kind == "default":
         return Rope(theta=at("rope_theta"))
     if kind != "llama3":
         raise at.refused(f"rope_type={kind!r}", "only 'default' and 'llama3' are supported")
     needed = dict(factor=0.0, low_freq_factor=0.0, high_freq_factor=0.0, original_max_position_embeddings=0)
     at.defaults = {**at.defaults, **needed}
-    missing = [key for key in needed if not at(key)]
+    missing = [key for key in needed if not at(key) > 0]
     if missing:
-        raise at.refused("rope_type='llama3'", f"it needs {', '.join(missing)}", "Bring the file back from its source.")
+        raise at.refused("rope_type='llama3'", f"it needs {', '.join(missing)}, above 0", BRING_BACK)
     return Rope(
         theta=at("rope_theta"),
         scaling="llama3",

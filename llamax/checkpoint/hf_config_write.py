@@ -80,7 +80,7 @@ def write(model: Model, ids: TokenIds, dtype: str) -> dict[str, Any]:
       ConfigError: no format can express it.
     """
     form = format_of(model)
-    ends = dict(bos_token_id=ids.bos, eos_token_id=list(ids.eos), pad_token_id=ids.pad)
+    ends = _ends(ids, model.vocab_size)
     if form == LLAMA:
         return {**_write_dense(model), **ends, "architectures": ["LlamaForCausalLM"], "dtype": dtype}
     text = {**_write_decoder(model), **ends, "dtype": dtype}
@@ -100,9 +100,19 @@ def write(model: Model, ids: TokenIds, dtype: str) -> dict[str, Any]:
     )
 
 
-def generation(ids: TokenIds) -> dict[str, Any]:
+def generation(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
     """generation_config.json of a model that did not come with one."""
-    return dict(bos_token_id=ids.bos, eos_token_id=list(ids.eos), pad_token_id=ids.pad)
+    return _ends(ids, vocab_size)
+
+
+def _ends(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
+    """Null for what a smaller vocabulary does not have."""
+
+    def known(token: int) -> int | None:
+        return token if token < vocab_size else None
+
+    eos = [token for token in ids.eos if token < vocab_size]
+    return dict(bos_token_id=known(ids.bos), eos_token_id=eos or None, pad_token_id=known(ids.pad))
 
 
 def preprocessor(vision: Vision) -> dict[str, Any]:

@@ -199,6 +199,16 @@ class Problem(NamedTuple):
     name: str
 
 
+def read_preprocessor(folder: Path) -> dict[str, Any] | None:
+    """How pictures are tiled: preprocessor_config.json, or where later versions of transformers keep the same."""
+    if (folder / "preprocessor_config.json").exists():
+        return read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").exists():
+        found = read_json(folder / "processor_config.json").get("image_processor")
+        return found if isinstance(found, dict) else None
+    return None
+
+
 class Source:
     """A Hugging Face folder. Nothing is kept in memory but headers."""
 
@@ -212,8 +222,7 @@ class Source:
         if not self.folder.is_dir():
             raise ConfigError(f"{self.folder}", "there is no such folder", "Give one in Hugging Face's format.")
         self.config = read_json(self.folder / CONFIG)
-        preprocessor = self.folder / "preprocessor_config.json"
-        pictures = read_json(preprocessor) if preprocessor.exists() else None
+        pictures = read_preprocessor(self.folder)
         self.model, self.form, self.patch_id = hf_config.describe(self.config, str(self.folder / CONFIG), pictures)
         self.shards, indexed = self._open(weights)
         self.stored = {name: Stored(shard, name) for shard in self.shards for name in shard.entries}

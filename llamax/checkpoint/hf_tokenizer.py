@@ -13,6 +13,7 @@ from llamax.data.tokenizer import Tokenizer, check_size
 
 logger = logging.getLogger("llamax")
 JSON, TIKTOKEN = "tokenizer.json", "tokenizer.model"
+LLAMA4_ROWS, LLAMA4_NAMED = 202_048, (201_134, 201_135)
 CHANGE = "Bring the model's own tokenizer, or take the file away."
 
 
@@ -32,7 +33,7 @@ def _tiktoken(folder: Path) -> Path | None:
 def check(folder: Path, model: Model) -> None:
     """ConfigError if a tokenizer of the folder has other ids than the embedding has rows.
 
-    A tokenizer.json may leave ids at the end unnamed (Llama 4's does, the last 913), an eighth of all at most.
+    Llama 4's own tokenizer.json leaves its last 913 or 914 special tokens unnamed, and is taken all the same.
     """
     rows = model.vocab_size
     if (path := _tiktoken(folder)) is not None:
@@ -46,7 +47,7 @@ def check(folder: Path, model: Model) -> None:
             n = 1 + max(ids + [token["id"] for token in said.get("added_tokens") or ()])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"The tokenizer {path}", "it has no vocabulary", "Download it again.") from None
-        if not rows - rows // 8 <= n <= rows:
+        if n != rows and not (rows == LLAMA4_ROWS and n in LLAMA4_NAMED):
             raise ConfigError(f"The tokenizer {path}", f"it has {n} ids and the model's embedding {rows}", CHANGE)
 
 

@@ -38,7 +38,7 @@ class Conversation:
 
     def tell(self, prompt: Prompt) -> None:
         """Reads tokens and pictures after all that was before."""
-        assert prompt.tokens
+        engine.check_prompt(prompt, self._llama)
         now, batch = self._now, engine.pack([prompt])
         tokens = now.tokens + prompt.tokens
         if now.cache is None:

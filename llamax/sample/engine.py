@@ -22,6 +22,7 @@ from llamax.batch import Batch
 from llamax.config import ConfigError
 from llamax.model import cache as caches
 from llamax.model.cache import Cache
+from llamax.model.llama import Llama
 from llamax.model.skeleton import Skeleton
 
 ROUND = 64  # the least length of a row
@@ -68,6 +69,21 @@ def check(max_tokens: int, sampling: Sampling, n: int = 1) -> None:
         raise ConfigError(f"--seed {sampling.seed}", "it is 0 to 2^32 - 1", "Give a smaller one.")
 
 
+def check_prompt(prompt: Prompt, model: Llama) -> None:
+    """ConfigError if a prompt is empty, has ids that the model does not, or other pictures than places for them."""
+    if not prompt.tokens:
+        raise ConfigError("a prompt of no tokens", "there is nothing to continue", "Begin it with <|begin_of_text|>.")
+    ids, vocab_size = np.asarray(prompt.tokens), model.model.vocab_size
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        true = f"the model's vocabulary has {vocab_size} ids"
+        raise ConfigError(f"a prompt with ids {ids.min()} to {ids.max()}", true, "Use the model's own tokenizer.")
+    vision, places = model.model.vision, int((ids == model.patch_id).sum())
+    a_tile = vision.tokens_per_tile if vision else 0
+    if places != len(prompt.tiles) * a_tile or (len(prompt.tiles) and not vision):
+        asked, true = f"a prompt with {len(prompt.tiles)} tiles", f"it has {places} <|patch|> tokens, {a_tile} a tile"
+        raise ConfigError(asked, true, "Encode pictures and text together, with data.encode or data.chat.")
+
+
 def generate(
     skeleton: Skeleton,
     params,
@@ -89,12 +105,12 @@ def generate(
     for all but `<|patch|>`, which would take a picture's next feature.
 
     Raises:
-        ConfigError: a prompt is empty, or `check` refuses the numbers.
+        ConfigError: `check_prompt` refuses a prompt, or `check` the numbers.
     """
     check(max_tokens, sampling, n)
-    if not all(prompt.tokens for prompt in prompts):
-        raise ConfigError("a prompt of no tokens", "there is nothing to continue", "Begin it with <|begin_of_text|>.")
     model = skeleton.bind(params, router_bias)
+    for prompt in prompts:
+        check_prompt(prompt, model)
     may_V = may_be_drawn(allowed, model.model.vocab_size, model.patch_id)
     how = How(skeleton, tuple(sorted(stop)), sampling.temperature > 0, sampling.top_p < 1)
     chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))

@@ -96,8 +96,34 @@ def test_missing_keys_take_the_classes_defaults():
 
 
 def test_the_tiles_of_a_picture_come_from_the_preprocessor():
-    found = hf_config.describe(SCOUT, "x", {"max_patches": 5})
+    size = {"height": 336, "width": 336, "longest_edge": None}
+    found = hf_config.describe(SCOUT, "x", {"max_patches": 5, "image_mean": [0.5] * 3, "size": size})
     assert found.model.vision.max_tiles == 5
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("image_mean", [0.48, 0.46, 0.41]),
+        ("image_std", [0.5, 0.5, 0.4]),
+        ("size", {"height": 448, "width": 448}),
+        ("resize_to_max_canvas", True),
+        ("do_normalize", False),
+        ("max_patches", 0),
+    ],
+)
+def test_a_preprocessor_that_makes_other_pixels_is_refused(key, value):
+    with pytest.raises(ConfigError, match=key):
+        hf_config.describe(SCOUT, "x", {key: value})
+
+
+@pytest.mark.parametrize(
+    "kind, named",
+    [("llama4_text", "MistralForCausalLM"), ("llama4", "LlamaForCausalLM"), ("llama", "Llama4ForCausalLM")],
+)
+def test_classes_of_another_architecture_are_refused(kind, named):
+    with pytest.raises(ConfigError, match="architectures"):
+        hf_config.describe({"model_type": kind, "architectures": [named]}, "x")
 
 
 def test_lists_override_intervals():
@@ -141,6 +167,10 @@ REFUSED = {
     "vision_config.image_size": (340, "a multiple of 28"),
     "vision_config.hidden_size": (1400, "5600"),
     "text_config": ([1], "a dict"),
+    "text_config.rope_theta": (-5.0, "more than 0"),
+    "text_config.rope_scaling.low_freq_factor": (-1.0, "above 0"),
+    "image_token_index": (202_048, "202048 ids"),
+    "partial_rotary_factor": (0.5, "only 1.0"),
 }
 
 
@@ -183,7 +213,9 @@ def test_every_variant_has_a_format(variant):
     if model.vision is None:
         assert hf_config_write.format_of(model) in ("llama", "llama4_text")
     tiles = model.vision and hf_config_write.preprocessor(model.vision)
-    written = hf_config_write.write(model, hf_config_write.TokenIds(), "bfloat16")
+    ids = hf_config_write.TokenIds()
+    written = hf_config_write.write(model, ids._replace(patch=min(ids.patch, model.vocab_size - 1)), "bfloat16")
+    assert all(token is None or token < model.vocab_size for token in (written.get("pad_token_id"),))
     assert hf_config.describe(written, "x", tiles).model == model
 
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llamax
-from llamax.checkpoint import hf, hf_read, saved, stream
+from llamax.checkpoint import hf, hf_read, hf_tokenizer, saved, stream
+from llamax.checkpoint.hf_read import Source
 from llamax.config import ConfigError
 from tests import hf_folders
 from tests.checkpoint.test_hf import exportable, workdir
@@ -242,7 +243,18 @@ def test_a_wrong_file_is_refused(source, file, text, says):
     refused(source, says)
 
 
-def test_a_tokenizer_that_leaves_a_few_ids_unnamed_is_taken(source, tmp_path):
+def test_tiles_are_read_where_later_versions_write_them(tmp_path):
+    source = hf_folders.golden(tmp_path / "source", "vision")
+    assert Source(source).model.vision.max_tiles == 16
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": {"max_patches": 4}}))
+    assert Source(source).model.vision.max_tiles == 4
+    (source / "preprocessor_config.json").write_text(json.dumps({"max_patches": 9}))
+    assert Source(source).model.vision.max_tiles == 9
+
+
+def test_a_tokenizer_that_leaves_the_ids_unnamed_that_llama_4_does_is_taken(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_tokenizer, "LLAMA4_ROWS", 96)
+    monkeypatch.setattr(hf_tokenizer, "LLAMA4_NAMED", (91,))
     named = {"model": {"vocab": {str(i): i for i in range(80)}}, "added_tokens": [{"id": 90}]}
     (source / "tokenizer.json").write_text(json.dumps(named))
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")  # SentencePiece's

@@ -109,6 +109,13 @@ def test_what_cannot_be_continued_is_told(tiny):
         ask(tiny, PROMPTS[0], [])
     with pytest.raises(ConfigError, match="1 to"):
         ask(tiny, PROMPTS[0], max_tokens=0)
+    for tokens in ([3, MODEL.vocab_size], [-1, 3]):
+        with pytest.raises(ConfigError, match="vocabulary has 40 ids"):
+            ask(tiny, tokens)
+    with pytest.raises(ConfigError, match="0 tiles, but it has 2 <|patch|> tokens"):
+        ask(tiny, [3, twins.PATCH, twins.PATCH])
+    with pytest.raises(ConfigError, match="1 tiles"):
+        generate(*tiny, [Prompt([3], np.zeros((1, 8, 8, 3), np.uint8))], max_tokens=1, stop=())
 
 
 def test_generation_ends_with_a_stop_token(tiny):
