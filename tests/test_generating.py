@@ -146,7 +146,15 @@ def test_pictures_are_those_of_their_turn(model, tmp_path):
     assert "".join(talk.ask("And now?", (), 2, GREEDY)) == talk.messages[-1]["content"]
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_was_said(loaded, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """A test's process may have been told to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_was_said(loaded, monkeypatch, interruptible):
     """Interrupts at any moment, before, in and after a step of the device: tokens and cache stay together."""
     talks = []
 

@@ -128,7 +128,7 @@ def test_free_looks_at_the_disk_of_a_folder_that_is_not_there_yet(tmp_path):
 
 
 def test_other_errors_of_a_background_save_are_raised(tmp_path, monkeypatch):
-    def fail(folder):
+    def fail(folder, known):
         raise PermissionError(13, "not allowed")
 
     with Checkpoints(tmp_path, CFG) as checkpoints:
@@ -141,7 +141,7 @@ def test_other_errors_of_a_background_save_are_raised(tmp_path, monkeypatch):
 def test_a_full_disk_that_the_sums_meet(tmp_path, monkeypatch, messages):  # noqa: F811
     """Written, and then no room for checksums.json: the step does not come to be."""
 
-    def fail(folder):
+    def fail(folder, known):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(space.NotSaved), Checkpoints(tmp_path, CFG) as checkpoints:
