@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,9 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
     source = hf_folders.write(tmp_path / "source", like, hf_folders.random(like))
     words = [sys.executable, "-m", "llamax.cli", "convert", "from-hf", str(source), "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as run:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test's process may ignore it, and hand that on
+    how = dict(env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    with subprocess.Popen(words, **how) as run:
         while not list(tmp_path.glob(".out.*.tmp/checkpoints/0.*/params*")):
             assert run.poll() is None
             time.sleep(0.01)
