@@ -166,3 +166,15 @@ def test_the_kernel_equals_attention_over_both_parts_together(queries):
     both = {name: np.concatenate([a, here[name]], axis=1) for name, a in (("k_pos", past_pos), ("k_seg", past_seg))}
     slow = slow_attention(q, key, value, q_pos=q_pos, q_seg=q_seg, **both)
     np.testing.assert_allclose(ours, slow, **TWIN)
+
+
+def test_a_ring_keeps_the_newest_whatever_their_order():
+    """Twelve tokens told backwards into five places: two for one place would leave it to chance which one stays."""
+    model = replace(twins.TINY, plan=((("rope_chunk+dense",), 1),))
+    positions = np.arange(12, dtype=np.int32)[::-1][None]
+    value = np.broadcast_to(positions[0, :, None].astype(np.float32), (1, 1, model.n_kv_heads, 12, model.head_dim))
+    new = {"segment0": {"slot0": caches.KV(jnp.asarray(value), jnp.asarray(value))}}
+    cache = caches.write(caches.empty(model, 1, 20, jnp.float32), new, positions, np.ones_like(positions))
+    window = caches.windows(cache, model)["rope_chunk"]
+    assert sorted(window.positions[0].tolist()) == [7, 8, 9, 10, 11]
+    np.testing.assert_array_equal(cache.layers["segment0"]["slot0"].key[0, 0, 0, :, 0], window.positions[0])
