@@ -11,22 +11,20 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from llamax.checkpoint import hf_config, hf_config_write, hf_tokenizer, saved, space, stream
-from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, bits, leaves, tree
-from llamax.checkpoint.hf_read import BF16, CONFIG, FLOATS, INDEX, WEIGHTS, Source, Tensor, read_json
+from llamax.checkpoint import hf_config, hf_config_write, hf_tokenizer, hf_write, saved, space, stream
+from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, leaves, tree
+from llamax.checkpoint.hf_read import BF16, CONFIG, Source, Tensor, read_json
+from llamax.checkpoint.hf_write import Planned
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError, Model, Train
 from llamax.data.tokenizer import Tokenizer
@@ -37,13 +35,11 @@ from llamax.observe.provenance import write_whole
 
 logger = logging.getLogger("llamax")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BF16, "float16": np.dtype(np.float16)}
-SPELT = {dtype: spelt for spelt, dtype in FLOATS.items()}  # in a file's header
 KEPT = (  # what is not weights, and is given back as it was
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "*processor_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("LICENSE*", "USE_POLICY*", "README*"),
 )
-MAKERS, AHEAD = 1 + min(4, os.cpu_count() or 1), 128 * 2**20  # of an export: threads; bytes that are made ahead
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of config.json, and its sections
 
 
@@ -123,19 +119,6 @@ def _keep(folder: Path, to: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ to Hugging Face
 
 
-class Planned(NamedTuple):
-    """One of their tensors in an export: `make` fills it."""
-
-    name: str
-    shape: Shape
-    dtype: np.dtype
-    make: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def to_hf(
     folder: str | Path,
     out: str | Path,
@@ -168,13 +151,8 @@ def to_hf(
         plan, staged = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
         check_room(out, space.needed(plan) + staged)
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
-        shards = list(_grouped(plan, max_shard_gb * 1e9))
-        made = ahead(plan)
-        with contextlib.closing(made), transfer(f"exporting {model.folder.name}", _bytes(plan)) as advance:
-            for number, shard in enumerate(shards, start=1):
-                _write_shard(temporary / _file_name(number, len(shards)), shard, made, advance)
-        if len(shards) > 1:
-            _write_index(temporary, shards)
+        with transfer(f"exporting {model.folder.name}", hf_write.total(plan)) as advance:
+            hf_write.write(temporary, plan, max_shard_gb * 1e9, advance)
     return out
 
 
@@ -260,64 +238,6 @@ def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         true = f"{name} has values beyond float16's 65504"
         raise ConfigError("--dtype float16", true, "Give --dtype bfloat16, or leave it out.")
     return cast
-
-
-def _grouped(plan: list[Planned], most: float) -> Iterator[list[Planned]]:
-    """The plan cut into files of at most `most` bytes, where tensors allow it."""
-    shard: list[Planned] = []
-    for tensor in plan:
-        if shard and _bytes(shard) + tensor.nbytes > most:
-            yield shard
-            shard = []
-        shard.append(tensor)
-    yield shard
-
-
-def _bytes(plan: list[Planned]) -> int:
-    return sum(tensor.nbytes for tensor in plan)
-
-
-def ahead(plan: list[Planned]) -> Generator[np.ndarray]:
-    """The tensors of the plan, in order; the next ones are made meanwhile: one, or as many as AHEAD bytes hold."""
-    with ThreadPoolExecutor(MAKERS, "convert") as pool:
-        pending: deque[tuple[Future[np.ndarray], int]] = deque()
-        for tensor in plan:
-            while len(pending) == MAKERS or (pending and sum(n for _, n in pending) + tensor.nbytes > AHEAD):
-                yield pending.popleft()[0].result()
-            pending.append((pool.submit(tensor.make), tensor.nbytes))
-        while pending:
-            yield pending.popleft()[0].result()
-
-
-def _write_shard(path: Path, shard: list[Planned], made: Iterator[np.ndarray], advance: Callable[[int], Any]) -> None:
-    """A safetensors file, tensor by tensor as they are made; the library's writer wants all of a file in memory.
-
-    The format: the header's length in 8 bytes, the header as JSON padded to 8 bytes, the tensors one after the other.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    at = 0
-    for tensor in shard:
-        offsets = [at, at := at + tensor.nbytes]
-        header[tensor.name] = dict(dtype=SPELT[tensor.dtype], shape=tensor.shape, data_offsets=offsets)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in shard:
-            file.write(bits(next(made)).data)
-            advance(tensor.nbytes)
-
-
-def _file_name(number: int, of: int) -> str:
-    return WEIGHTS if of == 1 else f"model-{number:05d}-of-{of:05d}.safetensors"
-
-
-def _write_index(folder: Path, shards: list[list[Planned]]) -> None:
-    files = {
-        tensor.name: _file_name(number, len(shards)) for number, shard in enumerate(shards, start=1) for tensor in shard
-    }
-    index = {"metadata": {"total_size": sum(map(_bytes, shards))}, "weight_map": dict(sorted(files.items()))}
-    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------- the small files

@@ -24,7 +24,7 @@ from llamax.config import Model
 
 LLAMA4, LLAMA4_TEXT, LLAMA = "llama4", "llama4_text", "llama"
 FORMATS = (LLAMA4, LLAMA4_TEXT, LLAMA)
-TILE = (128, 512)  # of a transpose; two of them fit into a core's cache
+TILE = (128, 1024)  # of a transpose; two of them fit into a core's cache
 Index = tuple[slice, ...]  # a slice with start and stop for each dimension
 Get = Callable[[Index], np.ndarray]  # a box of one of their tensors
 Shape = tuple[int, ...]

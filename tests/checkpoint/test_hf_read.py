@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llamax
-from llamax.checkpoint import hf, hf_read, hf_tokenizer, saved, stream
+from llamax.checkpoint import hf, hf_read, hf_tokenizer, hf_write, saved, stream
 from llamax.checkpoint.hf_read import Source
 from llamax.config import ConfigError
 from tests import hf_folders
@@ -311,13 +311,44 @@ def test_a_folder_that_is_there_is_left_alone(source, tmp_path):
 def test_an_interruption_leaves_nothing_behind(monkeypatch, source, tmp_path, way, error):
     if way == "to":
         source = hf.from_hf(source, tmp_path / "ckpt")
-        monkeypatch.setattr(hf, "_write_shard", lambda *_, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(hf_write, "_write_shard", lambda *_, **__: (_ for _ in ()).throw(error))
     else:
         monkeypatch.setattr(hf.stream, "write", lambda *_, **__: (_ for _ in ()).throw(error))
     there = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(error if error is KeyboardInterrupt else ConfigError):
         (hf.to_hf if way == "to" else hf.from_hf)(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_an_export_is_on_the_disk_when_it_is_done(monkeypatch, source, tmp_path):
+    """In pieces: bytes that are synchronised last are the end of each file."""
+    monkeypatch.setattr(hf_write, "PIECE", 1000)
+    synced, fsync = {}, os.fsync
+
+    def noted(number):
+        synced[os.readlink(f"/proc/self/fd/{number}").rsplit("/")[-1]] = os.fstat(number).st_size
+        fsync(number)
+
+    ckpt = hf.from_hf(source, tmp_path / "ckpt")
+    monkeypatch.setattr(os, "fsync", noted)
+    back = hf.to_hf(ckpt, tmp_path / "back", max_shard_gb=1e-4)
+    shards = {path.name: path.stat().st_size for path in back.glob("*.safetensors")}
+    assert len(shards) > 1
+    assert shards.items() <= synced.items()
+
+
+def test_a_disk_that_fails_late_ends_the_export(monkeypatch, source, tmp_path):
+    """When what was written goes to the disk, in the background."""
+    ckpt = hf.from_hf(source, tmp_path / "ckpt")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="the disk was full before all was written"):
+        hf.to_hf(ckpt, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    assert list(tmp_path.glob(".back*")) == []
 
 
 def test_a_file_that_cannot_be_read_any_more_ends_the_conversion(monkeypatch, source, tmp_path):
