@@ -24,6 +24,7 @@ from llamax.config import (
     REMATS,
     ROPE_SCALINGS,
     ROUTER_SCORES,
+    ROW_AXES,
     SCHEDULES,
     VISION_ENCODERS,
     Mesh,
@@ -105,11 +106,12 @@ def resolve_mesh(run: Run, n_devices: int) -> Mesh:
     left, rest = divmod(n_devices, fixed)
     free = next((axis for axis, n in sizes.items() if n == -1), None)
     if rest or (free is None and left != 1):
-        asked = f"mesh: {_product(sizes)} = {fixed}" + (f" times {free}" if free else "")
+        asked = f"mesh: {_product(sizes)}" + (f" = {fixed} times {free}" if free else "")
         visible = f"{n_devices} device{' is' if n_devices == 1 else 's are'} visible"
         raise ConfigError(asked, visible, _fitting_mesh(sizes, n_devices))
     sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
     _split_rows(run, sizes)
+    _split_model(run.model, sizes)
     return Mesh(**sizes)
 
 
@@ -366,20 +368,50 @@ def _mesh(run: Run) -> None:
         asked = f"mesh: {_product(sizes)}"
         raise ConfigError(asked, "-1 is allowed once", f"Set --config.mesh.{free[-1]}=1.")
     _split_rows(run, sizes)
+    _split_model(run.model, sizes)
 
 
 def _split_rows(run: Run, sizes: dict[str, int]) -> None:
     """A micro-batch's rows divide over the devices along the axes, as far as these are known."""
+    sizes = {axis: n for axis, n in sizes.items() if axis in ROW_AXES}
     micro, ways = run.data.rows // run.train.accumulate, math.prod(n for n in sizes.values() if n != -1)
     if micro % ways:
         fits = _nearest_multiple(ways, micro) * run.train.accumulate * run.data.seq_len
-        asked = f"mesh: {_product(sizes)} splits rows {ways} ways"
+        asked = f"rows split {ways} ways by mesh: {_product(sizes)}"
         true = f"a micro-batch has {micro} rows (batch_tokens / seq_len / accumulate)"
         raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}, or a smaller mesh axis.")
 
 
+def _split_model(model: Model, sizes: dict[str, int]) -> None:
+    """Experts divide over the axis `expert`, heads and hidden widths over `tensor`; heads of keys and values divide, or
+    are copied."""
+    expert, tensor = (abs(sizes[axis]) for axis in ("expert", "tensor"))
+    dense = any(kind.endswith("+dense") for kind in model.layers)
+    moe = any(kind.endswith("+moe") for kind in model.layers)
+    if moe and model.n_experts % expert:
+        asked, true = f"--config.mesh.expert={expert}", f"it splits --config.model.n_experts={model.n_experts} evenly"
+        raise ConfigError(asked, true, f"Set --config.mesh.expert={math.gcd(model.n_experts, expert)}.")
+    split = {"n_heads": model.n_heads}
+    split |= {"dense_ffn_dim": model.dense_ffn_dim} if dense else {}
+    split |= {"expert_ffn_dim": model.expert_ffn_dim} if moe else {}
+    for field, size in split.items():
+        if size % tensor:
+            asked, true = f"--config.mesh.tensor={tensor}", f"it splits --config.model.{field}={size} evenly"
+            raise ConfigError(
+                asked, true, f"Set --config.mesh.tensor={_nearest_divisor(math.gcd(*split.values()), tensor)}."
+            )
+    kv = model.n_kv_heads
+    if kv % tensor and tensor % kv:
+        asked, true = f"--config.mesh.tensor={tensor}", f"n_kv_heads={kv} divide it, or it divides them"
+        raise ConfigError(asked, true, f"Set --config.mesh.tensor={math.gcd(tensor, kv)}.")
+
+
 def _product(sizes: dict[str, int]) -> str:
-    return " * ".join(f"{axis}={n}" for axis, n in sizes.items())
+    """Axes of size 1 are left out; of several sizes that are known, what they multiply to is told."""
+    shown = {axis: n for axis, n in sizes.items() if n != 1} or {"data": 1}
+    text = " * ".join(f"{axis}={n}" for axis, n in shown.items())
+    known = len(shown) > 1 and -1 not in shown.values()
+    return f"{text} = {math.prod(shown.values())}" if known else text
 
 
 def _fitting_mesh(sizes: dict[str, int], n_devices: int) -> str:

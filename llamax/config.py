@@ -28,6 +28,7 @@ ROPE_SCALINGS = ("none", "llama3")
 SCHEDULES = ("cosine", "wsd")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "period")
+ROW_AXES = ("data", "fsdp", "expert")  # mesh axes that split a batch's rows
 ROUTER_SCORES = ("sigmoid", "softmax")
 CHOOSE_BY = ("logits", "scores")
 GATE_ON = ("input", "output")
@@ -183,6 +184,8 @@ class Mesh:
 
     data: int = -1  # copies of the parameters
     fsdp: int = 1  # shards of parameters and optimizer, gathered layer by layer
+    expert: int = 1  # parts of the experts; tokens travel to them
+    tensor: int = 1  # parts of heads, hidden widths and vocabulary, each on a device of its own
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ class Train:
     accumulate: int = 1  # micro-batches a step
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights are float32
     remat: str = "period"  # none | period: what backward recomputes
+    expert_buffer: float = 2.0  # tokens that mesh.expert exchanges at once, of an even share; what is over goes after
     log_every_steps: int = 10
 
 

@@ -97,7 +97,9 @@ def _train(
     devices = list(devices or jax.devices())
     preflight.check_one_process()
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
-    bones = skeleton(run.model, make_seam(mesh), patch_id=tokenizer.patch, train=run.train)
+    bones = skeleton(
+        run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=tokenizer.patch, train=run.train
+    )
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     shardings = state_shardings(bones, tx, run, mesh)
     step = jax.jit(

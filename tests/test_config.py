@@ -277,6 +277,10 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.mesh.fsdp=-1"], "-1 is allowed once"),
     (["--config.mesh.fsdp=3"], "a micro-batch has 8 rows"),
     (["--config.mesh.fsdp=4", "--config.train.accumulate=4"], "a micro-batch has 2 rows"),
+    (["--config.mesh.expert=8", "--config.model.n_experts=12"], "it splits --config.model.n_experts=12"),
+    (["--config.mesh.tensor=3"], "it splits --config.model.n_heads"),
+    (["--config.mesh.tensor=4", "--config.model.expert_ffn_dim=66"], "it splits --config.model.expert_ffn_dim=66"),
+    (["--config.mesh.tensor=4", "--config.model.n_heads=24", "--config.model.n_kv_heads=6"], "n_kv_heads=6 divide it"),
 ]
 
 
@@ -359,7 +363,7 @@ def test_the_mesh_takes_the_devices(mesh, devices, sizes):
         (
             (8, 1),
             1,
-            "mesh: data=8 * fsdp=1 = 8, but 1 device is visible. Set --config.mesh.data=1, or -1 to take the rest.",
+            "mesh: data=8, but 1 device is visible. Set --config.mesh.data=1, or -1 to take the rest.",
         ),
         (
             (-1, 8),
@@ -370,7 +374,7 @@ def test_the_mesh_takes_the_devices(mesh, devices, sizes):
         (
             (-1, 4),
             32,
-            "mesh: data=8 * fsdp=4 splits rows 32 ways, but a micro-batch has 16 rows (batch_tokens / seq_len /"
+            "rows split 32 ways by mesh: data=8 * fsdp=4 = 32, but a micro-batch has 16 rows (batch_tokens / seq_len /"
             " accumulate). Set --config.data.batch_tokens=65536, or a smaller mesh axis.",
         ),
     ],

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from llamax.kernels.attention import cached_attention, pick_attention, slow_attention
 from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
-from llamax.parallel import place
+from llamax.parallel import expert, place, tensor
 
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
@@ -37,13 +37,13 @@ class Seam:
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
 
 
-def make_seam(mesh: Mesh) -> Seam:
-    """The fast functions for the mesh's platform, each device working on its own rows."""
+def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0) -> Seam:
+    """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths."""
     platform = mesh.devices.flat[0].platform
     return Seam(
-        attention=place.PerShard(pick_attention(platform), mesh),
+        attention=tensor.SplitHeads(pick_attention(platform), mesh),
         cached_attention=place.PerShard(cached_attention, mesh),
-        run_experts=place.PerShard(pick_experts(platform), mesh, (None, EXPERT_AXES)),
-        cross_entropy=place.PerShard(cross_entropy, mesh, (None, HEAD_AXES)),
+        run_experts=expert.SplitExperts(pick_experts(platform), mesh, EXPERT_AXES, expert_buffer),
+        cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
         constrain=place.Constrain(mesh),
     )

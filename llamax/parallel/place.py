@@ -43,11 +43,17 @@ class PerShard:
     argument that is one, its logical axes (a tuple, or a tree of tuples like the argument), and None for rows:
     `PerShard(cross_entropy, mesh, (None, ("embed", "vocab")))`. Their gradient is summed over devices. Keywords that
     are no array (`local_len=64`, None) are static. Outputs are split like rows.
+
+    What is split over a mesh axis in `keep` is not gathered: the kernel works on its part of the weights and combines
+    what the devices along that axis found (parallel/tensor.py). `rows` names the dimensions of positional arguments
+    that are no weights, and of the output, where more than rows is split.
     """
 
     fn: Callable
     mesh: Mesh
     weights: tuple[Any, ...] = ()
+    keep: tuple[str, ...] = ()
+    rows: rules.Axes = ("rows",)
 
     def __call__(self, *args, **kwargs):
         if self.mesh.size == 1:
@@ -56,29 +62,33 @@ class PerShard:
         arrays = {name: x for name, x in kwargs.items() if name not in static}
         rows = PartitionSpec(rules.ROWS)
         axes = self.weights + (None,) * (len(args) - len(self.weights))
+        split_rows = rules.spec(self.rows, rules.ACTIVATIONS)
         specs = tuple(
-            rows if names is None else jax.tree.map(lambda s: s.spec, rules.shardings(names, x, self.mesh))
+            split_rows if names is None else jax.tree.map(lambda s: s.spec, rules.shardings(names, x, self.mesh))
             for x, names in zip(args, axes, strict=True)
         )
 
         def local(args, arrays):
-            whole = (x if s is rows else jax.tree.map(gather, x, s) for x, s in zip(args, specs, strict=True))
+            whole = (
+                x if names is None else jax.tree.map(partial(gather, keep=self.keep), x, s)
+                for x, names, s in zip(args, axes, specs, strict=True)
+            )
             return self.fn(*whole, **arrays, **static)
 
         # check_vma would have every kernel declare the mesh axes over which its loop carries and custom gradients vary;
         # fused kernels that are not ours cannot. The tests compare every gradient with one device's instead.
-        split = partial(jax.shard_map, mesh=self.mesh, in_specs=(specs, rows), out_specs=rows, check_vma=False)
+        split = partial(jax.shard_map, mesh=self.mesh, in_specs=(specs, rows), out_specs=split_rows, check_vma=False)
         return split(local)(args, arrays)
 
 
-def gather(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Inside shard_map: the whole of a weight that lives split by `spec`.
+def gather(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> jax.Array:
+    """Inside shard_map: the whole of a weight that lives split by `spec`, but for mesh axes in `keep`.
 
     Its gradient is a reduce-scatter back to where the weight lives. Left to the compiler, the same was an all-reduce of
     the whole gradient, then a slice: twice the traffic, and every device holding all of it.
     """
     for dim, axes in enumerate(spec):
-        if axes is not None:
+        if axes is not None and axes not in keep:
             x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
     return x
 

@@ -15,10 +15,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llamax import config
+
 Axes = tuple[str | None, ...]  # a logical name for every dimension
 Table = Mapping[str, str | tuple[str, ...] | None]
 
-ROWS = ("data", "fsdp", "expert")  # the mesh axes that split a batch's rows
+ROWS = config.ROW_AXES
 
 PARAMETERS: Table = {
     "layers": None,
@@ -35,6 +37,7 @@ PARAMETERS: Table = {
 ACTIVATIONS: Table = {
     "rows": ROWS,
     "tokens": "context",
+    "heads": "tensor",
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -28,9 +30,14 @@ RUN = tiny_run()
 
 def gradient_on(run: config.Run, batch: Batch | None = None):
     """(loss, gradients by path, expert loads) of the first batch with pictures, on the run's mesh, as numpy."""
-    shape = {"data": run.mesh.data, "fsdp": run.mesh.fsdp}
-    mesh = make_mesh(shape, jax.devices()[: run.mesh.data * run.mesh.fsdp])
-    bones = skeleton(run.model, make_seam(mesh), patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train)
+    sizes = dataclasses.asdict(run.mesh)
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    bones = skeleton(
+        run.model,
+        make_seam(mesh, expert_buffer=run.train.expert_buffer),
+        patch_id=Tokenizer(run.data.tokenizer).patch,
+        train=run.train,
+    )
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     state = jax.device_put(host_state(), state_shardings(bones, tx, run, mesh))
     batch = place.put_batch(batch or first_with_pictures(), mesh=mesh)
@@ -62,6 +69,12 @@ UNBALANCED = dict(losses=dict(router_balance=0.0))
 SPLITS = [
     dict(mesh=dict(data=8)),
     dict(mesh=dict(data=2, fsdp=4)),
+    dict(mesh=dict(data=1, fsdp=2, tensor=4)),  # more than there are heads of keys and values
+    dict(mesh=dict(data=1, fsdp=2, expert=2, tensor=2)),
+    pytest.param(dict(mesh=dict(data=1, expert=4)), marks=pytest.mark.slow),
+    pytest.param(dict(mesh=dict(data=2, expert=4), train=dict(expert_buffer=0.5)), marks=pytest.mark.slow),
+    pytest.param(dict(mesh=dict(data=1, tensor=2)), marks=pytest.mark.slow),
+    pytest.param(dict(mesh=dict(data=2, fsdp=2, tensor=2)), marks=pytest.mark.slow),
     pytest.param(dict(mesh=dict(data=1, fsdp=8)), marks=pytest.mark.slow),
     pytest.param(dict(mesh=dict(data=1, fsdp=4), train=dict(accumulate=2), **UNBALANCED), marks=pytest.mark.slow),
 ]
