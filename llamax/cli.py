@@ -231,12 +231,7 @@ def parser() -> argparse.ArgumentParser:
     _recipe(show)
 
     about = "tell what a run needs of a cluster that is not here; exit code 1 if it does not fit"
-    plan = _command(commands, "plan", _plan, about, PLAN)
-    _recipe(plan)
-    cluster = "chips or nodes: v5p:8x8x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200, b200"
-    plan.add_argument("--topology", required=True, metavar="T", help=cluster)
-    plan.add_argument("--estimate", action="store_true", help="from formulas, in seconds; compiles nothing")
-    plan.add_argument("--json", action="store_true", help="one object on stdout, for programs")
+    _planned(_command(commands, "plan", _plan, about, PLAN))
 
     generate = _command(commands, "generate", _generate, "continue a prompt with a trained model", GENERATE)
     _sampled(generate, max_tokens=64, temperature=0.0, top_p=1.0)
@@ -295,6 +290,14 @@ def parser() -> argparse.ArgumentParser:
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
     return top
+
+
+def _planned(plan: argparse.ArgumentParser) -> None:
+    _recipe(plan)
+    cluster = "chips or nodes: v5p:8x8x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200, b200"
+    plan.add_argument("--topology", required=True, metavar="T", help=cluster)
+    plan.add_argument("--estimate", action="store_true", help="from formulas, in seconds; compiles nothing")
+    plan.add_argument("--json", action="store_true", help="one object on stdout, for programs")
 
 
 def _named(path: str) -> str:

@@ -90,6 +90,15 @@ def quantity(x: float) -> str:
     return f"{x:.0f}"
 
 
+def size(n_bytes: float) -> str:
+    """1.5 GiB"""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.4g} TiB"
+
+
 def duration(seconds: float) -> str:
     """3725 s as "1:02:05", 65 s as "1:05", more than two days as "3d 4h"."""
     if not math.isfinite(seconds):

@@ -1,19 +1,20 @@
 """`llamax plan RECIPE --topology T`: what a run will need of a cluster that is not here.
 
-The step that `llamax train` would run is compiled ahead of time for the topology (compiled.py) and read (hlo.py), or all
-of it is estimated from formulas (estimate.py); what follows from that (roofline.py) is told by report.py.
+The step that `llamax train` would run is compiled ahead of time for the topology (compiled.py) and read (hlo.py), or
+all of it is estimated from formulas (estimate.py); what follows from that (roofline.py) is told by report.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamax import config
 from llamax.config import ConfigError
-from llamax.plan.topology import Topology, prepare, topology
+from llamax.plan.topology import Topology, parse, prepare
 
 
 def plan(run: config.Run, name: str, *, estimate: bool = False) -> Any:
@@ -24,7 +25,7 @@ def plan(run: config.Run, name: str, *, estimate: bool = False) -> Any:
     Raises:
         ConfigError: an unknown topology, or a mesh or batch that does not fit its devices; before any compile.
     """
-    where = topology(name)
+    where = parse(name)
     sizes = config.check_devices(run, where.n_devices)
     prepare()
     notes = []
@@ -109,7 +110,7 @@ def _report(
         traffic=moved,
         roofline=roofline.roofline(cost.flops, model, through, moved, run.data.batch_tokens, where),
         levers=[] if sizes.fits else list(_levers(run, where, mesh, peak)),
-        notes=notes,
+        notes=[*notes, *_whole(run, mesh)],
     )
 
 
@@ -125,14 +126,43 @@ def _state(run: config.Run, mesh: Mapping[str, int]) -> Any:
     """The state's shapes and places on a mesh of no devices."""
     import jax
 
-    from llamax.model.seam import Seam
-    from llamax.model.skeleton import skeleton
-    from llamax.optim.build import optimizer
-    from llamax.train.programs import build
+    from llamax.train.programs import places_of, shape_at
 
     nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    bones = skeleton(run.model, Seam(), patch_id=0, train=run.train)
-    return build(run, bones, optimizer(run.optim, run.train.steps, bones.kinds), nowhere)[1]
+    shapes = _shapes(run.model, run.optim)
+    return jax.tree.map(shape_at, shapes, places_of(_bones(run.model), shapes, nowhere))
+
+
+@functools.lru_cache(maxsize=4)  # tracing the initialisation takes seconds, and levers ask for it again and again
+def _shapes(model: config.Model, optim: config.Optim) -> Any:
+    import jax
+
+    from llamax.optim.build import optimizer
+    from llamax.train.state import init
+
+    bones = _bones(model)
+    tx = optimizer(optim, config.Train().steps, bones.kinds)
+    return jax.eval_shape(functools.partial(init, bones, tx, 0, config.Health().spike_window))
+
+
+@functools.lru_cache(maxsize=4)
+def _bones(model: config.Model) -> Any:
+    from llamax.model.seam import Seam
+    from llamax.model.skeleton import skeleton
+
+    return skeleton(model, Seam(), patch_id=0, train=config.Train())
+
+
+def _whole(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
+    """What the rules would split and the sizes forbid, in one line."""
+    import jax
+
+    from llamax.parallel import rules
+
+    nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    lines = rules.unsharded(_bones(run.model).axes, _state(run, mesh).params, nowhere)
+    if lines:
+        yield f"{len(lines)} dimensions stay whole on every device, for instance {lines[0]}"
 
 
 def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: float) -> Iterator[str]:
@@ -152,16 +182,16 @@ def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: flo
         after = peak + needed(changed, sizes) - now
         if after <= where.chip.hbm_bytes:
             found = True
-            yield f"{words}: about {after / 2**30:.3g} GiB"
+            yield f"would fit with {words}: about {after / 2**30:.3g} GiB a device"
     if not found:
         devices = where.n_devices
         while devices < 2**16:
             devices *= 2
             wide = {**mesh, "fsdp": mesh["fsdp"] * devices // where.n_devices}
             if peak + needed(run, wide) - now <= where.chip.hbm_bytes:
-                yield f"{devices} devices along fsdp, with a batch that fills them"
+                yield f"would fit on {devices} devices along fsdp, with a batch that fills them"
                 return
-        yield "no setting known here: take chips with more memory, or a smaller model"
+        yield "no setting that is tried here makes it fit: take chips with more memory, or a smaller model"
 
 
 def changes(run: config.Run, mesh: Mapping[str, int]) -> Iterator[tuple[str, config.Run]]:

@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llamax.observe.progress import quantity
+from llamax.observe.progress import quantity, size
 from llamax.plan.roofline import Roofline, Traffic
-from llamax.show import size
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def show(plan: Plan, console: Console) -> None:
     verdict = "fits" if plan.bytes.fits else "DOES NOT FIT"
     console.print(f"{verdict}: {size(plan.bytes.peak)} of {size(plan.bytes.limit)}, {_share(plan.bytes)}")
     for lever in plan.levers:
-        console.print(f"  would fit with {lever}", soft_wrap=True)
+        console.print(f"  {lever}", soft_wrap=True)
     console.print()
     f = plan.flops
     console.print(

@@ -1,7 +1,7 @@
 """A cluster by its name, and its devices without having it: `v5p:8x8x4` chips on a torus, `h100:64x8` nodes x GPUs.
 
-The compilers do not need the hardware: libtpu (extra `tpu`) knows the TPU topologies, and jax's CUDA plugin compiles for
-a GPU that is described to it (targets/*.txtpb).
+The compilers do not need the hardware: libtpu (extra `tpu`) knows the TPU topologies, and jax's CUDA plugin compiles
+for a GPU that is described to it (targets/*.txtpb).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
 
 
-def topology(name: str) -> Topology:
+def parse(name: str) -> Topology:
     """The topology of a name like `v5p:8x8x4`.
 
     Raises:

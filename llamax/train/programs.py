@@ -59,20 +59,24 @@ class Programs:
 def build(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, State]:
     """The jitted step(state, batch) -> (state, Metrics), and the state's shapes, dtypes and places. Nothing is
     allocated: the mesh may be of devices that are not here."""
-    shardings = state_shardings(bones, tx, run, mesh)
+    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
+    shardings = places_of(bones, shapes, mesh)
     step = jax.jit(
         make_step(run, bones, tx),
         in_shardings=(shardings, place.batch_shardings(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
     return step, jax.tree.map(shape_at, shapes, shardings)
 
 
 def state_shardings(bones: Skeleton, tx: optax.GradientTransformation, run: config.Run, mesh: Mesh) -> State:
+    """`places_of` the state of a run."""
+    return places_of(bones, jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window)), mesh)
+
+
+def places_of(bones: Skeleton, shapes: State, mesh: Mesh) -> State:
     """Where every array of the state lives: the optimizer's moments with their parameters, the rest everywhere."""
-    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
     params = rules.shardings(bones.axes, shapes.params, mesh)
     for line in rules.unsharded(bones.axes, shapes.params, mesh):
         logger.warning(line)
