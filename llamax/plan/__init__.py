@@ -44,7 +44,7 @@ def _estimated(run: config.Run, where: Topology, sizes: Mapping[str, int], notes
     state = _state(run, mesh)
     needs = estimate.memory(run, mesh)
     cost = estimate.exchanged(run, mesh, estimate.split_of(state.params))
-    cost.flops, cost.recomputed = (x / where.n_devices for x in estimate.flops(run, _tiles(run), _tile(where)))
+    _estimate_flops(cost, run, where)
     return _report(
         run, where, mesh, "estimated", state, needs.kept + needs.working, cost, where.counted_places(), notes
     )
@@ -62,7 +62,7 @@ def _compiled(run: config.Run, where: Topology, notes: list[str]) -> Any:
     if cost is None:
         notes.append("the compiler refused a program of that size: FLOPs and collectives are estimates")
         cost = estimate.exchanged(run, mesh, estimate.split_of(step.state.params))
-        cost.flops, cost.recomputed = (x / where.n_devices for x in estimate.flops(run, _tiles(run), _tile(where)))
+        _estimate_flops(cost, run, where)
     for loop in sorted(cost.endless):
         notes.append(f"the length of a loop is not known when compiling; counted once: {loop}")
     held = _held(step.state)
@@ -110,8 +110,23 @@ def _report(
         traffic=moved,
         roofline=roofline.roofline(cost.flops, model, through, moved, run.data.batch_tokens, where),
         levers=[] if sizes.fits else list(_levers(run, where, mesh, peak)),
-        notes=[*notes, *_whole(run, mesh)],
+        notes=[*notes, *_wasted(model, cost), *_whole(run, mesh)],
     )
+
+
+def _estimate_flops(cost: Any, run: config.Run, where: Topology) -> None:
+    from llamax.plan import estimate
+
+    tile = 512 if where.chip.dims else 128  # of the attention kernel
+    got = estimate.flops(run, _tiles(run), tile, every_expert=where.platform == "tpu")
+    cost.flops, cost.recomputed = (x / where.n_devices for x in got)
+
+
+def _wasted(model: float, cost: Any) -> Iterator[str]:
+    """A note if the program computes more than recomputation explains."""
+    extra = (cost.flops - cost.recomputed) / model
+    if extra > 1.05:
+        yield f"beside what is recomputed, the program computes {extra:.3g} times what the model needs"
 
 
 def _held(state: Any) -> dict[str, int]:
@@ -226,8 +241,3 @@ def _sharded(run: config.Run, mesh: Mapping[str, int]) -> config.Run:
 def _tiles(run: config.Run) -> int:
     """Picture tiles of the larger kind of step, all of them filled."""
     return run.data.rows * run.data.tiles_per_row if run.model.vision and run.data.multimodal_steps else 0
-
-
-def _tile(where: Topology) -> int:
-    """Queries of a tile of the attention kernel."""
-    return 512 if where.chip.dims else 128

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llamax import config
+from llamax.config import ConfigError
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
@@ -57,7 +58,8 @@ def compile_step(step: Traced, topology: Topology) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
-            raise
+            true = f"its compiler fails: {str(error).splitlines()[0][:300]}"
+            raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from error
         return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
     memory = program.memory_analysis()
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -87,8 +87,12 @@ def memory(run: config.Run, mesh: Mapping[str, int]) -> Memory:
     return Memory(kept, max(working, head))
 
 
-def flops(run: config.Run, tiles: int, tile: int) -> tuple[float, float]:
-    """(all, recomputed) of a step on all devices; attention works in tiles of `tile` queries by as many keys."""
+def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False) -> tuple[float, float]:
+    """(all, recomputed) of a step on all devices; attention works in tiles of `tile` queries by as many keys.
+
+    `every_expert`: the gradient of the experts' weights is computed from every row for every expert, most of them
+    masked: what compilers for TPU make of that of `jax.lax.ragged_dot` (jax 0.10).
+    """
     model, t = run.model, run.data.seq_len
     remat = run.train.remat == "period"
     matmuls = 6 * (count.matmul_active(model) - model.vocab_size * model.dim) * run.data.batch_tokens
@@ -104,7 +108,11 @@ def flops(run: config.Run, tiles: int, tile: int) -> tuple[float, float]:
     attended *= 2 * model.n_heads * model.head_dim * run.data.rows
     # Matmuls of attention: 2 forward, 2 again with remat, 7 backward, of which 3 repeat what the others know.
     again += attended * (2 * remat + 3)
-    return matmuls + head + pictures + attended * 6 + again, again
+    masked = 0.0
+    if every_expert:
+        expert = 2 * 3 * model.dim * model.expert_ffn_dim * run.data.batch_tokens * model.top_k
+        masked = expert * (model.n_experts - 1) * sum(kind.endswith("+moe") for kind in model.layers)
+    return matmuls + head + pictures + attended * 6 + masked + again, again
 
 
 def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[tuple[int, tuple]]) -> hlo.Cost:
