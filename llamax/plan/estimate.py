@@ -14,7 +14,7 @@ Letters as in model/count.py; c bytes of a number in the computation; N tokens o
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +98,7 @@ def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False)
     matmuls = 6 * (count.matmul_active(model) - model.vocab_size * model.dim) * run.data.batch_tokens
     head = 6 * model.vocab_size * model.dim * run.data.batch_tokens
     pictures = tiles * count.tile_flops(model.vision, model.dim) if model.vision and tiles else 0
-    again = (matmuls + pictures) / 3 * remat + head / 3
+    again: float = (matmuls + pictures) / 3 * remat + head / 3
     tile = min(tile, t)
     rows = -(-t // tile)
     attended = 0.0
@@ -122,7 +122,7 @@ def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[tuple[int, 
     c, remat = itemsize(run), run.train.remat == "period"
     rows = [axis for axis in (*rules.ROWS, "context") if mesh.get(axis, 1) > 1]
     total = hlo.Cost()
-    sums: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    sums: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     for size, split in leaves:
         held = math.prod(mesh.get(axis, 1) for axis in split)
         gathered = tuple(axis for axis in split if axis in rows and axis != "expert")

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -87,16 +88,16 @@ class Cost:
 
     flops: float = 0.0
     recomputed: float = 0.0  # of these, what was computed before: by rematerialisation, or in attention's backward
-    sent: Counter[Exchange] = field(default_factory=Counter)  # bytes
+    sent: dict[Exchange, float] = field(default_factory=partial(defaultdict, float))  # bytes
     calls: Counter[Exchange] = field(default_factory=Counter)
     endless: set[str] = field(default_factory=set)  # loops whose length the text does not tell; counted once
 
     def add(self, other: Cost, times: int = 1) -> None:
         self.flops += times * other.flops
         self.recomputed += times * other.recomputed
-        for mine, theirs in ((self.sent, other.sent), (self.calls, other.calls)):
-            for exchange, n in theirs.items():
-                mine[exchange] += times * n
+        for exchange, n in other.sent.items():
+            self.sent[exchange] += times * n
+            self.calls[exchange] += times * other.calls[exchange]
         self.endless |= other.endless
 
 
@@ -224,7 +225,28 @@ def _trips(loop: Instruction, here: Computation, computations: dict[str, Computa
         begin = here.instructions[start.operands[int(index[1])]]
         number = re.search(r" constant\((-?\d+)\)", begin.text)
         first = int(number[1]) if number else 0
-    return max(0, bounds[0] - first)
+    step = _step(loop, int(index[1]), computations) if index else 1
+    return max(0, -(-(bounds[0] - first) // step))
+
+
+def _step(loop: Instruction, index: int, computations: dict[str, Computation]) -> int:
+    """What a loop's body adds to its counter: more than 1 where the compiler has put several rounds into one."""
+    body = re.search(r"body=%?([\w.\-]+)", loop.text)
+    assert body
+    there = computations[body[1]].instructions
+    ends = [i for i in there.values() if "ROOT " in i.text.split("=")[0]]
+    if not ends or ends[0].op != "tuple":
+        return 1
+    new = there.get(ends[0].operands[index])
+    while new is not None and new.op in ("copy", "bitcast", "convert"):
+        new = there.get(new.operands[0])
+    if new is not None and new.op == "fusion":
+        there = there | {name: i for c in _called(new) for name, i in computations[c].instructions.items()}
+        new = next((there[name] for c in _called(new) for name in reversed(computations[c].instructions)), None)
+    if new is None or new.op != "add":
+        return 1
+    numbers = [re.search(r" constant\((\d+)\)", there[name].text) for name in new.operands if name in there]
+    return next((int(n[1]) for n in numbers if n and int(n[1])), 1)
 
 
 # ------------------------------------------------------------------------------------------------------ instructions
@@ -309,7 +331,7 @@ def _convolution(instruction: Instruction, lhs: Shape, rhs: Shape) -> float:
     def each(name: str, default: str) -> list[str]:
         return given[name].split("x") if name in given else [default] * len(spatial)
 
-    pairs = 1
+    pairs = 1.0
     for d, stride, pad, lhs_dilate, rhs_dilate in zip(
         *(spatial, each("stride", "1"), each("pad", "0_0")),
         *(each("lhs_dilate", "1"), each("rhs_dilate", "1")),

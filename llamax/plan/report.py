@@ -100,7 +100,7 @@ def _bytes(b: Bytes) -> Table:
     table = Table(title="bytes a device", title_justify="left")
     for name in ("parameters", "optimizer", "gradients", "activations", "temporary", "peak", "limit"):
         table.add_column(name, justify="right")
-    table.add_row(*(size(getattr(b, column.header)) for column in table.columns))  # type: ignore[arg-type]
+    table.add_row(*(size(getattr(b, column.header)) for column in table.columns))
     return table
 
 

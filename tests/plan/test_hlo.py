@@ -65,6 +65,40 @@ def test_a_loop_of_unknown_length_is_told():
     assert len(got.endless) == 1
 
 
+LOOP = """
+%body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=1
+  %two = s32[] constant(STEP)
+  %next = s32[] add(%i, %two)
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%next, %y)
+}
+
+%condition (p.1: (s32[], f32[8,8])) -> pred[] {
+  %p.1 = (s32[], f32[8,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %end = s32[] constant(9)
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,8]) -> f32[8,8] {
+  %x.1 = f32[8,8]{1,0} parameter(0)
+  %from = s32[] constant(1)
+  %start = (s32[], f32[8,8]{1,0}) tuple(%from, %x.1)
+  %loop = (s32[], f32[8,8]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[8,8]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "rounds"), [(1, 8), (2, 4), (3, 3)])
+def test_a_loop_whose_length_is_not_noted(step, rounds):
+    """From 1 to below 9, as TPU compilers write it, several rounds in one where they unrolled it."""
+    assert hlo.cost(LOOP.replace("STEP", str(step))).flops == rounds * 2 * 8**3
+
+
 def test_a_convolution_counts_pairs_inside_the_input():
     """ "SAME" over 5 numbers with a kernel of 3: 3 at each place but the ends, where 2 are inside: 13 pairs."""
     dims = jax.lax.conv_dimension_numbers((2, 5, 4), (3, 4, 6), ("NWC", "WIO", "NWC"))
