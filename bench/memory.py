@@ -41,8 +41,7 @@ from llamax.model.skeleton import Skeleton, skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
-from llamax.run import shape_at, state_shardings
-from llamax.train.programs import abstract_batch
+from llamax.train.programs import abstract_batch, shape_at, state_shardings
 from llamax.train.state import State, init
 from llamax.train.step import make_step
 

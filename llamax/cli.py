@@ -1,14 +1,15 @@
 """The command line: parse, then call the function that does the work. Imports of the work are inside the handlers, so
 that `llamax --help` and a wrong configuration answer at once, without jax.
 
-Exit codes: 0 done; 1 `inspect` found the newest checkpoint not sound; 2 a person's input is wrong (one line on stderr,
-no traceback); 3 too many bad steps in a row; 4 the disk was full at the last save; 130 stopped by Ctrl-C, 143 by
-SIGTERM (a training run has saved then, and the same command goes on).
+Exit codes: 0 done; 1 `inspect` found the newest checkpoint not sound, or what `plan` was asked for does not fit; 2 a
+person's input is wrong (one line on stderr, no traceback); 3 too many bad steps in a row; 4 the disk was full at the
+last save; 130 stopped by Ctrl-C, 143 by SIGTERM (a training run has saved then, and the same command goes on).
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = parser()
     args = command_line.parse_args(words)
     if overrides and "overrides" not in args:
-        command_line.error(f"{overrides[0]}: only train and show take --config overrides")
+        command_line.error(f"{overrides[0]}: only train, show and plan take --config overrides")
     args.overrides = overrides
     from llamax.config import ConfigError
 
@@ -111,6 +112,24 @@ def _show(args: argparse.Namespace) -> None:
     from llamax.show import show
 
     show(config.freeze(config.load(args.recipe, args.overrides)))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from llamax import config
+    from llamax.plan.topology import prepare
+
+    run = config.freeze(config.load(args.recipe, args.overrides))
+    prepare()  # before jax is imported
+    from llamax.observe import log
+    from llamax.plan import plan, report
+
+    log.setup(logging.ERROR)  # what stays unsharded is among the notes
+    made = plan(run, args.topology, estimate=args.estimate)
+    if args.json:
+        print(report.as_json(made))
+    else:
+        report.show(made, log.CONSOLE)
+    return 0 if made.bytes.fits else 1
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -211,6 +230,9 @@ def parser() -> argparse.ArgumentParser:
     show = _command(commands, "show", _show, "print a resolved recipe, its parameters and FLOPs; start nothing", SHOW)
     _recipe(show)
 
+    about = "tell what a run needs of a cluster that is not here; exit code 1 if it does not fit"
+    _planned(_command(commands, "plan", _plan, about, PLAN))
+
     generate = _command(commands, "generate", _generate, "continue a prompt with a trained model", GENERATE)
     _sampled(generate, max_tokens=64, temperature=0.0, top_p=1.0)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
@@ -268,6 +290,14 @@ def parser() -> argparse.ArgumentParser:
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
     return top
+
+
+def _planned(plan: argparse.ArgumentParser) -> None:
+    _recipe(plan)
+    cluster = "chips or nodes: v5p:8x8x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200, b200"
+    plan.add_argument("--topology", required=True, metavar="T", help=cluster)
+    plan.add_argument("--estimate", action="store_true", help="from formulas, in seconds; compiles nothing")
+    plan.add_argument("--json", action="store_true", help="one object on stdout, for programs")
 
 
 def _named(path: str) -> str:
@@ -335,6 +365,11 @@ TRAIN = """
 SHOW = """
     llamax show recipes/scout_pretrain.py
     llamax show recipes/maverick_pretrain.py:tiny --config.data.seq_len=256
+"""
+PLAN = """
+    llamax plan recipes/scout_pretrain.py --topology v5p:8x8x4
+    llamax plan recipes/scout_pretrain.py --topology h100:64x8 --estimate
+    llamax plan recipes/scout_pretrain.py:tiny --topology v5e:2x2 --json
 """
 GENERATE = """
     llamax generate runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8

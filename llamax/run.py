@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from llamax import config, preflight
@@ -28,7 +27,7 @@ from llamax.data.sources import read_manifest
 from llamax.evals import Report
 from llamax.evals.report import Context
 from llamax.model.seam import make_seam
-from llamax.model.skeleton import Skeleton, skeleton
+from llamax.model.skeleton import skeleton
 from llamax.observe import log, metrics, provenance
 from llamax.observe.goodput import Goodput, Ledger
 from llamax.observe.progress import Progress, duration
@@ -40,9 +39,8 @@ from llamax.parallel.mesh import make_mesh
 from llamax.train import hooks
 from llamax.train.health import Health
 from llamax.train.loop import RollBack, StopRequest, fit
-from llamax.train.programs import Programs, abstract_batch
+from llamax.train.programs import Programs, abstract_batch, build
 from llamax.train.state import COUNTS, State, init
-from llamax.train.step import make_step
 from llamax.train.step_log import StepLog
 
 logger = logging.getLogger("llamax")
@@ -101,16 +99,9 @@ def _train(
         run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=tokenizer.patch, train=run.train
     )
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
-    shardings = state_shardings(bones, tx, run, mesh)
-    step = jax.jit(
-        make_step(run, bones, tx),
-        in_shardings=(shardings, place.batch_shardings(mesh)),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-    )
+    step, shapes = build(run, bones, tx, mesh)
     preflight.check_evals(run)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
-    shapes = jax.tree.map(shape_at, jax.eval_shape(fresh), shardings)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with provenance.alone(workdir), ExitStack() as open_things:
@@ -152,27 +143,6 @@ def _train(
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
-
-
-def state_shardings(bones: Skeleton, tx: Any, run: config.Run, mesh: Mesh) -> State:
-    """Where every array of the state lives: the optimizer's moments with their parameters, the rest everywhere."""
-    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
-    params = rules.shardings(bones.axes, shapes.params, mesh)
-    for line in rules.unsharded(bones.axes, shapes.params, mesh):
-        logger.warning(line)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    whole = jax.tree.map(lambda _: everywhere, shapes)
-    structure = jax.tree.structure(shapes.params)
-
-    def like_params(tree: Any) -> bool:
-        return jax.tree.structure(tree) == structure
-
-    opt = jax.tree.map(lambda tree: params if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
-    return whole._replace(params=params, opt=opt)
-
-
-def shape_at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, batches: Any) -> tuple[State, int]:

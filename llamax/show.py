@@ -11,6 +11,7 @@ from rich.text import Text
 
 from llamax.config import Model, Run, to_dict
 from llamax.model import count
+from llamax.observe.progress import size
 
 
 def show(run: Run, console: Console | None = None) -> None:
@@ -85,15 +86,6 @@ def cache(model: Model, context: int) -> str:
     kept, full = (count.cache_bytes(m, context) for m in (model, dataclasses.replace(model, chunk_len=context)))
     each = f"{kept / context:,.0f} bytes a token, {kept / full:.0%} of full attention's"
     return f"{size(kept)} in bfloat16 after {context:,} tokens: {each}"
-
-
-def size(n_bytes: float) -> str:
-    """1.5 GiB"""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.4g} TiB"
 
 
 def _line(console: Console, name: str, value: str, style: str) -> None:

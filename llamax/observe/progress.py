@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -87,6 +90,15 @@ def quantity(x: float) -> str:
     return f"{x:.0f}"
 
 
+def size(n_bytes: float) -> str:
+    """1.5 GiB"""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.4g} TiB"
+
+
 def duration(seconds: float) -> str:
     """3725 s as "1:02:05", 65 s as "1:05", more than two days as "3d 4h"."""
     if not math.isfinite(seconds):
@@ -124,3 +136,18 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         yield item
         done += 1
     print(f"{description}: {done} in {duration(time.monotonic() - start)}", flush=True)
+
+
+@contextlib.contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Shows that something of unknown length goes on, on stderr: a spinner with its time on a terminal, else a line at
+    the start. What the work prints on stdout stays as it is."""
+    start = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    if not sys.stderr.isatty():
+        print(f"{description} ...", file=sys.stderr, flush=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Live(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as live:
+        live.add_task(description, total=None)
+        yield
+    print(f"{description}: {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
-from llamax.run import state_shardings
+from llamax.train.programs import state_shardings
 from llamax.train.state import init
 from llamax.train.step import make_gradient
 from tests.runs import tiny_run

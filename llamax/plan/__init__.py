@@ -1,0 +1,243 @@
+"""`llamax plan RECIPE --topology T`: what a run will need of a cluster that is not here.
+
+The step that `llamax train` would run is compiled ahead of time for the topology (compiled.py) and read (hlo.py), or
+all of it is estimated from formulas (estimate.py); what follows from that (roofline.py) is told by report.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llamax import config
+from llamax.config import ConfigError
+from llamax.plan.topology import Topology, parse, prepare
+
+
+def plan(run: config.Run, name: str, *, estimate: bool = False) -> Any:
+    """The `report.Plan` of a run on the topology of that name.
+
+    Without the topology's compiler it is an estimate, and says so.
+
+    Raises:
+        ConfigError: an unknown topology, or a mesh or batch that does not fit its devices; before any compile.
+    """
+    where = parse(name)
+    sizes = config.check_devices(run, where.n_devices)
+    prepare()
+    notes = []
+    if not estimate and not where.has_compiler():
+        change = f"pip install 'llamax[{where.extra}]' compiles the real step"
+        notes.append(f"estimated from formulas, for the compiler of {where.name} is not installed: {change}")
+        estimate = True
+    return _estimated(run, where, dataclasses.asdict(sizes), notes) if estimate else _compiled(run, where, notes)
+
+
+def _estimated(run: config.Run, where: Topology, sizes: Mapping[str, int], notes: list[str]) -> Any:
+    from llamax.parallel.mesh import AXES
+    from llamax.plan import estimate
+
+    mesh = {axis: sizes.get(axis, 1) for axis in AXES}
+    state = _state(run, mesh)
+    needs = estimate.memory(run, mesh)
+    cost = estimate.exchanged(run, mesh, estimate.split_of(state.params))
+    _estimate_flops(cost, run, where)
+    return _report(
+        run, where, mesh, "estimated", state, needs.kept + needs.working, cost, where.counted_places(), notes
+    )
+
+
+def _compiled(run: config.Run, where: Topology, notes: list[str]) -> Any:
+    from llamax.observe.progress import waiting
+    from llamax.plan import compiled, estimate
+
+    with waiting(f"compiling the step for {where.name}, a few minutes"):
+        step = compiled.traced(run, where.devices())
+        got = compiled.compile_step(step, where)
+    mesh = dict(step.mesh.shape)
+    cost, places = got.cost, compiled.places(step, where)
+    if cost is None:
+        notes.append("the compiler refused a program of that size: FLOPs and collectives are estimates")
+        cost = estimate.exchanged(run, mesh, estimate.split_of(step.state.params))
+        _estimate_flops(cost, run, where)
+    for loop in sorted(cost.endless):
+        notes.append(f"the length of a loop is not known when compiling; counted once: {loop}")
+    held = _held(step.state)
+    beside = got.peak_bytes - held["parameters"] - held["optimizer"] - held["gradients"]
+    return _report(run, where, mesh, "compiled", step.state, beside, cost, places, notes)
+
+
+def _report(
+    run: config.Run,
+    where: Topology,
+    mesh: Mapping[str, int],
+    how: str,
+    state: Any,
+    beside: float,
+    cost: Any,
+    places: Any,
+    notes: list[str],
+) -> Any:
+    """`beside`: bytes of the peak that are neither parameters nor optimizer nor gradients."""
+    from llamax.model import count
+    from llamax.plan import estimate, report, roofline
+
+    held = _held(state)
+    kept = min(max(0.0, beside), estimate.memory(run, mesh).kept)
+    peak = sum(held.values()) + beside
+    limit = where.chip.hbm_bytes
+    sizes = report.Bytes(**held, activations=int(kept), temporary=int(beside - kept), peak=int(peak), limit=limit)
+    model = count.step_flops(run, _tiles(run)) / where.n_devices
+    moved = roofline.traffic(cost, mesh, places, where)
+    # At least: the state read and written, gradients too, and what arrives from other devices written and read.
+    through = 2 * sum(held.values()) + 2 * sum(t.sent_bytes for t in moved)
+    n = count.parameters(run.model)
+    return report.Plan(
+        recipe=run.name,
+        topology=where.name,
+        chip=where.chip.kind,
+        devices=where.n_devices,
+        mesh=dict(mesh),
+        how=how,
+        parameters=n.total,
+        active=n.text_active,
+        tokens=run.data.batch_tokens,
+        bytes=sizes,
+        flops=report.Flops(model, cost.flops, cost.recomputed),
+        traffic=moved,
+        roofline=roofline.roofline(cost.flops, model, through, moved, run.data.batch_tokens, where),
+        levers=[] if sizes.fits else list(_levers(run, where, mesh, peak)),
+        notes=[*notes, *_wasted(model, cost), *_whole(run, mesh)],
+    )
+
+
+def _estimate_flops(cost: Any, run: config.Run, where: Topology) -> None:
+    from llamax.plan import estimate
+
+    tile = 512 if where.chip.dims else 128  # of the attention kernel
+    got = estimate.flops(run, _tiles(run), tile, every_expert=where.platform == "tpu")
+    cost.flops, cost.recomputed = (x / where.n_devices for x in got)
+
+
+def _wasted(model: float, cost: Any) -> Iterator[str]:
+    """A note if the program computes more than recomputation explains."""
+    extra = (cost.flops - cost.recomputed) / model
+    if extra > 1.05:
+        yield f"beside what is recomputed, the program computes {extra:.3g} times what the model needs"
+
+
+def _held(state: Any) -> dict[str, int]:
+    """Bytes of the classes that shapes and places decide, on one device."""
+    from llamax.plan.compiled import bytes_per_device
+
+    parameters = bytes_per_device(state.params)
+    return {"parameters": parameters, "optimizer": bytes_per_device(state.opt), "gradients": parameters}
+
+
+def _state(run: config.Run, mesh: Mapping[str, int]) -> Any:
+    """The state's shapes and places on a mesh of no devices."""
+    import jax
+
+    from llamax.train.programs import places_of, shape_at
+
+    nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    shapes = _shapes(run.model, run.optim)
+    return jax.tree.map(shape_at, shapes, places_of(_bones(run.model), shapes, nowhere))
+
+
+@functools.lru_cache(maxsize=4)  # tracing the initialisation takes seconds, and levers ask for it again and again
+def _shapes(model: config.Model, optim: config.Optim) -> Any:
+    import jax
+
+    from llamax.optim.build import optimizer
+    from llamax.train.state import init
+
+    bones = _bones(model)
+    tx = optimizer(optim, config.Train().steps, bones.kinds)
+    return jax.eval_shape(functools.partial(init, bones, tx, 0, config.Health().spike_window))
+
+
+@functools.lru_cache(maxsize=4)
+def _bones(model: config.Model) -> Any:
+    from llamax.model.seam import Seam
+    from llamax.model.skeleton import skeleton
+
+    return skeleton(model, Seam(), patch_id=0, train=config.Train())
+
+
+def _whole(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
+    """What the rules would split and the sizes forbid, in one line."""
+    import jax
+
+    from llamax.parallel import rules
+
+    nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    lines = rules.unsharded(_bones(run.model).axes, _state(run, mesh).params, nowhere)
+    if lines:
+        yield f"{len(lines)} dimensions stay whole on every device, for instance {lines[0]}"
+
+
+def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: float) -> Iterator[str]:
+    """Settings that would make it fit, by the estimate's difference to the setting as it is; the cheapest first."""
+    from llamax.plan import estimate
+
+    def needed(changed: config.Run, sizes: Mapping[str, int]) -> float:
+        needs = estimate.memory(changed, sizes)
+        return sum(_held(_state(changed, sizes)).values()) + needs.kept + needs.working
+
+    now, found = needed(run, mesh), False
+    for words, changed in changes(run, mesh):
+        try:
+            sizes = {**mesh, **dataclasses.asdict(config.check_devices(changed, where.n_devices))}
+        except ConfigError:
+            continue
+        after = peak + needed(changed, sizes) - now
+        if after <= where.chip.hbm_bytes:
+            found = True
+            yield f"would fit with {words}: about {after / 2**30:.3g} GiB a device"
+    if not found:
+        devices = where.n_devices
+        while devices < 2**16:
+            devices *= 2
+            wide = {**mesh, "fsdp": mesh["fsdp"] * devices // where.n_devices}
+            if peak + needed(run, wide) - now <= where.chip.hbm_bytes:
+                yield f"would fit on {devices} devices along fsdp, with a batch that fills them"
+                return
+        yield "no setting that is tried here makes it fit: take chips with more memory, or a smaller model"
+
+
+def changes(run: config.Run, mesh: Mapping[str, int]) -> Iterator[tuple[str, config.Run]]:
+    """Levers one at a time, then together: (as it would be typed, the run with it)."""
+    train, change = run.train, dataclasses.replace
+    remat = [("--config.train.remat=period", change(run, train=change(train, remat="period")))]
+    if train.remat == "none":
+        yield from remat
+    if train.compute_dtype == "float32":
+        words = "--config.train.compute_dtype=bfloat16"
+        yield words, change(run, train=change(train, compute_dtype="bfloat16"))
+    ways = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+    for base, sharded in ((run, ""), (_sharded(run, mesh), f" --config.mesh.data=1 --config.mesh.fsdp={_wide(mesh)}")):
+        if sharded and mesh["data"] == 1:
+            continue
+        if sharded:
+            yield sharded.strip(), base
+        n = 2 * train.accumulate
+        while run.data.rows % n == 0 and run.data.rows // n >= ways:
+            yield f"--config.train.accumulate={n}{sharded}", change(base, train=change(train, accumulate=n))
+            n *= 2
+
+
+def _wide(mesh: Mapping[str, int]) -> int:
+    return mesh["data"] * mesh["fsdp"]
+
+
+def _sharded(run: config.Run, mesh: Mapping[str, int]) -> config.Run:
+    return dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, data=1, fsdp=_wide(mesh)))
+
+
+def _tiles(run: config.Run) -> int:
+    """Picture tiles of the larger kind of step, all of them filled."""
+    return run.data.rows * run.data.tiles_per_row if run.model.vision and run.data.multimodal_steps else 0

@@ -1,0 +1,99 @@
+"""The real step, compiled ahead of time for devices that are not here: what run.py would compile, from shapes alone."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llamax import config
+from llamax.config import ConfigError
+from llamax.model.seam import make_seam
+from llamax.model.skeleton import skeleton
+from llamax.optim.build import optimizer
+from llamax.parallel import place
+from llamax.parallel.mesh import make_mesh
+from llamax.plan import hlo
+from llamax.plan.topology import Topology
+from llamax.train.programs import abstract_batch, build
+from llamax.train.state import State
+
+
+class Traced(NamedTuple):
+    """A run's step on a mesh, ready to be compiled."""
+
+    mesh: Mesh
+    step: Any
+    state: State  # shapes, dtypes and places
+    batch: Any
+
+
+class Compiled(NamedTuple):
+    peak_bytes: int  # of one device; what the compiler says it needs if that is too much
+    fits: bool  # as far as the compiler knows
+    cost: hlo.Cost | None  # None if it did not fit: then there is no program
+
+
+def traced(run: config.Run, devices: list[Any]) -> Traced:
+    """Steps with pictures are the larger ones: where the run has them, one of those is taken."""
+    mesh = make_mesh(config.check_devices(run, len(devices)), devices)
+    # Any token may stand for the patch: it is a constant that no shape depends on.
+    bones = skeleton(run.model, make_seam(mesh), patch_id=0, train=run.train)
+    step, state = build(run, bones, optimizer(run.optim, run.train.steps, bones.kinds), mesh)
+    batch = abstract_batch(run, slots(run), place.batch_shardings(mesh))
+    return Traced(mesh, step, state, batch)
+
+
+def compile_step(step: Traced, topology: Topology) -> Compiled:
+    with _kernels_for(topology):
+        lowered = step.step.lower(step.state, step.batch)
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            true = f"its compiler fails: {str(error).splitlines()[0][:300]}"
+            raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from error
+        return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
+    memory = program.memory_analysis()
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or whole + memory.temp_size_in_bytes
+    return Compiled(int(peak), True, hlo.cost(program.as_text()))
+
+
+@contextlib.contextmanager
+def _kernels_for(topology: Topology) -> Iterator[None]:
+    """tokamax asks which device is here before it gives a kernel; here it is told that it compiles for another."""
+    try:
+        if topology.chip.dims:
+            raise ImportError
+        import tokamax
+        from absl import flags
+    except ImportError:
+        yield
+        return
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else it parses llamax's own command line
+    with tokamax.config.cross_compile(True):
+        yield
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of a tree of shapes with their shardings: what the fullest device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def slots(run: config.Run) -> int:
+    """Picture tiles a row of the larger kind of step; the manifests, which need not be here, are not asked."""
+    return run.data.tiles_per_row if run.model.vision and run.data.multimodal_steps else 0
+
+
+def places(step: Traced, topology: Topology) -> np.ndarray:
+    """Where the mesh's devices stand in the cluster, in the mesh's order."""
+    return topology.places(step.mesh.devices)

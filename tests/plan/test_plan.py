@@ -1,0 +1,212 @@
+"""The plan without a compiler: names, refusals, the report's sums, the roofline by hand, levers, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from llamax import cli, config
+from llamax.config import ConfigError
+from llamax.model import count
+from llamax.observe.metrics import PEAK_BF16
+from llamax.plan import estimate, hlo, plan, report, roofline
+from llamax.plan.chips import CHIPS
+from llamax.plan.topology import TARGETS, Topology, parse
+from tests.runs import tiny_run
+
+TINY = "recipes/scout_pretrain.py:tiny"
+
+
+def tiny(devices: int, **sections) -> config.Run:
+    return tiny_run(mesh=dict(data=-1, fsdp=devices), **sections)
+
+
+# ------------------------------------------------------------------------------------------------- topologies, chips
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "platform"),
+    [
+        ("v5p:8x8x4", 256, "tpu"),
+        ("v5e:16x16", 256, "tpu"),
+        ("v6e:16x16", 256, "tpu"),
+        ("tpu7x:4x4x4", 128, "tpu"),
+        ("h100:64x8", 512, "gpu"),
+        ("b200:2x8", 16, "gpu"),
+    ],
+)
+def test_names(name, devices, platform):
+    where = parse(name)
+    assert (where.n_devices, where.platform) == (devices, platform)
+    assert len(where.counted_places()) == devices
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5p-256", "Did you mean v5p:"),
+        ("v5pp:8x8x4", "Did you mean v5p:"),
+        ("h1000:64x8", "Did you mean h100:"),
+        ("v5p:8x8", "chips x chips x chips"),
+        ("h100:64", "nodes x GPUs a node"),
+        ("h100:0x8", "nodes x GPUs a node"),
+        ("v5e:16x", "v5e:16x16"),
+        ("", "its kind is one of"),
+    ],
+)
+def test_other_names_are_refused_with_advice(name, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        parse(name)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_anything_else():
+    with pytest.raises(ConfigError, match=r"3 .*4 devices"):
+        plan(tiny(3), "v5e:2x2")
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_chips_are_whole(kind):
+    chip = CHIPS[kind]
+    assert chip.flops_per_s == PEAK_BF16[chip.kind]
+    assert 10e9 < chip.hbm_bytes < 300e9
+    # What a chip can do in a second falls by orders: matmuls, memory, fast links, slow links.
+    assert chip.flops_per_s > 50 * chip.hbm_bandwidth > 50 * chip.link_bandwidth > 100 * chip.slow_bandwidth
+    if not chip.dims:
+        target = (TARGETS / f"{kind}.txtpb").read_text()
+        assert float(re.search(r"memory_bandwidth: (\d+)", target)[1]) == chip.hbm_bandwidth
+        assert float(re.search(r"device_memory_size: (\d+)", target)[1]) >= chip.hbm_bytes
+
+
+# ----------------------------------------------------------------------------------------------------- the roofline
+
+
+def test_links_by_hand():
+    """On a torus, both directions of the sides along which a group differs; on GPUs, a ring through two nodes."""
+    torus = parse("v5p:2x2x1")
+    ring = hlo.Exchange("all-gather", ((0, 1), (2, 3)))
+    assert roofline.over_links(ring, 1e9, torus.counted_places(), torus) == (0, 1e9 / 200e9)
+    both = hlo.Exchange("all-gather", ((0, 1, 2, 3),))
+    assert roofline.over_links(both, 1e9, torus.counted_places(), torus) == (0, 1e9 / 400e9)
+    nodes = parse("h100:2x4")
+    inside = hlo.Exchange("all-gather", ((0, 1, 2, 3), (4, 5, 6, 7)))
+    assert roofline.over_links(inside, 1e9, nodes.counted_places(), nodes) == (0, 1e9 / 450e9)
+    across = hlo.Exchange("all-gather", ((0, 4),))  # one of each node: all of it leaves
+    assert roofline.over_links(across, 1e9, nodes.counted_places(), nodes) == (1e9, 1e9 / 50e9)
+    everyone = hlo.Exchange("all-gather", (tuple(range(8)),))  # four adapters share what leaves a node
+    assert roofline.over_links(everyone, 1e9, nodes.counted_places(), nodes) == (1e9 / 4, 1e9 / 4 / 50e9)
+
+
+def test_traffic_is_told_by_axes():
+    where, mesh = parse("h100:2x4"), {"data": 2, "fsdp": 4}
+    cost = hlo.Cost()
+    for kind, axes, sent in (
+        ("all-reduce", ("data",), 5.0),
+        ("all-gather", ("fsdp",), 8.0),
+        ("all-to-all", ("fsdp",), 1.0),
+    ):
+        exchange = hlo.Exchange(kind, estimate.groups_over(axes, mesh))
+        cost.sent[exchange] += sent
+        cost.calls[exchange] += 2
+    fsdp, data = roofline.traffic(cost, mesh, where.counted_places(), where)
+    assert (fsdp.axes, fsdp.sent_bytes, fsdp.crosses) == ("fsdp", 9.0, False)
+    assert fsdp.calls == {"all-gather": 2, "all-to-all": 2}
+    assert (data.axes, data.slow_bytes, data.crosses) == ("data", 5.0, True)
+
+
+def test_the_slowest_part_binds():
+    where = parse("v5e:2x2")
+    slow = roofline.Traffic("fsdp", 1.0, 0.0, 7.0, {})
+    got = roofline.roofline(197e12, 98.5e12, 819e9 * 2, [slow], 100, where)
+    assert got.seconds == {"compute": 1.0, "memory": 2.0, "links over fsdp": 7.0}
+    assert (got.binds, got.step_s, got.tokens_per_s) == ("links over fsdp", 7.0, 100 / 7)
+    assert got.mfu == pytest.approx(0.5 / 7)
+
+
+# ----------------------------------------------------------------------------------------------------- the estimate
+
+
+def test_an_estimate_counts_what_the_arrays_have():
+    run = tiny(4)
+    made = plan(run, "v5e:2x2", estimate=True)
+    n = count.parameters(run.model)
+    b = made.bytes
+    assert (made.parameters, made.active, made.devices) == (n.total, n.text_active, 4)
+    assert b.parameters + b.optimizer + b.gradients + b.activations + b.temporary == pytest.approx(b.peak, abs=2)
+    assert 4 * n.total / 4 <= b.parameters < 1.1 * 4 * n.total / 4  # norms stay whole
+    assert b.optimizer == pytest.approx(2 * b.parameters, rel=0.01)
+    assert made.flops.model == count.step_flops(run, 8 * run.data.tiles_per_row) / 4
+    assert made.flops.total > made.flops.model
+    assert b.fits and not made.levers
+
+
+def test_exchanged_bytes_by_hand():
+    """A matrix of 1000 numbers in quarters over fsdp, two copies; bfloat16 on the wire, gathered again with remat."""
+    run = tiny(4, train=dict(compute_dtype="bfloat16", remat="period"))
+    mesh = {"data": 2, "fsdp": 4}
+    got = estimate.exchanged(run, mesh, [(1000, ("fsdp",))])
+    by_kind = {exchange.kind: sent for exchange, sent in got.sent.items()}
+    assert by_kind == {"all-gather": 2 * 3 * 500, "reduce-scatter": 3 * 500, "all-reduce": 2 * (1 / 2) * 500}
+
+
+def test_estimates_move_the_right_way():
+    run = tiny(4)
+    mesh = {"data": 1, "fsdp": 4}
+    base = estimate.memory(run, mesh)
+    twice = dataclasses.replace(run, train=dataclasses.replace(run.train, accumulate=2))
+    assert estimate.memory(twice, mesh).kept == pytest.approx(base.kept / 2)
+    all_kept = dataclasses.replace(run, train=dataclasses.replace(run.train, remat="none"))
+    assert estimate.memory(all_kept, mesh).kept > 3 * base.kept
+    assert estimate.flops(all_kept, 0, 64)[1] < estimate.flops(run, 0, 64)[1]
+
+
+def test_what_would_make_it_fit(monkeypatch):
+    """A chip with room for the step in two parts but not for it whole."""
+    run = tiny(1, data=dict(batch_tokens=64 * 128), train=dict(compute_dtype="bfloat16"))
+    whole = plan(run, "v5e:1x1", estimate=True).bytes
+    small = dataclasses.replace(CHIPS["v5e"], hbm_bytes=whole.peak - whole.activations // 3)
+    monkeypatch.setitem(CHIPS, "v5e", small)
+    made = plan(run, "v5e:1x1", estimate=True)
+    assert not made.bytes.fits
+    assert made.levers[0].startswith("would fit with --config.train.accumulate=2")
+    monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(small, hbm_bytes=1000))
+    assert "no setting" in plan(run, "v5e:1x1", estimate=True).levers[-1]
+
+
+def test_without_the_extra_it_is_an_estimate_and_says_so(monkeypatch):
+    monkeypatch.setattr(Topology, "has_compiler", lambda self: False)
+    made = plan(tiny(4), "v5e:2x2")
+    assert made.how == "estimated" and any("pip install 'llamax[tpu]'" in note for note in made.notes)
+    assert any("llamax[cuda]" in note for note in plan(tiny(4), "h100:1x4").notes)
+
+
+def test_the_command(capsys, monkeypatch):
+    assert cli.main(["plan", TINY, "--topology", "v5e:2x2", "--estimate", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["devices"] == 4 and told["bytes"]["fits"] and told["how"] == "estimated"
+    assert all("crosses_slow_link" in row for row in told["traffic"])
+    assert cli.main(["plan", TINY, "--topology", "v5x:2x2", "--estimate"]) == 2
+    assert "its kind is one of" in capsys.readouterr().err
+
+
+def test_the_report_names_everything(capsys):
+    from rich.console import Console
+
+    console = Console(width=200, highlight=False)
+    with console.capture() as text:
+        report.show(plan(tiny(8), "h100:2x4", estimate=True), console)
+    for words in ("parameters", "optimizer", "gradients", "activations", "temporary", "peak", "limit", "fits"):
+        assert words in text.get()
+    for words in ("MFU", "tokens/s", "bound by", "slow link", "FLOPs"):
+        assert words in text.get()
+
+
+def test_places_follow_the_mesh():
+    assert estimate.groups_over(("data",), {"data": 2, "fsdp": 2}) == ((0, 2), (1, 3))
+    assert hlo.spanned(((0, 2), (1, 3)), {"data": 2, "fsdp": 2}) == ("data",)
+    devices = np.array(jax.devices()[:4])
+    assert parse("h100:2x2").places(devices).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
