@@ -43,7 +43,7 @@ class Programs:
         if not program.done():
             with self._ledger.during("compile"):
                 while not wait([program], PATIENCE_S).done:
-                    self._stop.check()
+                    self._stop.check_alone()
         return program.result()(state, batch)
 
 
