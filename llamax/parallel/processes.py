@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import socket
 import sys
 import threading
 import traceback
@@ -30,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llamax.config import ConfigError
 
 HEARTBEAT_S, JOIN_S = 100, 55
+PATIENCE_S = 60  # more for jax, so that our own message comes first
 PATIENCE_MS = 24 * 3600 * 1000  # for process 0 to decide: it may read a large checkpoint; if it dies, heartbeats tell
 _told: list[str] = []  # the keys of what process 0 has told
 
@@ -40,35 +43,55 @@ _told: list[str] = []  # the keys of what process 0 has told
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the job that the environment describes; call it before jax touches a device. Calling it again is harmless.
 
-    From then on an uncaught error ends the process at once: a usual exit would wait for the others.
+    From then on an uncaught error ends the process at once: a usual exit would wait for the others. If not all of them
+    come in time, this process says so and ends: jax itself would end it too, later and with a stack trace of its own.
 
     Raises:
-      ConfigError: the variables contradict each other, or not all processes were there in time.
+      ConfigError: the variables contradict each other, or process 0 cannot have its port.
     """
     if jax.distributed.is_initialized():
         return
-    how = explicit(environment)
-    if how is None and not in_cluster(environment):
-        return
     join_s = int(environment.get("LLAMAX_JOIN_S", JOIN_S))
+    how = explicit(environment) or of_cluster(environment, join_s)
+    if how is None:
+        return
+    check_port(how)
     # Its SIGTERM handler would take the place of ours, with which a run saves and stops.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_check_proxy_envs", False)
-    try:
-        jax.distributed.initialize(
-            **how or {},
-            initialization_timeout=join_s,
-            heartbeat_timeout_seconds=int(environment.get("LLAMAX_HEARTBEAT_S", HEARTBEAT_S)),
-        )
-    except (RuntimeError, ValueError) as error:
-        where = (how or {}).get("coordinator_address") or distributed.global_state.coordinator_address
-        me = f"{os.uname().nodename}, process {distributed.global_state.process_id}"
-        raise ConfigError(
-            f"Joining the processes at {where} ({me})",
-            f"it did not come about within {join_s} s: {' '.join(str(error).split())}",
-            "Process 0 has to run there, its port has to be free and reachable, and each number has to be there once.",
-        ) from error
+    heartbeat_s = int(environment.get("LLAMAX_HEARTBEAT_S", HEARTBEAT_S))
+    timer = threading.Timer(join_s, give_up, (how, join_s))
+    timer.daemon = True
+    timer.start()
+    jax.distributed.initialize(**how, initialization_timeout=join_s + PATIENCE_S, heartbeat_timeout_seconds=heartbeat_s)
+    timer.cancel()
     sys.excepthook = end_at_once
+
+
+def check_port(how: Mapping[str, Any]) -> None:
+    """ConfigError in process 0 if another program has its port: jax would crash."""
+    port = int(how["coordinator_address"].rpartition(":")[2])
+    if how["process_id"] != 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an earlier job has left is no obstacle
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            asked, true = f"Process 0 on {platform.node()} at port {port}", f"it cannot be had: {error.strerror}"
+            raise ConfigError(asked, true, "End what uses it, or choose another port.") from None
+
+
+def give_up(how: Mapping[str, Any], join_s: float) -> NoReturn:
+    """Ends a process whose job is not complete."""
+    me, n = f"Process {how['process_id']} on {platform.node()}", how["num_processes"]
+    error = ConfigError(
+        f"{me} in a job of {n} with process 0 at {how['coordinator_address']}",
+        f"not all of them have come within {join_s} s (LLAMAX_JOIN_S)",
+        "Look for one that has not started or has ended, and whether it reaches that address.",
+    )
+    print(f"llamax: {error}", file=sys.stderr)
+    leave(2)
 
 
 def explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -97,15 +120,23 @@ def explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
     }
 
 
-def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether jax finds a cluster's job of several processes. A pod of no indexed job is not asked: it is alone."""
+def of_cluster(environment: Mapping[str, str], timeout_s: int) -> dict[str, Any] | None:
+    """What jax finds in a cluster's job of several processes, as arguments of `jax.distributed.initialize`; or None.
+
+    A pod that is not of an indexed Kubernetes job is not asked: it is alone.
+    """
     for kind in clusters.ClusterEnv._cluster_types:
-        of_kubernetes = kind.__name__ == "K8sCluster"
-        if kind.opt_in_only_method or (of_kubernetes and "JOB_COMPLETION_INDEX" not in environment):
+        alone = kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment
+        if kind.opt_in_only_method or alone or not kind.is_env_present():
             continue
-        if kind.is_env_present():
-            return kind.get_process_count() > 1
-    return False
+        if kind.get_process_count() == 1:
+            return None
+        return {
+            "coordinator_address": kind.get_coordinator_address(timeout_s, environment.get("JAX_COORDINATOR_PORT")),
+            "num_processes": kind.get_process_count(),
+            "process_id": kind.get_process_id(),
+        }
+    return None
 
 
 def several() -> bool:
