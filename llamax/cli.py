@@ -102,8 +102,10 @@ def leave(code: int) -> int:
     """The exit code; at once if a compiler is at work, which cannot be interrupted and which the interpreter would wait
     for, or if this is still one of several processes, for it would wait for them. All files are closed by now."""
     compiles = any(thread.name.startswith("compile") for thread in threading.enumerate())
-    joined = (module := sys.modules.get("llamax.parallel.processes")) is not None and module.several()
-    if compiles or joined:
+    joined = sys.modules.get("llamax.parallel.processes")  # without it there is no jax yet
+    if joined is not None and joined.several():
+        joined.leave(code)
+    if compiles:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -12,12 +12,14 @@ A job of one process starts nothing here, and every function gives the plain ans
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -33,6 +35,7 @@ from llamax.config import ConfigError
 
 HEARTBEAT_S, JOIN_S = 100, 55
 PATIENCE_S = 60  # more for jax, so that our own message comes first
+MEET_MS = 3000  # at the end
 PATIENCE_MS = 24 * 3600 * 1000  # for process 0 to decide: it may read a large checkpoint; if it dies, heartbeats tell
 _told: list[str] = []  # the keys of what process 0 has told
 
@@ -167,9 +170,17 @@ def end_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process now; at the usual exit jax would wait for the others, who may never come."""
+    """Ends this process; at the usual exit jax would wait for the others, who may never come.
+
+    Where all end for one reason they meet here for a moment: the end of process 0 would keep the others from saying it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    client = distributed.global_state.client
+    if several() and client is not None:
+        with contextlib.suppress(Exception):
+            client.wait_at_barrier("llamax/leave", MEET_MS)
+            time.sleep(0.5 if is_first() else 0)
     os._exit(code)
 
 
