@@ -1,6 +1,6 @@
 """One process of a small training run that several share, or one that only meets the others; for launch/local.py.
 
-    python -m tests.process_child train WORKDIR STEPS [--signal STEP:PROCESS]
+    python -m tests.process_child train WORKDIR STEPS [--signal STEP:PROCESS] [--pictures] [--fsdp 2]
     python -m tests.process_child meet [--differ]
     python -m tests.process_child wait
 
@@ -12,6 +12,7 @@ Run it from the project's root with the environment that tests/conftest.py sets.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,17 +28,22 @@ from llamax import cli, config, preflight
 from llamax.config import ConfigError
 from llamax.parallel import processes
 from llamax.train import programs
-from tests.runs import tiny_run
+from tests.runs import KINDS, tiny_run
 
-MESH = config.Mesh(data=1, fsdp=2)
+MESH = dict(data=1, fsdp=2)
 SAVE_EVERY = 2
 
 
-def shared_run(steps: int, **sections: Any) -> config.Run:
-    """One row of devices; every batch with pictures, so that there is one program to compile."""
-    data = dict(multimodal_steps=1.0)
-    train = dict(log_every_steps=2)
-    return tiny_run(steps, mesh=MESH, data=data, train=train, checkpoint=dict(every_steps=SAVE_EVERY), **sections)
+def shared_run(steps: int, pictures: bool = False) -> config.Run:
+    """Two layers on text, for a short compile; with `pictures` the whole tiny run, every other batch with some."""
+    run = tiny_run(steps, mesh=MESH, train=dict(log_every_steps=2), checkpoint=dict(every_steps=SAVE_EVERY))
+    if pictures:
+        return run
+    sources = {name: source for name, source in run.data.sources.items() if name != "pictures"}
+    model = dataclasses.replace(run.model, vision=None, plan=((KINDS, 1),))
+    return dataclasses.replace(
+        run, model=model, data=dataclasses.replace(run.data, sources=sources, multimodal_steps=0)
+    )
 
 
 def train(asked: argparse.Namespace) -> int:
@@ -55,7 +61,8 @@ def train(asked: argparse.Namespace) -> int:
         return call(self, state, batch)
 
     programs.Programs.__call__ = recording
-    asked_for = config.to_config(shared_run(asked.steps))
+    run = shared_run(asked.steps, asked.pictures)
+    asked_for = config.to_config(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=asked.fsdp)))
     config.load = lambda *_: asked_for  # no recipe's file says what the tests train; all else is the command's
     return cli.main(["train", "RECIPE", "--workdir", asked.workdir])
 
@@ -113,6 +120,8 @@ def main() -> int:
     verb.add_argument("workdir")
     verb.add_argument("steps", type=int)
     verb.add_argument("--signal")
+    verb.add_argument("--pictures", action="store_true")
+    verb.add_argument("--fsdp", type=int, default=2)
     verb.set_defaults(do=train)
     verb = verbs.add_parser("meet")
     verb.add_argument("--differ", action="store_true")

@@ -22,6 +22,7 @@ import pytest
 from llamax.config import ConfigError
 from llamax.parallel import processes
 from llamax.run import train
+from llamax.train import programs
 from tests.process_child import rows_of, shared_run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -263,15 +264,13 @@ def test_one_killed_ends_the_others_in_time_and_is_named():
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
-    """Eight steps of one process with two devices; rows recorded like those of the others."""
+    """Six steps of one process with two devices; rows recorded like those of the others."""
     workdir = tmp_path_factory.mktemp("one") / "run"
-    run_here(workdir, 8)
+    run_here(workdir, 6)
     return workdir
 
 
-def run_here(workdir: Path, steps: int) -> None:
-    from llamax.train import programs
-
+def run_here(workdir: Path, steps: int, pictures: bool = False) -> None:
     call = programs.Programs.__call__
 
     def recording(self, state, batch):
@@ -282,7 +281,7 @@ def run_here(workdir: Path, steps: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs.Programs, "__call__", recording)
-        assert train(shared_run(steps), workdir, devices=jax.devices()[:2]).finished
+        assert train(shared_run(steps, pictures), workdir, devices=jax.devices()[:2]).finished
 
 
 def rows(workdir: Path) -> dict[tuple[int, int], str]:
@@ -309,34 +308,47 @@ def assert_same(workdir: Path, unbroken: Path, steps: int) -> None:
 def test_two_processes_then_one_are_one_unbroken_run(unbroken, tmp_path):
     """A SIGTERM to process 1 alone stops both after the same step; one process goes on from what they saved."""
     workdir = tmp_path / "run"
-    said = run_job(2, "train", f"{workdir}", "8", "--signal", "3:1", code=TERMINATED)
+    said = run_job(2, "train", f"{workdir}", "6", "--signal", "3:1", code=TERMINATED)
     stopped = max(losses(workdir))
     assert 3 <= stopped <= 5, said
-    saved = max(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
-    assert saved == stopped, "what was done is saved"
+    assert max(checkpoints(workdir)) == stopped, "what was done is saved"
     mine = {line["row"] for line in map(json.loads, Path(f"{workdir}.rows.1.jsonl").read_text().splitlines())}
     assert mine == {4, 5, 6, 7}, "process 1 has read its share alone"
+    assert not [line for line in said.splitlines() if line.startswith("[1]") and "Gloo" not in line], said
     assert_same(workdir, unbroken, stopped)
-    run_here(workdir, 8)
-    assert_same(workdir, unbroken, 8)
+    run_here(workdir, 6)
+    assert_same(workdir, unbroken, 6)
 
 
 @pytest.mark.slow
-def test_one_then_four_then_two_with_a_kill(unbroken, tmp_path):
-    """And only process 0 speaks, and writes: no line is there twice."""
-    workdir = tmp_path / "run"
-    run_here(workdir, 2)
-    with Job(2, "train", f"{workdir}", "100000") as job:
-        job.wait_for("step 4/")
-        victims = [pid for pid in children(job.process.pid) if f"LLAMAX_PROCESS={1}" in environment(pid)]
+def test_one_then_two_killed_then_two_again(tmp_path):
+    """With pictures. One process is killed between two checkpoints; the job ends, and the next start goes on."""
+    one, workdir = tmp_path / "one", tmp_path / "run"
+    run_here(one, 12, pictures=True)
+    run_here(workdir, 2, pictures=True)
+    with Job(2, "train", f"{workdir}", "1000", "--pictures") as job:
+        job.wait_for("step 6/")
+        victims = [pid for pid in children(job.process.pid) if "LLAMAX_PROCESS=1" in environment(pid)]
         os.kill(victims[0], signal.SIGKILL)
         start = time.monotonic()
-        assert job.wait(60) != 0
+        assert job.wait(60) == 128 + signal.SIGKILL
         assert time.monotonic() - start < END_S, job.said
         assert "process 1 was killed by SIGKILL" in job.said
-    said = run_job(2, "train", f"{workdir}", "8") if max(checkpoints(workdir)) <= 8 else ""
-    assert not [line for line in said.splitlines() if line.startswith("[1]") and "Gloo" not in line], said
-    assert_same(workdir, unbroken, 8)
+    got = max(checkpoints(workdir))
+    assert 4 <= got < 12
+    run_job(2, "train", f"{workdir}", "12", "--pictures")
+    assert_same(workdir, one, 12)
+
+
+@pytest.mark.slow
+def test_one_then_four_then_one(tmp_path):
+    """The mesh grows from two devices to four, and shrinks again."""
+    one, workdir = tmp_path / "one", tmp_path / "run"
+    run_here(one, 6)
+    run_here(workdir, 2)
+    run_job(4, "train", f"{workdir}", "4", "--fsdp", "4")
+    run_here(workdir, 6)
+    assert_same(workdir, one, 6)
 
 
 def checkpoints(workdir: Path) -> list[int]:
