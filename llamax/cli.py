@@ -79,11 +79,13 @@ def _train(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, terminated)  # for the moments before those that `train` looks after
     run = config.freeze(config.load(args.recipe, args.overrides))  # before jax is imported
+    from llamax.parallel import processes
     from llamax.run import train
     from llamax.train.loop import Stopped
 
     try:
         result = train(run, args.workdir, overrides=args.overrides, began=STARTED)
+        processes.part()
     except Stopped as stopped:
         print(f"llamax: {stopped} before the first step; the same command starts again", file=sys.stderr)
         return 128 + stopped.signal
@@ -99,8 +101,12 @@ def terminated(*_: Any) -> None:
 
 def leave(code: int) -> int:
     """The exit code; at once if a compiler is at work, which cannot be interrupted and which the interpreter would wait
-    for. All files are closed by now."""
-    if any(thread.name.startswith("compile") for thread in threading.enumerate()):
+    for, or if this is still one of several processes, for it would wait for them. All files are closed by now."""
+    compiles = any(thread.name.startswith("compile") for thread in threading.enumerate())
+    joined = sys.modules.get("llamax.parallel.processes")  # without it there is no jax yet
+    if joined is not None and joined.several():
+        joined.leave(code)
+    if compiles:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llamax import config
 from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.sources import open_source, read_manifest
 from llamax.data.tokenizer import Tokenizer, check_size
+from llamax.observe import provenance
+from llamax.parallel import processes
 
 
 def check_tokenizer(run: config.Run) -> Tokenizer:
@@ -65,16 +70,42 @@ def check_steps_left(run: config.Run, latest: int) -> bool:
     return latest == run.train.steps
 
 
-def check_one_process() -> None:
-    """ConfigError in a job of several processes: the data stream does not divide its rows among them yet."""
-    import jax
+def check_processes(asked: Mapping[str, Any], files: dict[str, str], workdir: Path, devices: int) -> None:
+    """ConfigError, in every process, if one of them has other devices, code, settings or data than the first.
 
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"training on {jax.process_count()} processes",
-            "this version reads its data in one",
-            "Start it on one host, with all of that host's devices.",
-        )
+    Args:
+      asked: the resolved configuration, nested dicts.
+      devices: how many this process has of its own.
+    """
+    if not processes.several():
+        return
+    settings = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    mine = {
+        "host": platform.node(),
+        "its devices": devices,
+        "its code": code_hash()[:12],
+        "its versions": provenance.versions(),
+        "its recipe and settings": settings,
+        "its data": files,
+        "its --workdir": str(workdir.absolute()),
+    }
+    first, *others = processes.gather(mine)
+    for number, other in enumerate(others, start=1):
+        for fact in mine.keys() - {"host"}:
+            if other[fact] != first[fact]:
+                raise ConfigError(
+                    f"Process {number} on {other['host']} in one job with process 0 on {first['host']}",
+                    f"{fact} differ: {other[fact]} there, {first[fact]} in process 0",
+                    "Start all of them with the same command, code, data and kind of machine.",
+                )
+
+
+def code_hash() -> str:
+    """SHA-256 of the package's source files."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def check_evals(run: config.Run) -> None:

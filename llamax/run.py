@@ -34,7 +34,7 @@ from llamax.observe.progress import Progress, duration
 from llamax.observe.tensorboard import TensorBoard
 from llamax.observe.watchdog import Watchdog
 from llamax.optim.build import optimizer
-from llamax.parallel import place, rules
+from llamax.parallel import place, processes, rules
 from llamax.parallel.mesh import make_mesh
 from llamax.train import hooks
 from llamax.train.health import Health
@@ -61,7 +61,9 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     began: float | None = None,
 ) -> Result:
-    """Trains `run` in `workdir`, or goes on where it stopped, on all devices unless told otherwise. One process.
+    """Trains `run` in `workdir`, or goes on where it stopped, on all devices unless told otherwise.
+
+    One process, or each of several that the environment joins (parallel/processes.py): all call this.
 
     `began`: when the process did, by `time.time()`, if its start is to count in the ledger of wall time.
 
@@ -72,8 +74,11 @@ def train(
         Stopped: a stop was asked for before the first step; nothing is lost.
     """
     log.setup()
+    processes.start()
+    log.setup(process=processes.number())
     ledger, workdir = Ledger(began), Path(workdir)
-    with StopRequest() as stop, Watchdog(ledger, run.health.stall_s, workdir, logger.error):
+    agree = processes.Agreement() if processes.several() else None
+    with StopRequest(agree) as stop, Watchdog(ledger, run.health.stall_s, workdir, logger.error):
         return _train(run, workdir, overrides, devices, ledger, stop)
 
 
@@ -89,12 +94,12 @@ def _train(
     provenance.check_same_run(workdir, asked)
     tokenizer = preflight.check_tokenizer(run)
     run = preflight.with_paths(run)
-    data = pipeline.build(run.data, run.model.vision, run.seed)
     files = preflight.data_files(run)
     provenance.check_same_files(workdir, files)
     devices = list(devices or jax.devices())
-    preflight.check_one_process()
+    preflight.check_processes(asked, files, workdir, jax.local_device_count())
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
+    data = pipeline.build(run.data, run.model.vision, run.seed, place.rows_here(mesh, run.data.rows))
     bones = skeleton(
         run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=tokenizer.patch, train=run.train
     )
@@ -104,20 +109,20 @@ def _train(
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
-    with provenance.alone(workdir), ExitStack() as open_things:
-        done = preflight.check_steps_left(run, preflight.sound_step(workdir))
-        provenance.record(workdir, asked, overrides, files)
+    with ExitStack() as open_things:
+        done = take_workdir(run, workdir, asked, overrides, files, open_things)
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, ledger, stop))
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = start(fresh, shapes, checkpoints, batches)
-        put = partial(place.put_batch, mesh=mesh)
+        put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows)
         row_multiple = math.prod(mesh.shape[axis] for axis in rules.ROWS if axis in mesh.shape)
         clock = metrics.Clock(peak.flops_per_s, ledger)
-        goodput = Goodput(workdir / "goodput.json", ledger, first)
+        goodput = Goodput(workdir / "goodput.json", ledger, first, written=processes.is_first())
         open_things.callback(goodput.write, now=True)
-        context = Context(run, bones, tokenizer, put, row_multiple, check_stop=stop.check)
+        put_whole = partial(place.put_whole_batch, mesh=mesh)
+        context = Context(run, bones, tokenizer, put_whole, row_multiple, check_stop=stop.check)
         around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)
@@ -137,12 +142,32 @@ def _train(
         with ledger.during("save"):
             checkpoints.wait()
         ledger.enter("idle")
-    report(run, workdir, around.evaluate.reports, finished, goodput)
+    if processes.is_first():
+        report(run, workdir, around.evaluate.reports, finished, goodput)
     goodput.write(now=True)
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
+
+
+def take_workdir(
+    run: config.Run,
+    workdir: Path,
+    asked: dict[str, Any],
+    overrides: Sequence[str],
+    files: dict[str, str],
+    open_things: ExitStack,
+) -> bool:
+    """Whether all steps are taken. The first process holds the workdir, looks at its checkpoints, writes run.json."""
+
+    def take() -> bool:
+        open_things.enter_context(provenance.alone(workdir))
+        done = preflight.check_steps_left(run, preflight.sound_step(workdir))
+        provenance.record(workdir, asked, overrides, files)
+        return done
+
+    return processes.from_first(take)
 
 
 def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, batches: Any) -> tuple[State, int]:
@@ -180,7 +205,7 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: 
 
 def go_back(shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack) -> State:
     """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
-    logger.warning("%s, past the batches in between", back)
+    logger.log(logging.WARNING if processes.is_first() else logging.DEBUG, "%s, past the batches in between", back)
     for step in reversed(checkpoints.steps()):  # the newest first: a death in between leaves no gap
         if step > back.to:
             checkpoints.set_aside(step, "rolled-back")
@@ -222,10 +247,16 @@ def make_hooks(
     goodput: Goodput,
     open_things: ExitStack,
 ) -> Hooks:
-    """The files that the hooks write are closed with `open_things`."""
-    file = open_things.enter_context(log.MetricsFile(workdir / "metrics.jsonl", first))
-    board = open_things.enter_context(TensorBoard(workdir / "tensorboard", first))
-    progress = open_things.enter_context(Progress(run.train.steps, first))
+    """The files that the hooks write are closed with `open_things`. Only the first process writes them, and warns of
+    what all of them see."""
+    writes = processes.is_first()
+
+    def written(name: str) -> Path | None:
+        return workdir / name if writes else None
+
+    file = open_things.enter_context(log.MetricsFile(written("metrics.jsonl"), first))
+    board = open_things.enter_context(TensorBoard(written("tensorboard"), first))
+    progress = open_things.enter_context(Progress(run.train.steps, first, shown=writes))
     board.config(config.to_dict(run), first)
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
 
@@ -233,8 +264,8 @@ def make_hooks(
         return max((saved for saved in checkpoints.steps() if saved < step), default=None)
 
     left_out, patch_id = partial(pipeline.skipped, batches, run.data), context.tokenizer.patch
-    each_step = StepLog(run.model, open_things.enter_context(log.MetricsFile(workdir / "steps.jsonl", first)), board)
-    warn, ledger = logger.warning, goodput.ledger
+    each_step = StepLog(run.model, open_things.enter_context(log.MetricsFile(written("steps.jsonl"), first)), board)
+    warn, ledger = logger.warning if writes else logger.debug, goodput.ledger
     every = (run.train.log_every_steps, run.checkpoint.every_steps, run.health.norms_every_steps)
     return Hooks(
         hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, each_step, left_out, warn, every),

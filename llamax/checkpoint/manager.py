@@ -3,17 +3,22 @@
 Layout: `FOLDER/STEP/ITEM`. Step s is the state after s updates. Items:
 
     params, router_bias, opt, rng   trees of arrays, sharded as they were; restored on any mesh
-    data                            the Grain iterator's state, one file a process
+    data                            the Grain iterator's state, which is that of all processes
     extra                           anything JSON
 
 A step folder takes its name only once it is complete and has the sums of its files (sums.py), so a run that dies
 in the middle of a save leaves the earlier checkpoints as they were, and nothing damaged is restored. An item whose
 tree has no arrays (`router_bias` of a dense model) has no folder: Orbax refuses empty items.
+
+Of several processes all call the same methods in the same order: each writes its shards, the first one all else, the
+sums when the others have written too. What depends on the folder's state is decided by the first, for all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,12 +32,14 @@ from orbax.checkpoint.path import atomicity
 from llamax import config
 from llamax.checkpoint import space, sums
 from llamax.config import ConfigError
+from llamax.parallel import processes
 
 logger = logging.getLogger("llamax")
 Tree = Any  # a pytree of arrays, or of jax.ShapeDtypeStruct where only shapes, dtypes and shardings matter
 
 ARRAYS = ("params", "router_bias", "opt", "rng")
 SHOWN = 4  # differing leaves that an error names
+DATA_FILE = "process_0-of-1.json"  # Grain's own name, in its format, for a job of one process
 
 
 class Summed(atomicity.AtomicRenameTemporaryPath):
@@ -56,6 +63,32 @@ class Summed(atomicity.AtomicRenameTemporaryPath):
             await asyncio.to_thread(whole.rename, final)
         finally:
             self._final_path = final
+
+
+class DataHandler(grain.checkpoint.CheckpointHandler):
+    """The data iterator's state. It is the same in all processes, so any number of them goes on from it."""
+
+    def save(self, directory: Any, item: Any = None, args: Any = None) -> None:
+        if processes.is_first():
+            (directory / DATA_FILE).write_text(json.dumps((item or args.item).get_state(), indent=4))
+
+    def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
+        iterator = item or args.item
+        iterator.set_state(json.loads((directory / DATA_FILE).read_text()))
+        iterator.start_prefetch()
+        return iterator
+
+
+@ocp.args.register_with_handler(DataHandler, for_save=True)
+@dataclasses.dataclass
+class DataSave(ocp.args.CheckpointArgs):
+    item: Any  # the iterator
+
+
+@ocp.args.register_with_handler(DataHandler, for_restore=True)
+@dataclasses.dataclass
+class DataRestore(ocp.args.CheckpointArgs):
+    item: Any  # the iterator, which is moved
 
 
 class Checkpoints:
@@ -98,7 +131,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = dict.fromkeys(ARRAYS, ocp.StandardCheckpointHandler) | {
-            "data": grain.checkpoint.CheckpointHandler,
+            "data": DataHandler,
             "extra": ocp.JsonCheckpointHandler,
         }
         return ocp.CheckpointManager(
@@ -124,12 +157,12 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step on disk, or None; waits for a save under way, which Orbax would count already."""
         self.wait()
-        return self._manager.latest_step()
+        return processes.from_first(self._manager.latest_step)
 
     def steps(self) -> list[int]:
         """All steps on disk, in order; waits for a save under way."""
         self.wait()
-        return sorted(self._manager.all_steps())
+        return processes.from_first(lambda: sorted(self._manager.all_steps()))
 
     def save(
         self, step: int, *, params: Tree, router_bias: Tree, opt: Tree, rng: Tree, data_iterator, extra: Mapping
@@ -151,11 +184,12 @@ class Checkpoints:
             return False
         trees = dict(zip(ARRAYS, (params, router_bias, opt, rng), strict=True))
         self._saving = step, space.needed([_data_of_key(leaf) for leaf in jax.tree.leaves(trees)])
-        if space.free(self.folder) < self._saving[1]:
+        wanted = self._saving[1]
+        if processes.from_first(lambda: space.free(self.folder) < wanted):
             self._not_saved(begun=False)
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
-        items["data"] = grain.checkpoint.CheckpointSave(data_iterator)
+        items["data"] = DataSave(data_iterator)
         items["extra"] = ocp.args.JsonSave(dict(extra))
         return self._unless_full(lambda: self._manager.save(step, args=ocp.args.Composite(**items))) or False
 
@@ -187,7 +221,7 @@ class Checkpoints:
         self._check(step, asked, dtypes=True)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}
         if data_iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(data_iterator)
+            items["data"] = DataRestore(data_iterator)
         items["extra"] = ocp.args.JsonRestore()
         found = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
         return {name: found.get(name, tree) for name, tree in asked.items()} | {"extra": found["extra"]}
@@ -220,9 +254,9 @@ class Checkpoints:
         """
         assert not self._reading_only, "opened for reading only"
         self.wait()
-        to = sums.set_aside(self.folder / str(step), why)
+        to = processes.from_first(lambda: str(sums.set_aside(self.folder / str(step), why)))
         self._look_again()
-        return to
+        return Path(to)
 
     def wait(self) -> None:
         """Returns once the save under way is on disk, or has failed for want of space."""
@@ -257,10 +291,11 @@ class Checkpoints:
         step, bytes_needed = self._saving
         last_good = max(sums.steps(self.folder), default=None)
         self._unsaved = space.not_saved(self.folder, step, bytes_needed, last_good, begun=begun)
-        logger.error(str(self._unsaved))
+        if processes.is_first():
+            logger.error(str(self._unsaved))
 
     def _clear_unfinished(self) -> None:
-        for path in self.folder.glob(f"*{sums.UNFINISHED}*"):
+        for path in self.folder.glob(f"*{sums.UNFINISHED}*") if processes.is_first() else ():
             logger.info("removing %s, which a save did not finish", path)
             space.remove(path)
 
@@ -279,11 +314,12 @@ class Checkpoints:
         """The step itself, or the newest one, with files that are what was written."""
         if step is None:
             self.wait()
-            step = sums.newest_sound(self.folder, rename=not self._reading_only)
+            step = processes.from_first(lambda: sums.newest_sound(self.folder, rename=not self._reading_only))
             if not self._reading_only:
                 self._look_again()
             return self._existing(step or None)
-        problems = sums.check(self.folder / str(self._existing(step)))
+        asked_for = self.folder / str(self._existing(step))
+        problems = processes.from_first(lambda: sums.check(asked_for))
         if problems:
             asked, others = f"Checkpoint of step {step} in {self.folder}", [s for s in self.steps() if s != step]
             change = f"Name another: {', '.join(map(str, others))}." if others else "Bring it back from a copy."

@@ -44,10 +44,12 @@ MAX_UNUSABLE_DOCS = 5_000  # in a row, whole windows of them, before the stream 
 WORKER_GRACE_S = 60  # a loader process outlives a SIGTERM by so much, for the run that is ending to be fed
 
 
-def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.IterDataset:
+def build(data: config.Data, vision: config.Vision | None, seed: int, share: range | None = None) -> grain.IterDataset:
     """The training stream: an endless IterDataset of Batch (numpy), whose iterator's state is plain integers.
 
-    Batches have `data.rows` rows; text-only ones M = 0 tile slots, multimodal ones M = `data.tiles_per_row`.
+    Batches have `data.rows` rows; text-only ones M = 0 tile slots, multimodal ones M = `data.tiles_per_row`. `share`:
+    only these of each batch's rows, as one process of several wants them. Each walks the whole stream, so that order
+    and state know nothing of processes.
     ConfigError where a manifest, its files or the weights are wrong.
     """
     names = sorted(data.sources)
@@ -95,6 +97,7 @@ def build(data: config.Data, vision: config.Vision | None, seed: int) -> grain.I
         shares.multimodal_steps,
         data,
         vision,
+        share,
     )
     if not data.prefetch_batches:  # Grain's own 0 would let an endless queue fill after a restore
         return stream
@@ -288,8 +291,11 @@ def attend_parent(worker: int, workers: int) -> None:
 class Stream(grain.IterDataset):
     """Batches from the windows of the text stream and of the multimodal one; either may be None."""
 
-    def __init__(self, text, multimodal, multimodal_steps, data: config.Data, vision: config.Vision | None):
+    def __init__(
+        self, text, multimodal, multimodal_steps, data: config.Data, vision: config.Vision | None, share: range | None
+    ):
         super().__init__()
+        self.share = range(data.rows) if share is None else share
         self.text, self.multimodal, self.multimodal_steps = text, multimodal, multimodal_steps
         self.data, self.tile_px = data, vision.tile_px if vision else 0
 
@@ -314,9 +320,9 @@ class StreamIterator(grain.DatasetIterator):
         stream, data = self._stream, self._stream.data
         pictures = is_multimodal(self._step, stream.multimodal_steps)
         source = self._rows["multimodal" if pictures else "text"]
-        rows = list(itertools.islice(source, data.rows))
+        rows = list(itertools.islice(source, data.rows))[stream.share.start : stream.share.stop]
         self._step += 1
-        return collate(rows, data.rows, data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
+        return collate(rows, len(stream.share), data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
 
     def get_state(self) -> dict[str, Any]:
         return {"step": self._step} | {name: rows.state for name, rows in self._rows.items()}

@@ -72,11 +72,12 @@ def tile_flops(vision: Vision, dim: int) -> int:
 
 def step_flops(run: Run, tiles: int = 0) -> int:
     """Model FLOPs of one training step: all rows, and `tiles` picture tiles."""
-    flops = run.data.rows * row_flops(run.model, run.data.seq_len)
-    if tiles:
-        assert run.model.vision is not None
-        flops += tiles * tile_flops(run.model.vision, run.model.dim)
-    return flops
+    return run.data.rows * row_flops(run.model, run.data.seq_len) + tiles * tile_flops_of(run)
+
+
+def tile_flops_of(run: Run) -> int:
+    """Model FLOPs that a picture tile adds to a step; 0 for a model without pictures."""
+    return tile_flops(run.model.vision, run.model.dim) if run.model.vision is not None else 0
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,10 @@ class Ledger:
 class Goodput:
     """All starts of a run: those before, read from `goodput.json`, and the present one, written to it."""
 
-    def __init__(self, path: str | Path, ledger: Ledger, first: int):
-        """`first`: the step that this start goes on from; what earlier ones did beyond it is lost."""
+    def __init__(self, path: str | Path, ledger: Ledger, first: int, written: bool = True):
+        """`first`: the step that this start goes on from; what earlier ones did beyond it is lost. `written` False:
+        `path` is only read (another process writes it)."""
+        self._writes = written
         self.path, self.ledger, self.reached = Path(path), ledger, first  # reached: the last step taken
         self.before = [_lose(start, first) for start in self._read()]
         self._written = -math.inf
@@ -118,7 +120,7 @@ class Goodput:
 
     def write(self, now: bool = False) -> None:
         """Unless that was a moment ago, and it need not be `now`."""
-        if not now and time.monotonic() < self._written + WRITE_EVERY_S:
+        if not self._writes or not now and time.monotonic() < self._written + WRITE_EVERY_S:
             return
         self._written = time.monotonic()
         starts = [*self.before, self.ledger.record(self.reached)]

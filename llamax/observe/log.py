@@ -30,16 +30,20 @@ def is_terminal() -> bool:
     return sys.stdout.isatty() and not CONSOLE.is_dumb_terminal
 
 
-def setup(level: int = logging.INFO) -> None:
-    """Shows llamax's messages from `level` up, and from libraries only warnings. Calling it again is harmless."""
+def setup(level: int = logging.INFO, process: int = 0) -> None:
+    """Shows llamax's messages from `level` up, and from libraries only warnings. Calling it again is harmless.
+
+    Of several processes, those beside the first (`process` > 0) show warnings alone, with their number.
+    """
+    level, mark = (max(level, logging.WARNING), f"process {process}: ") if process else (level, "")
     logger = logging.getLogger("llamax")
     handler: logging.Handler
     if is_terminal():
         handler = RichHandler(console=CONSOLE, show_path=False, log_time_format="[%X]")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{mark}%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {mark}%(message)s", "%H:%M:%S"))
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
@@ -54,14 +58,18 @@ class MetricsFile:
     `steps.jsonl` is another. What is not finite is written as null, for JSON has no NaN.
     """
 
-    def __init__(self, path: str | Path, start_step: int = 0):
-        """Opens PATH to append. Lines beyond `start_step`, written by a run that got further before it died and will
-        be written again, are dropped first, and so is a line that was cut short; a run from step 0 begins anew."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None, start_step: int = 0):
+        """Opens PATH to append; None: nothing is kept (another process writes).
+
+        Lines beyond `start_step`, written by a run that got further before it died and will be written again, are
+        dropped first, and so is a line that was cut short; a run from step 0 begins anew.
+        """
+        self.path = Path(os.devnull if path is None else path)
+        self._keeps = path is not None
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
-        if self.path.exists():
+        if self._keeps and self.path.exists():
             ends = (end for end, line in _backwards(self.path) if _upto(line, start_step))
             os.truncate(self.path, next(ends, 0) if start_step > 0 else 0)
         self._file = self.path.open("ab", buffering=0)
@@ -79,7 +87,7 @@ class MetricsFile:
 
     def backwards(self) -> Iterator[dict]:
         """The lines, the last one first."""
-        for _, line in _backwards(self.path):
+        for _, line in _backwards(self.path) if self._keeps else ():
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 

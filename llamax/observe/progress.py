@@ -33,13 +33,14 @@ T = TypeVar("T")
 class Progress:
     """The line of a run from step `start` to step `steps`; a context manager."""
 
-    def __init__(self, steps: int, start: int = 0):
-        self._steps, self._start = steps, start
+    def __init__(self, steps: int, start: int = 0, shown: bool = True):
+        """`shown` False: not a word (another process says it)."""
+        self._steps, self._start, self._shown = steps, start, shown
         self._values: Mapping[str, float] = {}
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
-        if is_terminal():
+        if self._shown and is_terminal():
             columns = (BarColumn(bar_width=20), TextColumn("{task.fields[line]}", markup=False))
             self._live = Live(*columns, console=CONSOLE, refresh_per_second=4)
             line = "compiling the first step"
@@ -59,7 +60,7 @@ class Progress:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Every `log_every_steps`: renews loss and speed, or prints a plain line."""
         self._values = values
-        if self._live is None:
+        if self._live is None and self._shown:
             print(line(step, self._steps, values), flush=True)
         self.step(step)
 

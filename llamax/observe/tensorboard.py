@@ -39,14 +39,18 @@ class TensorBoard:
     speed/tokens_per_s, experts/layer_07/max_over_mean, norms/gradient/layer_07, goodput/step.
     """
 
-    def __init__(self, folder: str | Path, start_step: int = 0):
-        """Events beyond `start_step`, of a run that got further before it died, are hidden; from step 0, all are."""
-        self._folder, self._warned = str(folder), False
+    def __init__(self, folder: str | Path | None, start_step: int = 0):
+        """Events beyond `start_step`, of a run that got further before it died, are hidden; from step 0, all are.
+
+        `folder` None: nothing is written (another process does).
+        """
+        self._folder, self._warned = folder and str(folder), False
         self._writer = self._open(start_step + 1 if start_step > 0 else 0)
 
     def _open(self, purge_step: int | None) -> SummaryWriter:
         return SummaryWriter(
             self._folder,
+            write_to_disk=self._folder is not None,
             purge_step=purge_step,
             max_queue=10_000,  # far more than one step adds: none of them waits for a thread that has just died
             flush_secs=2,  # a kill loses what is not written
@@ -63,6 +67,8 @@ class TensorBoard:
 
         A full disk ends the thread that writes, and sooner or later an event would wait for it forever: a new file.
         """
+        if self._folder is None:
+            return
         try:
             if not self._writer.file_writer.event_writer._worker.is_alive():
                 self._writer = self._open(None)

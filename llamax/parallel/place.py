@@ -100,12 +100,37 @@ def batch_shardings(mesh: Mesh) -> Batch:
     return Batch(**{field: text for field in Batch._fields if field != "tiles"}, tiles=tiles)
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The global batch on the devices, from the rows that this process read; all processes read equally many.
+def rows_here(mesh: Mesh, n_rows: int) -> range:
+    """Those of a global batch's rows that this process's devices need: its share. Processes along `pipeline`, `context`
+    or `tensor` have the same share; on one process it is all of them."""
+    sharding = batch_shardings(mesh).tokens
+    where = sharding.addressable_devices_indices_map((n_rows, mesh.shape["context"]))
+    needed = sorted({row for rows, _ in where.values() for row in range(*rows.indices(n_rows))})
+    assert needed == list(range(needed[0], needed[-1] + 1)), f"the rows of one process do not stand together: {needed}"
+    return range(needed[0], needed[-1] + 1)
 
-    The global row count must divide by data * fsdp * expert (`config.check_devices` sees to it).
+
+def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None) -> Batch:
+    """The global batch on the devices, from the rows that this process read: `rows_here`, all of their tokens.
+
+    Args:
+      n_rows: of the global batch; None: as many as its processes read together, no two of them the same. It must divide
+        by data * fsdp * expert (`config.check_devices` sees to it).
     """
-    return jax.tree.map(jax.make_array_from_process_local_data, batch_shardings(mesh), batch)
+
+    def put(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, x, None if n_rows is None else (n_rows, *x.shape[1:]))
+
+    if jax.process_count() == 1:
+        return jax.tree.map(put, batch_shardings(mesh), batch)
+    with jax.transfer_guard_host_to_device("allow"):  # it counts this way of putting, by name, as none by name
+        return jax.tree.map(put, batch_shardings(mesh), batch)
+
+
+def put_whole_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """The same from all rows, which every process has read."""
+    mine = rows_here(mesh, len(batch.tokens))
+    return put_batch(jax.tree.map(lambda x: x[mine.start : mine.stop], batch), mesh, len(batch.tokens))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -44,7 +44,7 @@ def traced(run: config.Run, devices: list[Any]) -> Traced:
     """Steps with pictures are the larger ones: where the run has them, one of those is taken."""
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
     # Any token may stand for the patch: it is a constant that no shape depends on.
-    bones = skeleton(run.model, make_seam(mesh), patch_id=0, train=run.train)
+    bones = skeleton(run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=0, train=run.train)
     step, state = build(run, bones, optimizer(run.optim, run.train.steps, bones.kinds), mesh)
     batch = abstract_batch(run, slots(run), place.batch_shardings(mesh))
     return Traced(mesh, step, state, batch)

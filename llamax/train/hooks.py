@@ -22,6 +22,7 @@ from llamax.observe.goodput import Goodput, Ledger
 from llamax.observe.log import MetricsFile
 from llamax.observe.progress import Progress
 from llamax.observe.tensorboard import TensorBoard
+from llamax.parallel import processes
 from llamax.train import blocks
 from llamax.train.loop import Event, Stopped, due, fetched
 from llamax.train.state import COUNTS, State
@@ -46,8 +47,9 @@ class Log:
     every: Sequence[int]  # when it fetches: loop.fetched
     window: metrics.Window = field(default_factory=metrics.Window)
     steps: int = 0
-    tokens: int = 0  # without padding
-    flops: float = 0.0
+    tokens: int = 0  # of this process's rows, without padding
+    tiles: int = 0  # of this process's rows
+    rows: int = 0  # of this process, in one batch
     warned: set[str] = field(default_factory=set)  # "source/reason" of skips that were mentioned
 
     def __call__(self, event: Event) -> None:
@@ -57,15 +59,16 @@ class Log:
         self.window.add(values)
         self.each_step.add(event)
         self.steps += 1
+        self.rows = len(event.batch.tokens)
         self.tokens += int(np.count_nonzero(event.batch.segment_ids))
-        self.flops += count.step_flops(self.run, self.tiles(event))
+        self.tiles += self.tiles_of(event)
         self.progress.step(event.step)
         self.goodput.reached = event.step
         if fetched(event, self.every):
             self.log(event)
 
-    def tiles(self, event: Event) -> int:
-        """Picture tiles in the batch; empty slots are work, but not the model's."""
+    def tiles_of(self, event: Event) -> int:
+        """Picture tiles in this process's rows; empty slots are work, but not the model's."""
         vision = self.run.model.vision
         if vision is None or not event.batch.tiles.shape[1]:
             return 0
@@ -73,7 +76,11 @@ class Log:
 
     def log(self, event: Event) -> None:
         values = self.window.fetch()
-        speed = self.clock.lap(steps=self.steps, tokens=self.tokens, flops=self.flops)
+        tokens, tiles, of_step, tiles_of_step = self.of_all_rows(
+            self.tokens, self.tiles, np.count_nonzero(event.batch.segment_ids), self.tiles_of(event)
+        )
+        flops = self.steps * count.step_flops(self.run) + tiles * count.tile_flops_of(self.run)
+        speed = self.clock.lap(steps=self.steps, tokens=tokens, flops=flops)
         shown = metrics.scalars({name: value for name, value in values.items() if name != "loss"})
         shown |= metrics.by_source("loss", values["loss"], sorted(self.run.data.sources), self.langs)
         shown |= self.each_step.fetch(event.last)
@@ -82,12 +89,17 @@ class Log:
         shown["steps/skipped"] = float(jax.device_get(event.metrics.skipped))
         shown |= self.documents_left_out(last=event.last) | speed | self.goodput.shares()
         if due(event, self.run.health.norms_every_steps):
-            shown |= blocks.norms(event.metrics, int(np.count_nonzero(event.batch.segment_ids)), self.tiles(event))
+            shown |= blocks.norms(event.metrics, round(of_step), round(tiles_of_step))
         self.progress.log(event.step, shown)
         self.file.write(event.step, shown)
         self.board.scalars(shown, event.step)
         self.goodput.write()
-        self.steps, self.tokens, self.flops = 0, 0, 0.0
+        self.steps, self.tokens, self.tiles = 0, 0, 0
+
+    def of_all_rows(self, *counts: float) -> list[float]:
+        """Counts of this process's rows -> those of the whole batch; a row that several processes share counts once."""
+        *sums, rows = processes.summed([*counts, self.rows])
+        return [n * self.run.data.rows / rows for n in sums]
 
     def flush(self) -> None:
         """The lines of the steps since the last fetch, when a stop comes between."""
@@ -96,7 +108,7 @@ class Log:
     def rewind(self, step: int) -> None:
         """The run has gone back to step `step`: forget what was not logged, hide what was."""
         self.window.fetch()
-        self.steps, self.tokens, self.flops = 0, 0, 0.0
+        self.steps, self.tokens, self.tiles = 0, 0, 0
         self.clock.lap(steps=0, tokens=0, flops=0)
         for written in (self.file, self.board, self.each_step):
             written.rewind(step)
@@ -175,7 +187,7 @@ class Evaluate:
 
         A run that has taken all its steps is evaluated again, and only shown what is known. False if it was stopped.
         """
-        known = {name for line in self.file.of_step(step) for name in line}
+        known = processes.from_first(lambda: sorted({name for line in self.file.of_step(step) for name in line}))
         try:
             with self.ledger.during("evaluate"):
                 for name, cfg in self.run.evals.items():

@@ -67,20 +67,31 @@ class StopRequest:
     """Ctrl-C or SIGTERM asks the loop to stop after the step under way; a second Ctrl-C interrupts at once.
 
     `at_once`: while there is nothing to save yet, a signal raises Stopped wherever the main thread is.
+    `agree`: of several processes; gives, at the same call in all, the largest number that one of them gave (0: none).
+    They stop together then, whichever of them got the signal.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None  # the first one received
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        self.signal: int | None = None  # the first one received, or agreed on
         self.at_once = True
+        self._agree, self._agreed = agree, 0
 
     @property
     def asked(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None if self._agree is None else self._agreed > 0
 
     def check(self) -> None:
-        """Raises Stopped if a stop was asked for: called where something long can be left."""
-        if self.signal is not None:
-            raise Stopped(self.signal)
+        """Raises Stopped if a stop was asked for: called where something long can be left, by all processes."""
+        if self._agree is not None and not self._agreed:
+            self._agreed = self._agree(self.signal or 0)
+            self.signal = self._agreed or self.signal
+        if self.asked:
+            raise Stopped(self.signal or signal.SIGTERM)
+
+    def check_alone(self) -> None:
+        """The same where processes cannot agree, each being somewhere else: one of several goes on."""
+        if self._agree is None:
+            self.check()
 
     def __enter__(self) -> StopRequest:
         self._old: dict[int, Any] = {}
@@ -94,7 +105,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal = number
@@ -107,7 +118,7 @@ def next_batch(batches: Any, stop: StopRequest) -> Batch:
     try:
         return next(batches)
     except Exception:
-        stop.check()
+        stop.check_alone()
         raise
 
 

@@ -21,7 +21,7 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.model.skeleton import Skeleton
 from llamax.observe.goodput import Ledger
-from llamax.parallel import place, rules
+from llamax.parallel import place, processes, rules
 from llamax.train.loop import StopRequest
 from llamax.train.state import State, init
 from llamax.train.step import make_step
@@ -52,7 +52,7 @@ class Programs:
         if not program.done():
             with self._ledger.during("compile"):
                 while not wait([program], PATIENCE_S).done:
-                    self._stop.check()
+                    self._stop.check_alone()
         return program.result()(state, batch)
 
 
@@ -78,7 +78,7 @@ def state_shardings(bones: Skeleton, tx: optax.GradientTransformation, run: conf
 def places_of(bones: Skeleton, shapes: State, mesh: Mesh) -> State:
     """Where every array of the state lives: the optimizer's moments with their parameters, the rest everywhere."""
     params = rules.shardings(bones.axes, shapes.params, mesh)
-    for line in rules.unsharded(bones.axes, shapes.params, mesh):
+    for line in rules.unsharded(bones.axes, shapes.params, mesh) if processes.is_first() else ():
         logger.warning(line)
     everywhere = NamedSharding(mesh, PartitionSpec())
     whole = jax.tree.map(lambda _: everywhere, shapes)

@@ -1,0 +1,136 @@
+"""One process of a small training run that several share, or one that only meets the others; for launch/local.py.
+
+    python -m tests.process_child train WORKDIR STEPS [--signal STEP:PROCESS] [--pictures] [--fsdp 2]
+    python -m tests.process_child meet [--differ]
+    python -m tests.process_child wait
+
+`train` writes WORKDIR.rows.P.jsonl, a line `{"step", "row", "sha"}` for each row of each batch that this process's
+devices hold, and sends process P of `--signal` a SIGTERM before that step; it exits as `llamax train` does.
+Run it from the project's root with the environment that tests/conftest.py sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llamax import cli, config, preflight
+from llamax.config import ConfigError
+from llamax.parallel import processes
+from llamax.train import programs
+from tests.runs import KINDS, tiny_run
+
+MESH = dict(data=1, fsdp=2)
+SAVE_EVERY = 2
+
+
+def shared_run(steps: int, pictures: bool = False) -> config.Run:
+    """Two layers on text, for a short compile; with `pictures` the whole tiny run, every other batch with some."""
+    run = tiny_run(steps, mesh=MESH, train=dict(log_every_steps=2), checkpoint=dict(every_steps=SAVE_EVERY))
+    if pictures:
+        return run
+    sources = {name: source for name, source in run.data.sources.items() if name != "pictures"}
+    model = dataclasses.replace(run.model, vision=None, plan=((KINDS, 1),))
+    return dataclasses.replace(
+        run, model=model, data=dataclasses.replace(run.data, sources=sources, multimodal_steps=0)
+    )
+
+
+def train(asked: argparse.Namespace) -> int:
+    call, taken = programs.Programs.__call__, 0
+    strike, _, victim = (asked.signal or "0:0").partition(":")
+
+    def recording(self: Any, state: Any, batch: Any) -> Any:
+        nonlocal taken
+        taken = int(jax.device_get(state.step)) + 1
+        with Path(f"{asked.workdir}.rows.{processes.number()}.jsonl").open("a") as file:
+            for line in rows_of(taken, batch):
+                file.write(json.dumps(line) + "\n")
+        if taken == int(strike) and processes.number() == int(victim):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, state, batch)
+
+    programs.Programs.__call__ = recording
+    run = shared_run(asked.steps, asked.pictures)
+    asked_for = config.to_config(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=asked.fsdp)))
+    config.load = lambda *_: asked_for  # no recipe's file says what the tests train; all else is the command's
+    return cli.main(["train", "RECIPE", "--workdir", asked.workdir])
+
+
+def rows_of(step: int, batch: Any) -> list[dict[str, Any]]:
+    """A hash of every row, tiles too, that is on a device of this process."""
+    shards: dict[int, list[bytes]] = {}
+    for field in batch:
+        for shard in field.addressable_shards:
+            for row, values in zip(range(*shard.index[0].indices(field.shape[0])), np.asarray(shard.data), strict=True):
+                shards.setdefault(row, []).append(values.tobytes())
+    return [{"step": step, "row": r, "sha": hashlib.sha256(b"".join(v)).hexdigest()} for r, v in sorted(shards.items())]
+
+
+def meet(asked: argparse.Namespace) -> int:
+    """Prints what the processes agree on, as JSON."""
+    processes.start()
+    me = processes.number()
+    agreement, said = processes.Agreement(), []
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        said += [agreement(15 if (me, call) == (1, 1) else 0) for call in range(4)]
+        total = processes.summed([1.0, me])
+
+    def refuse() -> None:
+        raise ConfigError("A", f"process {me} says no", "C.")
+
+    try:
+        processes.from_first(refuse)
+        refused = ""
+    except ConfigError as error:
+        refused = str(error)
+    decided = processes.from_first(lambda: f"by {me}")
+    print(json.dumps({"agreed": said, "total": total, "refused": refused, "decided": decided}), flush=True)
+    try:
+        preflight.check_processes({"seed": me if asked.differ else 0}, {}, Path("w"), jax.local_device_count())
+    except ConfigError as error:
+        print(f"llamax: {error}", flush=True)
+        return cli.leave(2)
+    processes.part()
+    return 0
+
+
+def wait(_: argparse.Namespace) -> int:
+    """Joins, and does nothing that would show it the end of another one."""
+    processes.start()
+    print(f"pid {os.getpid()}", flush=True)
+    time.sleep(3600)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("train")
+    verb.add_argument("workdir")
+    verb.add_argument("steps", type=int)
+    verb.add_argument("--signal")
+    verb.add_argument("--pictures", action="store_true")
+    verb.add_argument("--fsdp", type=int, default=2)
+    verb.set_defaults(do=train)
+    verb = verbs.add_parser("meet")
+    verb.add_argument("--differ", action="store_true")
+    verb.set_defaults(do=meet)
+    verbs.add_parser("wait").set_defaults(do=wait)
+    asked = parser.parse_args()
+    return asked.do(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
