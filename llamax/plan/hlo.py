@@ -41,7 +41,8 @@ NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"\b(calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
-RECOMPUTED = "rematted_computation"  # how jax names what `jax.checkpoint` computes again
+# How jax names what `jax.checkpoint` computes again, and the logits that kernels/cross_entropy.py does in its backward.
+RECOMPUTED = re.compile(r"rematted_computation|transpose\([^\"]*nd,dc->nc")
 
 
 class Shape(NamedTuple):
@@ -256,7 +257,7 @@ def _add(total: Cost, instruction: Instruction, here: Computation) -> None:
     flops, again = _flops(instruction, here)
     if flops:
         total.flops += flops
-        total.recomputed += flops if RECOMPUTED in instruction.text else again
+        total.recomputed += flops if RECOMPUTED.search(instruction.text) else again
     kind = instruction.op.removesuffix("-start")
     if kind in COLLECTIVES:
         if kind == "all-reduce" and "all-reduce-scatter" in here.name:
