@@ -320,44 +320,5 @@ def test_two_processes_then_one_are_one_unbroken_run(unbroken, tmp_path):
     assert_same(workdir, unbroken, 6)
 
 
-@pytest.mark.slow
-def test_one_then_two_killed_then_two_again(tmp_path):
-    """With pictures. One process is killed between two checkpoints; the job ends, and the next start goes on."""
-    one, workdir = tmp_path / "one", tmp_path / "run"
-    run_here(one, 12, pictures=True)
-    run_here(workdir, 2, pictures=True)
-    with Job(2, "train", f"{workdir}", "1000", "--pictures") as job:
-        job.wait_for("step 6/")
-        victims = [pid for pid in children(job.process.pid) if "LLAMAX_PROCESS=1" in environment(pid)]
-        os.kill(victims[0], signal.SIGKILL)
-        start = time.monotonic()
-        assert job.wait(60) == 128 + signal.SIGKILL
-        assert time.monotonic() - start < END_S, job.said
-        assert "process 1 was killed by SIGKILL" in job.said
-    got = max(checkpoints(workdir))
-    assert 4 <= got < 12
-    run_job(2, "train", f"{workdir}", "12", "--pictures")
-    assert_same(workdir, one, 12)
-
-
-@pytest.mark.slow
-def test_one_then_four_then_one(tmp_path):
-    """The mesh grows from two devices to four, and shrinks again."""
-    one, workdir = tmp_path / "one", tmp_path / "run"
-    run_here(one, 6)
-    run_here(workdir, 2)
-    run_job(4, "train", f"{workdir}", "4", "--fsdp", "4")
-    run_here(workdir, 6)
-    assert_same(workdir, one, 6)
-
-
 def checkpoints(workdir: Path) -> list[int]:
     return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def environment(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
