@@ -1,7 +1,7 @@
 """The same figures from formulas alone: no compiler, no devices, a second of work.
 
-State is exact: shapes and placement are those of the run. The rest follows from what the step does, and is held against
-compiled steps by a slow test (tests/plan/test_compiled.py).
+State is exact: shapes and placement are those of the run. The rest follows from what the step does; docs/how-to/plan.md
+says how it compares with compiled steps.
 
     kept         what the forward pass leaves for the backward pass: the residual stream before every period, or, with
                  remat=none, what every matmul and norm of every layer read
