@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -40,7 +41,7 @@ def same_bits(a, b) -> bool:
 
 def train(run: config.Run, workdir: Path) -> Result:
     """On as many of the simulated devices as the run's mesh has."""
-    return train_on_all(run, workdir, devices=jax.devices()[: run.mesh.data * run.mesh.fsdp])
+    return train_on_all(run, workdir, devices=jax.devices()[: math.prod(dataclasses.asdict(run.mesh).values())])
 
 
 def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -95,7 +96,8 @@ def twenty_steps(workdir: Path) -> Result:
 
 def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
     """No setting is there in name only."""
-    by_check_devices = {"Run.mesh", "Mesh.data", "Mesh.fsdp"}  # it resolves the mesh that the run takes
+    sizes = {f"Mesh.{f.name}" for f in dataclasses.fields(config.Mesh)}  # tests/train/test_meshes.py
+    by_check_devices = {"Run.mesh"} | sizes  # it resolves the mesh that the run takes
     fields = {f"{c.__name__}.{f.name}" for c in SECTIONS for f in dataclasses.fields(c)}
     assert len(SECTIONS) == 14 and "Mesh.data" in fields
     # tests/optim/test_schedules.py, below, tests/model/test_moe.py
@@ -200,7 +202,14 @@ def stop_at(step: int, run) -> None:
     assert not result.finished and int(result.state.step) == step
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=4)])
+MESHES = [
+    dict(data=2, fsdp=4),
+    pytest.param(dict(data=8), marks=pytest.mark.slow),
+    pytest.param(dict(data=1, fsdp=2, expert=2, tensor=2), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_any_mesh_gives_the_numbers_of_one_device(mesh, unbroken, tmp_path):
     """Steps with and without pictures; the state's shards are where the rules say."""
     result = train(tiny_run(20, mesh=mesh), tmp_path)

@@ -126,12 +126,20 @@ class Dead(BaseException):
     """Of a process that is killed: nothing after it happens."""
 
 
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert path.exists(), f"{path} has not come"
+
+
 def test_a_roll_back_does_not_trust_its_checkpoint(tmp_path, monkeypatch, capsys):
     """A bit of the checkpoint of step 12 has flipped since it was written: it is set aside, and step 8's is taken."""
     harm(monkeypatch, "nan")
     look = health.Health.roll_back
 
     def damage_first(self, first_bad, step):
+        wait_for(tmp_path / "checkpoints" / "12")  # it is written in the background
         flip(one_file(tmp_path / "checkpoints" / "12", "params"), 99)
         look(self, first_bad, step)
 

@@ -67,7 +67,7 @@ def first_with_pictures() -> Batch:
 # The balance loss is a statistic of each micro-batch, so it is off where batches are split in time.
 UNBALANCED = dict(losses=dict(router_balance=0.0))
 SPLITS = [
-    dict(mesh=dict(data=8)),
+    pytest.param(dict(mesh=dict(data=8)), marks=pytest.mark.slow),
     dict(mesh=dict(data=2, fsdp=4)),
     dict(mesh=dict(data=1, fsdp=2, tensor=4)),  # more than there are heads of keys and values
     dict(mesh=dict(data=1, fsdp=2, expert=2, tensor=2)),
