@@ -101,7 +101,7 @@ def check(run: Run) -> None:
 
 def resolve_mesh(run: Run, n_devices: int) -> Mesh:
     """See `config.check_devices`."""
-    sizes = dataclasses.asdict(run.mesh)
+    sizes = run.mesh.axes
     fixed = math.prod(n for n in sizes.values() if n != -1)
     left, rest = divmod(n_devices, fixed)
     free = next((axis for axis, n in sizes.items() if n == -1), None)
@@ -110,9 +110,10 @@ def resolve_mesh(run: Run, n_devices: int) -> Mesh:
         visible = f"{n_devices} device{' is' if n_devices == 1 else 's are'} visible"
         raise ConfigError(asked, visible, _fitting_mesh(sizes, n_devices))
     sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
+    _slices(run.mesh.slices, sizes["data"])
     _split_rows(run, sizes)
     _split_model(run.model, sizes)
-    return Mesh(**sizes)
+    return dataclasses.replace(run.mesh, **sizes)
 
 
 # ------------------------------------------------------------------------------------------------------ one field
@@ -358,7 +359,8 @@ def _checkpoint(run: Run) -> None:
 
 def _mesh(run: Run) -> None:
     """What holds for any number of devices: the axes' values, and rows that split over the fixed axes."""
-    sizes = dataclasses.asdict(run.mesh)
+    sizes = run.mesh.axes
+    _slices(run.mesh.slices, sizes["data"])
     for axis, n in sizes.items():
         if not 1 <= n <= MOST_WHOLE and n != -1:
             true = f"an axis is 1 to {MOST_WHOLE}, or -1 for the devices that are left"
@@ -369,6 +371,16 @@ def _mesh(run: Run) -> None:
         raise ConfigError(asked, "-1 is allowed once", f"Set --config.mesh.{free[-1]}=1.")
     _split_rows(run, sizes)
     _split_model(run.model, sizes)
+
+
+def _slices(slices: int, data: int) -> None:
+    """Slices are equal parts of the axis `data`, as far as that is known."""
+    if not 1 <= slices <= MOST_WHOLE:
+        asked, true = f"--config.mesh.slices={slices}", f"there are 1 to {MOST_WHOLE}"
+        raise ConfigError(asked, true, "Set --config.mesh.slices=1.")
+    if data != -1 and data % slices:
+        asked, true = f"--config.mesh.slices={slices}", f"each holds an equal part of mesh.data={data}"
+        raise ConfigError(asked, true, f"Set --config.mesh.slices={_nearest_divisor(data, slices)}.")
 
 
 def _split_rows(run: Run, sizes: dict[str, int]) -> None:

@@ -28,6 +28,7 @@ ROPE_SCALINGS = ("none", "llama3")
 SCHEDULES = ("cosine", "wsd")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "period")
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # an axis further left varies more slowly
 ROW_AXES = ("data", "fsdp", "expert")  # mesh axes that split a batch's rows
 ROUTER_SCORES = ("sigmoid", "softmax")
 CHOOSE_BY = ("logits", "scores")
@@ -182,10 +183,18 @@ class Data:
 class Mesh:
     """Devices along each mesh axis; -1, allowed once, takes the devices that are left."""
 
-    data: int = -1  # copies of the parameters
+    pipeline: int = 1  # stages of layers, one after the other
+    data: int = -1  # copies of the parameters, over all slices
     fsdp: int = 1  # shards of parameters and optimizer, gathered layer by layer
     expert: int = 1  # parts of the experts; tokens travel to them
+    context: int = 1  # parts of a row
     tensor: int = 1  # parts of heads, hidden widths and vocabulary, each on a device of its own
+    slices: int = 1  # groups of devices with slow links between them: the outer factor of data; no axis of its own
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Devices along each axis, by name, the slowest first."""
+        return {axis: n for axis, n in to_dict(self).items() if axis in MESH_AXES}
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,8 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.mesh.data=0"], "an axis is 1 to"),
     (["--config.mesh.fsdp=-2"], "or -1 for the devices"),
     (["--config.mesh.fsdp=-1"], "-1 is allowed once"),
+    (["--config.mesh.slices=0"], "there are 1 to"),
+    (["--config.mesh.data=4", "--config.mesh.slices=3"], "an equal part of mesh.data=4"),
     (["--config.mesh.fsdp=3"], "a micro-batch has 8 rows"),
     (["--config.mesh.fsdp=4", "--config.train.accumulate=4"], "a micro-batch has 2 rows"),
     (["--config.mesh.expert=8", "--config.model.n_experts=12"], "it splits --config.model.n_experts=12"),
@@ -348,8 +350,8 @@ def test_every_number_of_the_schema_is_bounded():
 def test_the_mesh_takes_the_devices(mesh, devices, sizes):
     run = frozen(f"--config.mesh.data={mesh[0]}", f"--config.mesh.fsdp={mesh[1]}")
     resolved = config.check_devices(run, devices)
-    assert resolved == config.Mesh(*sizes)
-    assert math.prod(dataclasses.asdict(resolved).values()) == devices
+    assert resolved == config.Mesh(data=sizes[0], fsdp=sizes[1])
+    assert math.prod(resolved.axes.values()) == devices
 
 
 @pytest.mark.parametrize(
@@ -409,7 +411,7 @@ def test_names_of_the_schema_are_what_the_code_has():
 
     assert set(config.EVAL_KINDS) == set(EVALS)
     assert {f.name for f in dataclasses.fields(config.Losses)} == set(TERMS)
-    assert {f.name for f in dataclasses.fields(config.Mesh)} <= set(AXES)
+    assert {f.name for f in dataclasses.fields(config.Mesh)} == {*AXES, "slices"}
 
 
 def test_config_dict_is_only_between_a_recipe_and_freeze():

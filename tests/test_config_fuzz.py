@@ -151,7 +151,7 @@ def freeze_or_refuse(spec: str, overrides: list[str]) -> None:
         assert hash((run.model, run.mesh, run.optim)) is not None
         for devices in (1, 8):
             try:
-                sizes = dataclasses.asdict(config.check_devices(run, devices))
+                sizes = config.check_devices(run, devices).axes
                 assert math.prod(sizes.values()) == devices
             except ConfigError as error:
                 three_parts(error)

@@ -41,7 +41,7 @@ def same_bits(a, b) -> bool:
 
 def train(run: config.Run, workdir: Path) -> Result:
     """On as many of the simulated devices as the run's mesh has."""
-    return train_on_all(run, workdir, devices=jax.devices()[: math.prod(dataclasses.asdict(run.mesh).values())])
+    return train_on_all(run, workdir, devices=jax.devices()[: math.prod(run.mesh.axes.values())])
 
 
 def lines(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -33,7 +33,7 @@ def plan(run: config.Run, name: str, *, estimate: bool = False) -> Any:
         change = f"pip install 'llamax[{where.extra}]' compiles the real step"
         notes.append(f"estimated from formulas, for the compiler of {where.name} is not installed: {change}")
         estimate = True
-    return _estimated(run, where, dataclasses.asdict(sizes), notes) if estimate else _compiled(run, where, notes)
+    return _estimated(run, where, sizes.axes, notes) if estimate else _compiled(run, where, notes)
 
 
 def _estimated(run: config.Run, where: Topology, sizes: Mapping[str, int], notes: list[str]) -> Any:
@@ -191,7 +191,7 @@ def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: flo
     now, found = needed(run, mesh), False
     for words, changed in changes(run, mesh):
         try:
-            sizes = {**mesh, **dataclasses.asdict(config.check_devices(changed, where.n_devices))}
+            sizes = {**mesh, **config.check_devices(changed, where.n_devices).axes}
         except ConfigError:
             continue
         after = peak + needed(changed, sizes) - now

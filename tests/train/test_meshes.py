@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -30,7 +29,7 @@ RUN = tiny_run()
 
 def gradient_on(run: config.Run, batch: Batch | None = None):
     """(loss, gradients by path, expert loads) of the first batch with pictures, on the run's mesh, as numpy."""
-    sizes = dataclasses.asdict(run.mesh)
+    sizes = run.mesh.axes
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     bones = skeleton(
         run.model,
