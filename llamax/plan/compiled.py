@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from llamax import config
 from llamax.config import ConfigError
 from llamax.model.seam import make_seam
-from llamax.model.skeleton import skeleton
+from llamax.model.skeleton import Skeleton, skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
@@ -43,11 +43,15 @@ class Compiled(NamedTuple):
 def traced(run: config.Run, devices: list[Any]) -> Traced:
     """Steps with pictures are the larger ones: where the run has them, one of those is taken."""
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
-    # Any token may stand for the patch: it is a constant that no shape depends on.
-    bones = skeleton(run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=0, train=run.train)
+    bones = bones_of(run, mesh)
     step, state = build(run, bones, optimizer(run.optim, run.train.steps, bones.kinds), mesh)
     batch = abstract_batch(run, slots(run), place.batch_shardings(mesh))
     return Traced(mesh, step, state, batch)
+
+
+def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
+    # Any token may stand for the patch: it is a constant that no shape depends on.
+    return skeleton(run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=0, train=run.train)
 
 
 def compile_step(step: Traced, topology: Topology) -> Compiled:
@@ -61,10 +65,14 @@ def compile_step(step: Traced, topology: Topology) -> Compiled:
             true = f"its compiler fails: {str(error).splitlines()[0][:300]}"
             raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from error
         return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
+    return Compiled(peak_of(program), True, hlo.cost(program.as_text()))
+
+
+def peak_of(program: Any) -> int:
+    """Bytes of one device at the worst moment, by the compiler."""
     memory = program.memory_analysis()
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or whole + memory.temp_size_in_bytes
-    return Compiled(int(peak), True, hlo.cost(program.as_text()))
+    return int(getattr(memory, "peak_memory_in_bytes", 0) or whole + memory.temp_size_in_bytes)
 
 
 @contextlib.contextmanager
