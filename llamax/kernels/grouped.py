@@ -111,7 +111,10 @@ def tokamax_experts(
 ) -> Float[Array, "N D"]:
     """`slow_experts` for GPU, on tokamax's grouped matmul, which picks a kernel for the card (extra `cuda`)."""
     import tokamax
+    from absl import flags
 
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else tokamax parses the command line, which is not its own
     return _sort_and_run(partial(_run_ragged, tokamax.ragged_dot), x_ND, experts, index_NK, gate_NK, gate_on)
 
 
