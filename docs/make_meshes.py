@@ -32,8 +32,9 @@ said. The tests demand: loss 1e-5, no route that differs, gradients 1e-4, and af
 def row(case: dict) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in case["mesh"].items())
     worst = "/".join(part.strip("'") for part in case["worst"].strip("[]").split("]["))
-    cells = (case["shape"], mesh, f"{case['loss']:.0e}", f"{case['routes']}", f"{case['gradient']:.1e}", f"`{worst}`")
-    return f"| {' | '.join((*cells, f'{case["losses"]:.0e}', f'{case["params"]:.1e}'))} |"
+    cells = [case["shape"], mesh, f"{case['loss']:.0e}", str(case["routes"]), f"{case['gradient']:.1e}", f"`{worst}`"]
+    cells += [f"{case['losses']:.0e}", f"{case['params']:.1e}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
