@@ -273,5 +273,10 @@ _run_blocks.defvjp(_blocks_forward, _blocks_backward)
 def pick_experts(platform: str) -> Callable:
     """The fastest of the functions above on "gpu" or "tpu"; the one in plain JAX everywhere else."""
     if platform == "gpu":
-        return tokamax_experts if importlib.util.find_spec("tokamax") else ragged_experts
+        return tokamax_experts if has_tokamax() else ragged_experts
     return {"tpu": ragged_experts}.get(platform, cpu_experts)
+
+
+def has_tokamax() -> bool:
+    """Whether tokamax is here and its kernels for GPUs work: those of 0.0.12 use what jax 0.11 no longer has."""
+    return importlib.util.find_spec("tokamax") is not None and jax.__version_info__ < (0, 11)
