@@ -263,6 +263,9 @@ def _rows(run: Run) -> None:
         fits = _nearest_multiple(data.seq_len * accumulate, data.batch_tokens)
         asked, true = f"--config.data.batch_tokens={data.batch_tokens}", f"rows have seq_len={data.seq_len} tokens"
         raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}.")
+    if data.rows % data.lanes:
+        asked, true = f"--config.data.lanes={data.lanes}", f"each gives an equal part of the {data.rows} rows of a step"
+        raise ConfigError(asked, true, f"Set --config.data.lanes={_nearest_divisor(data.rows, data.lanes)}.")
     if data.rows % accumulate:
         fits = _nearest_divisor(data.rows, accumulate)
         asked = f"--config.train.accumulate={accumulate}"

@@ -170,7 +170,8 @@ class Data:
     tiles_per_row: int = 32  # picture tiles that one row can hold
     video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
-    workers: int = 0  # loader processes; 0 reads in this one
+    lanes: int = 1  # parts of a batch's rows, each with windows of its own: a process reads only the lanes it needs
+    workers: int = 0  # loader processes of each process; 0 reads in it
     prefetch_batches: int = 4
 
     @property

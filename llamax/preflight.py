@@ -18,6 +18,8 @@ from llamax.data.tokenizer import Tokenizer, check_size
 from llamax.observe import provenance
 from llamax.parallel import processes
 
+SHOWN = 3  # differing entries that an error names
+
 
 def check_tokenizer(run: config.Run) -> Tokenizer:
     """The run's tokenizer. ConfigError if the embedding has another number of rows than it has ids."""
@@ -70,42 +72,53 @@ def check_steps_left(run: config.Run, latest: int) -> bool:
     return latest == run.train.steps
 
 
-def check_processes(asked: Mapping[str, Any], files: dict[str, str], workdir: Path, devices: int) -> None:
-    """ConfigError, in every process, if one of them has other devices, code, settings or data than the first.
+def check_processes(asked: Mapping[str, Any], workdir: Path, devices: int) -> None:
+    """ConfigError, in every process, if one of them has other devices, code or settings than the first.
+
+    Comes before all else that processes say to each other: other code might say it in another order.
 
     Args:
       asked: the resolved configuration, nested dicts.
       devices: how many this process has of its own.
     """
-    if not processes.several():
-        return
-    settings = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    mine = {
-        "host": platform.node(),
-        "its devices": devices,
-        "its code": code_hash()[:12],
-        "its versions": provenance.versions(),
-        "its recipe and settings": settings,
-        "its data": files,
-        "its --workdir": str(workdir.absolute()),
-    }
-    first, *others = processes.gather(mine)
-    for number, other in enumerate(others, start=1):
-        for fact in mine.keys() - {"host"}:
-            if other[fact] != first[fact]:
+    check_same(
+        {
+            "its code": code_hashes(),
+            "its versions": provenance.versions(),
+            "its devices": devices,
+            "its recipe and settings": provenance.flat(json.loads(json.dumps(asked))),
+            "its --workdir": str(workdir.absolute()),
+        }
+    )
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """ConfigError, in every process, that names the first difference from the first process's facts (JSON)."""
+    (first_host, first), *others = processes.gather([platform.node(), facts])
+    for number, (host, other) in enumerate(others, start=1):
+        for fact, here in first.items():
+            if other.get(fact) != here:
+                there, here = difference(other.get(fact), here)
                 raise ConfigError(
-                    f"Process {number} on {other['host']} in one job with process 0 on {first['host']}",
-                    f"{fact} differ: {other[fact]} there, {first[fact]} in process 0",
+                    f"Process {number} on {host} in one job with process 0 on {first_host}",
+                    f"{fact} differ: {there} there, {here} in process 0",
                     "Start all of them with the same command, code, data and kind of machine.",
                 )
 
 
-def code_hash() -> str:
-    """SHA-256 of the package's source files."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def difference(there: Any, here: Any) -> tuple[Any, Any]:
+    """What to show of two facts that differ; of dicts, the first entries that do."""
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return there, here
+    keys = [key for key in {**here, **there} if there.get(key) != here.get(key)][:SHOWN]
+    return {key: there.get(key) for key in keys}, {key: here.get(key) for key in keys}
+
+
+def code_hashes() -> dict[str, str]:
+    """The package's source files, and the start of each one's SHA-256."""
+    root = Path(__file__).parent
+    paths = sorted(root.rglob("*.py"))
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
 def check_evals(run: config.Run) -> None:

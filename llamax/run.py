@@ -24,6 +24,7 @@ from llamax import config, preflight
 from llamax.checkpoint.manager import Checkpoints
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
+from llamax.data.tokenizer import Tokenizer
 from llamax.evals import Report
 from llamax.evals.report import Context
 from llamax.model.seam import make_seam
@@ -90,22 +91,19 @@ def _train(
     ledger: Ledger,
     stop: StopRequest,
 ) -> Result:
-    asked = config.to_dict(run)
-    provenance.check_same_run(workdir, asked)
-    tokenizer = preflight.check_tokenizer(run)
-    run = preflight.with_paths(run)
-    files = preflight.data_files(run)
-    provenance.check_same_files(workdir, files)
-    devices = list(devices or jax.devices())
-    preflight.check_processes(asked, files, workdir, jax.local_device_count())
+    asked, devices = config.to_dict(run), list(devices or jax.devices())
+    preflight.check_processes(asked, workdir, jax.local_device_count())
+    tokenizer, run, files = processes.together(partial(look, run, workdir, asked))
+    preflight.check_same({"its data": files})
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
-    data = pipeline.build(run.data, run.model.vision, run.seed, place.rows_here(mesh, run.data.rows))
+    share = place.rows_here(mesh, run.data.rows)
+    data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
     bones = skeleton(
         run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=tokenizer.patch, train=run.train
     )
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     step, shapes = build(run, bones, tx, mesh)
-    preflight.check_evals(run)
+    processes.together(partial(preflight.check_evals, run))
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
@@ -149,6 +147,16 @@ def _train(
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
+
+
+def look(run: config.Run, workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, config.Run, dict[str, str]]:
+    """What this machine's files have to say: the tokenizer, the run with its paths resolved, hashes of the data."""
+    provenance.check_same_run(workdir, asked)
+    tokenizer = preflight.check_tokenizer(run)
+    run = preflight.with_paths(run)
+    files = preflight.data_files(run)
+    provenance.check_same_files(workdir, files)
+    return tokenizer, run, files
 
 
 def take_workdir(
@@ -263,7 +271,8 @@ def make_hooks(
     def newest_before(step: int) -> int | None:
         return max((saved for saved in checkpoints.steps() if saved < step), default=None)
 
-    left_out, patch_id = partial(pipeline.skipped, batches, run.data), context.tokenizer.patch
+    combine = processes.largest if run.data.lanes > 1 else None  # else each process has seen all
+    left_out, patch_id = partial(pipeline.skipped, batches, run.data, combine), context.tokenizer.patch
     each_step = StepLog(run.model, open_things.enter_context(log.MetricsFile(written("steps.jsonl"), first)), board)
     warn, ledger = logger.warning if writes else logger.debug, goodput.ledger
     every = (run.train.log_every_steps, run.checkpoint.every_steps, run.health.norms_every_steps)

@@ -1,12 +1,14 @@
 """One process of a small training run that several share, or one that only meets the others; for launch/local.py.
 
-    python -m tests.process_child train WORKDIR STEPS [--signal STEP:PROCESS] [--pictures] [--fsdp 2]
+    python -m tests.process_child train WORKDIR STEPS [--signal STEP:P] [--kill STEP:P] [--mesh data=2,fsdp=2]
     python -m tests.process_child meet [--differ]
+    python -m tests.process_child refuse
     python -m tests.process_child wait
 
 `train` writes WORKDIR.rows.P.jsonl, a line `{"step", "row", "sha"}` for each row of each batch that this process's
-devices hold, and sends process P of `--signal` a SIGTERM before that step; it exits as `llamax train` does.
-Run it from the project's root with the environment that tests/conftest.py sets.
+devices hold; process P of `--signal` gets a SIGTERM before that step, and of `--kill` a SIGKILL, whose time it writes
+to WORKDIR.killed. It exits as `llamax train` does. Run it from the project's root with the environment that
+tests/conftest.py sets.
 """
 
 from __future__ import annotations
@@ -33,13 +35,12 @@ from tests.runs import KINDS, tiny_run
 
 MESH = dict(data=1, fsdp=2)
 SAVE_EVERY = 2
+LANES = 4  # of 8 rows: each of 4 processes reads one, each of 2 reads two
 
 
-def shared_run(steps: int, pictures: bool = False) -> config.Run:
-    """Two layers on text, for a short compile; with `pictures` the whole tiny run, every other batch with some."""
-    run = tiny_run(steps, mesh=MESH, train=dict(log_every_steps=2), checkpoint=dict(every_steps=SAVE_EVERY))
-    if pictures:
-        return run
+def shared_run(steps: int, mesh: dict[str, int] = MESH) -> config.Run:
+    """Two layers on text, for a short compile."""
+    run = tiny_run(steps, mesh=mesh, data=dict(lanes=LANES, window_docs=8), checkpoint=dict(every_steps=SAVE_EVERY))
     sources = {name: source for name, source in run.data.sources.items() if name != "pictures"}
     model = dataclasses.replace(run.model, vision=None, plan=((KINDS, 1),))
     return dataclasses.replace(
@@ -49,33 +50,37 @@ def shared_run(steps: int, pictures: bool = False) -> config.Run:
 
 def train(asked: argparse.Namespace) -> int:
     call, taken = programs.Programs.__call__, 0
-    strike, _, victim = (asked.signal or "0:0").partition(":")
+    me = processes.number
 
     def recording(self: Any, state: Any, batch: Any) -> Any:
         nonlocal taken
         taken = int(jax.device_get(state.step)) + 1
-        with Path(f"{asked.workdir}.rows.{processes.number()}.jsonl").open("a") as file:
+        with Path(f"{asked.workdir}.rows.{me()}.jsonl").open("a") as file:
             for line in rows_of(taken, batch):
                 file.write(json.dumps(line) + "\n")
-        if taken == int(strike) and processes.number() == int(victim):
+        if asked.signal == f"{taken}:{me()}":
             os.kill(os.getpid(), signal.SIGTERM)
+        if asked.kill == f"{taken}:{me()}":
+            Path(f"{asked.workdir}.killed").write_text(f"{time.time()}")
+            os.kill(os.getpid(), signal.SIGKILL)
         return call(self, state, batch)
 
     programs.Programs.__call__ = recording
-    run = shared_run(asked.steps, asked.pictures)
-    asked_for = config.to_config(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, fsdp=asked.fsdp)))
+    mesh = {axis: int(n) for axis, _, n in (part.partition("=") for part in asked.mesh.split(",") if part)}
+    asked_for = config.to_config(shared_run(asked.steps, {"data": 1} | mesh if mesh else MESH))
     config.load = lambda *_: asked_for  # no recipe's file says what the tests train; all else is the command's
     return cli.main(["train", "RECIPE", "--workdir", asked.workdir])
 
 
 def rows_of(step: int, batch: Any) -> list[dict[str, Any]]:
     """A hash of every row, tiles too, that is on a device of this process."""
-    shards: dict[int, list[bytes]] = {}
-    for field in batch:
-        for shard in field.addressable_shards:
+    shards: dict[int, dict[str, bytes]] = {}
+    for name, field in zip(batch._fields, batch, strict=True):
+        for shard in field.addressable_shards:  # copies of a row overwrite each other
             for row, values in zip(range(*shard.index[0].indices(field.shape[0])), np.asarray(shard.data), strict=True):
-                shards.setdefault(row, []).append(values.tobytes())
-    return [{"step": step, "row": r, "sha": hashlib.sha256(b"".join(v)).hexdigest()} for r, v in sorted(shards.items())]
+                shards.setdefault(row, {})[name] = values.tobytes()
+    joined = {row: b"".join(fields.values()) for row, fields in sorted(shards.items())}
+    return [{"step": step, "row": row, "sha": hashlib.sha256(data).hexdigest()} for row, data in joined.items()]
 
 
 def meet(asked: argparse.Namespace) -> int:
@@ -98,11 +103,28 @@ def meet(asked: argparse.Namespace) -> int:
     decided = processes.from_first(lambda: f"by {me}")
     print(json.dumps({"agreed": said, "total": total, "refused": refused, "decided": decided}), flush=True)
     try:
-        preflight.check_processes({"seed": me if asked.differ else 0}, {}, Path("w"), jax.local_device_count())
+        preflight.check_processes({"seed": me if asked.differ else 0}, Path("w"), jax.local_device_count())
     except ConfigError as error:
         print(f"llamax: {error}", flush=True)
         return cli.leave(2)
     processes.part()
+    return 0
+
+
+def refuse(_: argparse.Namespace) -> int:
+    """Process 1 alone finds a file wrong."""
+    processes.start()
+
+    def look() -> int:
+        if processes.number() == 1:
+            raise ConfigError("--x", "y is missing", "Bring it.")
+        return 3
+
+    try:
+        processes.together(look)
+    except ConfigError as error:
+        print(f"llamax: {error}", flush=True)
+        return cli.leave(2)
     return 0
 
 
@@ -121,12 +143,13 @@ def main() -> int:
     verb.add_argument("workdir")
     verb.add_argument("steps", type=int)
     verb.add_argument("--signal")
-    verb.add_argument("--pictures", action="store_true")
-    verb.add_argument("--fsdp", type=int, default=2)
+    verb.add_argument("--kill")
+    verb.add_argument("--mesh", default="")
     verb.set_defaults(do=train)
     verb = verbs.add_parser("meet")
     verb.add_argument("--differ", action="store_true")
     verb.set_defaults(do=meet)
+    verbs.add_parser("refuse").set_defaults(do=refuse)
     verbs.add_parser("wait").set_defaults(do=wait)
     asked = parser.parse_args()
     return asked.do(asked)

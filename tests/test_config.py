@@ -258,6 +258,7 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.model.vision.n_heads=5"], "head width that is a multiple of 4"),
     (["--config.model.vision.dim=90"], "2D RoPE"),
     (["--config.data.batch_tokens=5000"], "rows have seq_len=512"),
+    (["--config.data.lanes=3"], "each gives an equal part of the 8 rows of a step"),
     (["--config.train.accumulate=3"], "do not split into as many micro-batches"),
     (["--config.data.tiles_per_row=4"], "one picture has up to 5 tiles"),
     (["--config.data.seq_len=16"], "one picture is up to 27 tokens"),

@@ -32,6 +32,7 @@ from orbax.checkpoint.path import atomicity
 from llamax import config
 from llamax.checkpoint import space, sums
 from llamax.config import ConfigError
+from llamax.data.pipeline import merge
 from llamax.parallel import processes
 
 logger = logging.getLogger("llamax")
@@ -66,11 +67,11 @@ class Summed(atomicity.AtomicRenameTemporaryPath):
 
 
 class DataHandler(grain.checkpoint.CheckpointHandler):
-    """The data iterator's state. It is the same in all processes, so any number of them goes on from it."""
+    """The data's state, written once and read by all processes: any number of them goes on from it."""
 
     def save(self, directory: Any, item: Any = None, args: Any = None) -> None:
         if processes.is_first():
-            (directory / DATA_FILE).write_text(json.dumps((item or args.item).get_state(), indent=4))
+            (directory / DATA_FILE).write_text(json.dumps(item or args.item, indent=4))
 
     def restore(self, directory: Any, item: Any = None, args: Any = None) -> Any:
         iterator = item or args.item
@@ -82,7 +83,7 @@ class DataHandler(grain.checkpoint.CheckpointHandler):
 @ocp.args.register_with_handler(DataHandler, for_save=True)
 @dataclasses.dataclass
 class DataSave(ocp.args.CheckpointArgs):
-    item: Any  # the iterator
+    item: Any  # the state, all of it
 
 
 @ocp.args.register_with_handler(DataHandler, for_restore=True)
@@ -189,7 +190,7 @@ class Checkpoints:
             self._not_saved(begun=False)
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
-        items["data"] = DataSave(data_iterator)
+        items["data"] = DataSave(merge(processes.gather(data_iterator.get_state())))
         items["extra"] = ocp.args.JsonSave(dict(extra))
         return self._unless_full(lambda: self._manager.save(step, args=ocp.args.Composite(**items))) or False
 

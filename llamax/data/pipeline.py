@@ -2,11 +2,13 @@
 
     per source   reader -> shuffled epochs -> encode            document n is a pure function of n
     a stream     mixture -> window of documents -> pack         window n is a pure function of n
-    build()      rows of the windows, one after the other -> Batch, text-only or multimodal by the step's number
+    a lane       its windows' rows, one after the other         lane l of S has the windows l, l + S, l + 2 S, ...
+    build()      R rows: R / S of each lane, in order -> Batch, text-only or multimodal by the step's number
 
-So the whole position is a few integers: the step, and for each stream the window and the row in it. A resumed stream is
-the uninterrupted one bit for bit, and loader processes or prefetching change nothing: a stream saved with none resumes
-with two.
+So the whole position is a few integers: the step, and for each stream's lanes the window and the row in it. A resumed
+stream is the uninterrupted one bit for bit, and loader processes or prefetching change nothing: a stream saved with
+none resumes with two. Nor does the number of training processes: S = `data.lanes` belongs to the run, and each process
+reads the lanes that hold rows of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +50,8 @@ def build(data: config.Data, vision: config.Vision | None, seed: int, share: ran
     """The training stream: an endless IterDataset of Batch (numpy), whose iterator's state is plain integers.
 
     Batches have `data.rows` rows; text-only ones M = 0 tile slots, multimodal ones M = `data.tiles_per_row`. `share`:
-    only these of each batch's rows, as one process of several wants them. Each walks the whole stream, so that order
-    and state know nothing of processes.
+    only these of each batch's rows, as one process of several wants them. It reads the lanes that hold some of them and
+    its iterator's state has these alone; `merge` makes one of all processes' states.
     ConfigError where a manifest, its files or the weights are wrong.
     """
     names = sorted(data.sources)
@@ -192,15 +194,16 @@ class Rows(Iterator[tuple[Window, int]]):
     """The rows of numbered windows, one after the other: (window, row in it).
 
     `state` says where it stands. `row` is 0 exactly when window `window` has not been opened yet; a window's skipped
-    documents are counted when it is opened.
+    documents are counted when it is opened. `lane` (l, S): only the windows l, l + S, l + 2 S, ...
     """
 
-    def __init__(self, windows: grain.MapDataset, workers: int, names: Sequence[str]):
+    def __init__(self, windows: grain.MapDataset, workers: int, names: Sequence[str], lane: tuple[int, int] = (0, 1)):
         self._windows, self._workers, self._names = windows, workers, names
+        first, self._stride = lane
         self._told: set[str] = set()  # "source id/reason" of skips whose first document was named
         self._iterator: grain.DatasetIterator | None = None
         self._open: Window | None = None
-        self.state = {"window": 0, "row": 0, "skipped": {}}
+        self.state = {"window": first, "row": 0, "skipped": {}}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -215,7 +218,7 @@ class Rows(Iterator[tuple[Window, int]]):
         """Opens the windows from the present one on, and starts the loader processes if there are any."""
         if self._iterator is None:
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-            dataset = self._windows[self._window :].to_iter_dataset(options)
+            dataset = self._windows[self._window :: self._stride].to_iter_dataset(options)
             if self._workers:
                 if not flags.FLAGS.is_parsed():
                     flags.FLAGS.mark_as_parsed()  # Grain's loader processes read absl flags
@@ -235,7 +238,7 @@ class Rows(Iterator[tuple[Window, int]]):
                 self._tell(window.first_skipped)
             if len(window.tile_counts):
                 return window
-            self._window += 1
+            self._window += self._stride
             unusable += max(1, sum(window.skipped.values()))
         raise ConfigError(
             f"data source {', '.join(sorted({self._name_and_reason(key)[0] for key in self._skipped}))}",
@@ -260,7 +263,7 @@ class Rows(Iterator[tuple[Window, int]]):
         row = self._row
         self._row += 1
         if self._row == len(window.tile_counts):
-            self._window, self._row, self._open = self._window + 1, 0, None
+            self._window, self._row, self._open = self._window + self._stride, 0, None
         return window, row
 
     def close(self) -> None:
@@ -304,23 +307,37 @@ class Stream(grain.IterDataset):
 
 
 class StreamIterator(grain.DatasetIterator):
-    """Walks a Stream; its state is plain integers and the skipped documents' counts."""
+    """Walks a Stream; its state is plain integers and the skipped documents' counts.
+
+    {"step": 7, "text": {a lane's state}, "multimodal": {...}}, or with several lanes "text/0", "text/1", ...: those
+    that hold rows of the share.
+    """
 
     def __init__(self, stream: Stream):
         super().__init__()
         self._stream, self._step = stream, 0
         streams = {"multimodal": stream.multimodal, "text": stream.text}
         streams = {name: windows for name, windows in streams.items() if windows is not None}
-        workers = -(-stream.data.workers // len(streams))  # two streams share them
-        names = sorted(stream.data.sources)
-        self._rows = {name: Rows(windows, workers, names) for name, windows in streams.items()}
+        names, n = sorted(stream.data.sources), stream.data.lanes
+        self._of_lane = stream.data.rows // n
+        self._lanes = range(stream.share.start // self._of_lane, -(-stream.share.stop // self._of_lane))
+        workers = -(-stream.data.workers // len(streams))  # two streams share them, and the lanes of each
+        self._rows = {
+            key_of(name, lane, n): Rows(windows, len(range(i, workers, len(self._lanes))), names, (lane, n))
+            for name, windows in streams.items()
+            for i, lane in enumerate(self._lanes)
+        }
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
         stream, data = self._stream, self._stream.data
         pictures = is_multimodal(self._step, stream.multimodal_steps)
-        source = self._rows["multimodal" if pictures else "text"]
-        rows = list(itertools.islice(source, data.rows))[stream.share.start : stream.share.stop]
+        rows: list[tuple[Window, int]] = []
+        for lane in self._lanes:
+            source = self._rows[key_of("multimodal" if pictures else "text", lane, data.lanes)]
+            rows += itertools.islice(source, self._of_lane)
+        first = self._lanes.start * self._of_lane
+        rows = rows[stream.share.start - first : stream.share.stop - first]
         self._step += 1
         return collate(rows, len(stream.share), data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
 
@@ -342,15 +359,37 @@ class StreamIterator(grain.DatasetIterator):
             rows.close()
 
 
-def skipped(iterator: grain.DatasetIterator, data: config.Data) -> dict[str, dict[str, int]]:
-    """Documents left out up to the last batch: source -> reason (a key of sources.SKIP_REASONS) -> count."""
-    names, counts = sorted(data.sources), {}
-    for stream in ("text", "multimodal"):
-        for key, count in iterator.get_state().get(stream, {"skipped": {}})["skipped"].items():
-            source, reason = key.split("/")
-            of_source = counts.setdefault(names[int(source)], {})
-            of_source[reason] = of_source.get(reason, 0) + count
-    return counts
+def key_of(stream: str, lane: int, lanes: int) -> str:
+    """Of a lane, in the iterator's state."""
+    return stream if lanes == 1 else f"{stream}/{lane}"
+
+
+def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The iterator's state, all lanes in it, from those of all processes after the same step."""
+    assert len({state.get("step") for state in states}) == 1, "states of different steps"
+    return {key: part for state in states for key, part in state.items()}
+
+
+def skipped(
+    iterator: grain.DatasetIterator, data: config.Data, combine: Callable[[np.ndarray], np.ndarray] | None = None
+) -> dict[str, dict[str, int]]:
+    """Documents left out up to the last batch: source -> reason (a key of sources.SKIP_REASONS) -> count.
+
+    `combine` gives the largest that any process has of each number, where processes read different lanes.
+    """
+    names, reasons = sorted(data.sources), list(SKIP_REASONS)
+    counts, state = np.zeros((2, data.lanes, len(names), len(reasons)), np.int32), iterator.get_state()
+    for i, stream in enumerate(("text", "multimodal")):
+        for lane in range(data.lanes):
+            for key, count in state.get(key_of(stream, lane, data.lanes), {"skipped": {}})["skipped"].items():
+                source, reason = key.split("/")
+                counts[i, lane, int(source), reasons.index(reason)] = count
+    totals = (combine(counts) if combine else counts).sum((0, 1))
+    found = {
+        name: {why: int(n) for why, n in zip(reasons, of, strict=True) if n}
+        for name, of in zip(names, totals, strict=True)
+    }
+    return {name: of for name, of in found.items() if of}
 
 
 class HeldOut:

@@ -1,7 +1,7 @@
 """Several processes: how they find each other, which of them writes, and how they come to one decision.
 
-A job of one process starts nothing here, and every function gives the plain answer. In a job of several, `agreed`,
-`summed` and `from_first` are called by all of them, in the same order.
+A job of one process starts nothing here, and every function gives the plain answer. In a job of several, `Agreement`,
+`summed`, `largest`, `gather`, `together` and `from_first` are called by all of them, in the same order.
 
     LLAMAX_COORDINATOR   host:port of process 0         set by launch/local.py, or by hand; without it, what jax finds
     LLAMAX_PROCESSES     how many there are             in the environment of Slurm, Open MPI, a TPU pod or an indexed
@@ -94,7 +94,7 @@ def give_up(how: Mapping[str, Any], join_s: float) -> NoReturn:
         "Look for one that has not started or has ended, and whether it reaches that address.",
     )
     print(f"llamax: {error}", file=sys.stderr)
-    leave(2)
+    leave(1)  # not 2: it may be another one's death, and another try may do
 
 
 def explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -212,15 +212,37 @@ def from_first(decide: Callable[[], Any]) -> Any:
     return value
 
 
+def together(do: Callable[[], Any]) -> Any:
+    """What `do` returns in this process; all call it. Its ConfigError in one of them is raised in all, naming it."""
+    value, refused = None, None
+    try:
+        value = do()
+    except ConfigError as error:
+        if not several():
+            raise
+        refused = [error.asked, error.true, error.change]
+    for other, (host, error) in enumerate(gather([platform.node(), refused])):
+        if error is not None:
+            asked, true, change = error
+            raise ConfigError(f"Process {other} on {host}: {asked}", true, change)
+    return value
+
+
 def gather(mine: Any) -> list[Any]:
-    """What every process says (JSON), in the order of their numbers; for the start, since all send to the first."""
+    """What every process says (JSON), in the order of their numbers; for rare moments, since all send to the first."""
     if not several():
         return [mine]
     client, key = distributed.global_state.client, f"llamax/said/{len(_told)}"
     assert client is not None
     client.key_value_set(f"{key}/{number()}", json.dumps(mine))
     n = distributed.global_state.num_processes
-    return from_first(lambda: [json.loads(client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(n)])
+
+    def collect() -> list[Any]:
+        said = [json.loads(client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(n)]
+        client.key_value_delete(f"{key}/")
+        return said
+
+    return from_first(collect)
 
 
 def wait_for_all() -> None:
@@ -233,6 +255,14 @@ def summed(values: Sequence[float]) -> list[float]:
     if not several():
         return list(values)
     return [float(x) for x in jax.device_get(_combined(np.asarray([values], np.float32), "sum"))]
+
+
+def largest(counts: np.ndarray) -> np.ndarray:
+    """The largest that any process has of each whole number; as `summed`."""
+    if not several():
+        return counts
+    found = np.asarray(jax.device_get(_combined(counts.reshape(1, -1).astype(np.int32), "max")))
+    return found.reshape(counts.shape)
 
 
 class Agreement:

@@ -13,9 +13,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from llamax.batch import Batch
 from llamax.config import ConfigError, Data, Source, Vision
 from llamax.data.encode import Encoder
-from llamax.data.pipeline import HeldOut, _means, build, skipped, text_bytes
+from llamax.data.pipeline import HeldOut, _means, build, merge, skipped, text_bytes
 from llamax.data.sources import open_source, read_manifest, write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
 
@@ -137,6 +138,71 @@ def test_loader_processes_change_nothing(config):
         loaded.close()
 
 
+def share(process, processes):
+    return range(4 * process // processes, 4 * (process + 1) // processes)
+
+
+def joined(iterators):
+    """The batch of several processes."""
+    return Batch(*(np.concatenate(parts) for parts in zip(*(next(it) for it in iterators), strict=True)))
+
+
+@pytest.mark.parametrize("lanes", (1, 2, 4))
+def test_any_number_of_processes_reads_the_same_stream_and_goes_on_with_it(config, lanes):
+    config = dataclasses.replace(config, lanes=lanes, window_docs=8)
+    whole = iter(build(config, VISION, 11))
+    parts = {n: [iter(build(config, VISION, 11, share(i, n))) for i in range(n)] for n in (2, 4)}
+    for _ in range(9):
+        batch = next(whole)
+        for iterators in parts.values():
+            same([joined(iterators)], [batch])
+    state = json.loads(json.dumps(whole.get_state()))
+    for iterators in parts.values():
+        assert merge([it.get_state() for it in iterators]) == state
+    following = take(whole, 6)
+    for start, (before, now) in {0: (2, 4), 3: (4, 2)}.items():
+        saved = merge([it.get_state() for it in parts[before]])
+        for it in parts[now]:
+            it.set_state(saved)  # of another number of processes
+        same([joined(parts[now]) for _ in range(3)], following[start : start + 3])
+
+
+def test_a_process_reads_the_windows_of_its_lanes_alone(config, monkeypatch):
+    """Counted where the work is: documents that are tokenized, their pictures decoded."""
+    call, encoded = Encoder.__call__, []
+
+    def counting(self, document):
+        encoded.append((self.source_id, document.where))
+        return call(self, document)
+
+    monkeypatch.setattr(Encoder, "__call__", counting)
+    data = dataclasses.replace(config, lanes=4, window_docs=4)
+
+    def documents(rows):
+        iterator = iter(build(data, VISION, 12, rows))
+        encoded.clear()  # the sample at the start
+        take(iterator, 12)
+        return list(encoded)
+
+    whole, halves, quarters = ([documents(share(i, n)) for i in range(n)] for n in (1, 2, 4))
+    assert sorted(sum(halves, [])) == sorted(sum(quarters, [])) == sorted(whole[0]), "none twice, none left out"
+    assert all(len(part) < 0.4 * len(whole[0]) for part in quarters)
+    data = dataclasses.replace(data, lanes=1)
+    assert documents(share(3, 4)) == documents(share(0, 1)), "in one lane every process reads all"
+
+
+@pytest.mark.slow
+def test_loader_processes_are_shared_by_lanes(config):
+    lanes = dataclasses.replace(config, lanes=2)
+    plain, loaded = (iter(build(dataclasses.replace(lanes, workers=workers), VISION, 13)) for workers in (0, 2))
+    try:
+        same(take(plain, 4), take(loaded, 4))
+        assert plain.get_state() == loaded.get_state()
+        assert [rows._workers for rows in loaded._rows.values()] == [1, 0, 1, 0]
+    finally:
+        loaded.close()
+
+
 def test_the_iterator_goes_through_an_orbax_checkpoint(config, tmp_path):
     iterator = iter(build(config, VISION, 6))
     take(iterator, 7)
@@ -226,6 +292,18 @@ def test_damaged_documents_are_skipped_and_counted(damaged):
     resumed.set_state(iterator.get_state())
     take(resumed, 3)
     assert counted(resumed) > opened > 1
+
+
+def test_what_several_processes_left_out_is_counted_once(damaged):
+    data = dataclasses.replace(damaged, lanes=4)
+    whole, *parts = (iter(build(data, VISION, 0, rows)) for rows in (None, share(0, 4), share(1, 2), share(1, 4)))
+    for iterator in (whole, *parts):
+        take(iterator, 3)
+    counts = []
+    for iterator in parts:
+        skipped(iterator, data, lambda mine: counts.append(mine) or mine)
+    assert skipped(parts[0], data, lambda _: np.max(counts, axis=0)) == skipped(whole, data)
+    assert skipped(parts[0], data) != skipped(whole, data)
 
 
 def test_a_stream_of_nothing_stops_with_the_reason(damaged, tmp_path):

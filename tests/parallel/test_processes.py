@@ -270,7 +270,7 @@ def unbroken(tmp_path_factory) -> Path:
     return workdir
 
 
-def run_here(workdir: Path, steps: int, pictures: bool = False) -> None:
+def run_here(workdir: Path, steps: int) -> None:
     call = programs.Programs.__call__
 
     def recording(self, state, batch):
@@ -281,7 +281,7 @@ def run_here(workdir: Path, steps: int, pictures: bool = False) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs.Programs, "__call__", recording)
-        assert train(shared_run(steps, pictures), workdir, devices=jax.devices()[:2]).finished
+        assert train(shared_run(steps), workdir, devices=jax.devices()[:2]).finished
 
 
 def rows(workdir: Path) -> dict[tuple[int, int], str]:
