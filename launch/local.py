@@ -3,7 +3,8 @@
 
 Each line of their output gets the process's number. SIGTERM and Ctrl-C are passed on; a training run then saves and
 stops. When one process dies the others end too, within 15 seconds, and so does this one, with its exit code; the same
-command again goes on from the newest checkpoint.
+command again goes on from the newest checkpoint. With --restarts it does so by itself, but not after an end that
+another start would not change: all done, a signal, wrong input (2), too many bad steps (3), a full disk (4).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import IO
 
 HEARTBEAT_S = 10  # without a sign of life, then the others notice
 GRACE_S = 12  # after the first death, for the others to end by themselves
+FINAL = (0, 2, 3, 4, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after which nothing is started again
 EXAMPLES = """
 examples:
   python launch/local.py -n 4 -- llamax train recipes/scout_pretrain.py:tiny --workdir runs/four --config.mesh.data=-1
@@ -31,10 +33,8 @@ examples:
 
 def main() -> int:
     args = arguments()
-    port = args.port or free_port()
-    environments = [variables(args, port, number) for number in range(args.processes)]
     if args.dry_run:
-        for own in environments:
+        for own in variables(args):
             print(shlex.join(["env", *(f"{name}={value}" for name, value in own.items()), *args.command]))
         return 0
     processes: list[subprocess.Popen[bytes]] = []
@@ -48,13 +48,24 @@ def main() -> int:
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, pass_on)
+    for left in reversed(range(args.restarts + 1)):
+        code = once(args, processes, asked)
+        if code in FINAL or asked or not left:
+            return code
+        print(f"local.py: starting all of them again ({left} times at most)", file=sys.stderr, flush=True)
+    raise AssertionError("the last start returns")
+
+
+def once(args: argparse.Namespace, processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
+    """Starts all of them and waits for their end; their exit code. `processes` and `asked` are the signal handler's."""
+    processes.clear()
     try:
-        for number, own in enumerate(environments):
+        for number, own in enumerate(variables(args)):
             processes.append(start(args.command, own))
             threading.Thread(target=prefix_lines, args=(number, processes[-1].stdout), daemon=True).start()
-        for signum in asked[:1]:  # it came while they were being started
-            pass_on(signum, None)
-        return watch(processes, bool(asked))
+        for process in processes if asked else ():  # it came while they were being started
+            process.send_signal(asked[0])
+        return watch(processes)
     except OSError as error:
         print(f"local.py: {shlex.join(args.command)} cannot be started: {error}", file=sys.stderr)
         return 2
@@ -69,12 +80,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, epilog=EXAMPLES, formatter_class=form, allow_abbrev=False)
     parser.add_argument("-n", "--processes", type=int, required=True, metavar="N", help="how many, from 1 up")
     parser.add_argument("--gpus-each", type=int, metavar="K", help="process i sees the GPUs i*K ... i*K+K-1 alone")
+    parser.add_argument("--restarts", type=int, default=0, metavar="R", help="starts after a failure, at most (0)")
     parser.add_argument("--port", type=int, help="of process 0 on the loopback interface (one that is free)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what each of them runs, after --")
     args = parser.parse_args()
-    if args.processes < 1:
-        parser.error(f"-n {args.processes}: it takes one process at least")
+    if args.processes < 1 or args.restarts < 0:
+        parser.error(f"-n {args.processes} --restarts {args.restarts}: it takes one process and no restarts at least")
     return args
 
 
@@ -84,18 +96,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def variables(args: argparse.Namespace, port: int, number: int) -> dict[str, str]:
-    """What process `number` has in its environment beside ours."""
-    own = {
-        "LLAMAX_COORDINATOR": f"127.0.0.1:{port}",
+def variables(args: argparse.Namespace) -> list[dict[str, str]]:
+    """What each process has in its environment beside ours."""
+    shared = {
+        "LLAMAX_COORDINATOR": f"127.0.0.1:{args.port or free_port()}",
         "LLAMAX_PROCESSES": f"{args.processes}",
-        "LLAMAX_PROCESS": f"{number}",
         "LLAMAX_HEARTBEAT_S": f"{HEARTBEAT_S}",
     }
-    if args.gpus_each:
-        gpus = range(number * args.gpus_each, (number + 1) * args.gpus_each)
-        own["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, gpus))
-    return own
+    environments = []
+    for number in range(args.processes):
+        own = shared | {"LLAMAX_PROCESS": f"{number}"}
+        if args.gpus_each:
+            gpus = range(number * args.gpus_each, (number + 1) * args.gpus_each)
+            own["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, gpus))
+        environments.append(own)
+    return environments
 
 
 def start(command: list[str], own: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -110,7 +125,7 @@ def prefix_lines(number: int, output: IO[bytes]) -> None:
         sys.stdout.buffer.flush()
 
 
-def watch(processes: list[subprocess.Popen[bytes]], stopping: bool) -> int:
+def watch(processes: list[subprocess.Popen[bytes]]) -> int:
     """Waits for all; the exit code of the first that failed."""
     code, ends = 0, float("inf")
     while any(process.poll() is None for process in processes):

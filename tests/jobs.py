@@ -22,8 +22,8 @@ END_S = 15  # after the death of one process, all have ended under launch/local.
 class Job:
     """A command that goes on by itself; `lines` holds what it has said so far."""
 
-    def __init__(self, command: Sequence[str], **environment: str):
-        how = dict(cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def __init__(self, command: Sequence[str], cwd: Path = ROOT, **environment: str):
+        how = dict(cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.process = subprocess.Popen(command, text=True, **how)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import clusters, distributed
+from jax._src import cloud_tpu_init, clusters, distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.config import ConfigError
@@ -126,7 +126,8 @@ def explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def of_cluster(environment: Mapping[str, str], timeout_s: int) -> dict[str, Any] | None:
     """What jax finds in a cluster's job of several processes, as arguments of `jax.distributed.initialize`; or None.
 
-    A pod that is not of an indexed Kubernetes job is not asked: it is alone.
+    A pod that is not of an indexed Kubernetes job is not asked: it is alone. A process that has its node for itself
+    gets all devices there; jax would give it the first.
     """
     for kind in clusters.ClusterEnv._cluster_types:
         alone = kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environment
@@ -134,12 +135,22 @@ def of_cluster(environment: Mapping[str, str], timeout_s: int) -> dict[str, Any]
             continue
         if kind.get_process_count() == 1:
             return None
-        return {
+        how = {
             "coordinator_address": kind.get_coordinator_address(timeout_s, environment.get("JAX_COORDINATOR_PORT")),
             "num_processes": kind.get_process_count(),
             "process_id": kind.get_process_id(),
+            "cluster_detection_method": "deactivate",
         }
+        local = kind.get_local_process_id()
+        chosen = "JAX_LOCAL_DEVICE_IDS" in environment or cloud_tpu_init.running_in_cloud_tpu_vm
+        return how if local is None or chosen or has_its_node(environment) else how | {"local_device_ids": [local]}
     return None
+
+
+def has_its_node(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm or Open MPI has started one process on each node."""
+    tasks, nodes = environment.get("SLURM_STEP_NUM_TASKS"), environment.get("SLURM_STEP_NUM_NODES")
+    return (tasks is not None and tasks == nodes) or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def several() -> bool:

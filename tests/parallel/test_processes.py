@@ -1,83 +1,25 @@
-"""Several processes through launch/local.py: how they join and agree, the same losses and rows as one, kills and stops.
-
-The processes have one simulated device each, so that two of them have the mesh that one process has of two devices.
-"""
+"""Several processes: how they find each other, join and agree; every wrong start is told by all of them."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import platform
+import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from llamax.config import ConfigError
 from llamax.parallel import processes
-from llamax.run import train
-from llamax.train import programs
-from tests.process_child import rows_of, shared_run
+from tests.jobs import CHILD, ROOT, Job, devices_flags, free_port, run_children
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LAUNCHER = [sys.executable, "launch/local.py"]
-CHILD = [sys.executable, "-m", "tests.process_child"]
-SAME_LOSS = 1e-5
-END_S = 15  # after the death of one process
-TIMEOUT_S = 300
-TERMINATED = 143
-
-
-class Job:
-    """A launcher with its processes; `lines` holds what they have said so far."""
-
-    def __init__(self, n: int, *words: str, devices: int = 1):
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        how = dict(cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.process = subprocess.Popen([*LAUNCHER, "-n", f"{n}", "--", *CHILD, *words], text=True, **how)
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
-        self._reader.start()
-
-    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        code = self.process.wait(timeout_s)
-        self._reader.join(10)
-        return code
-
-    def wait_for(self, text: str, times: int = 1) -> list[str]:
-        ends = time.monotonic() + TIMEOUT_S
-        while len(found := [line for line in self.lines if text in line]) < times:
-            assert time.monotonic() < ends and self.process.poll() is None, f"no {text!r} in\n{self.said}"
-            time.sleep(0.02)
-        return found
-
-    @property
-    def said(self) -> str:
-        return "".join(self.lines)
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-
-
-def run_job(n: int, *words: str, code: int = 0, devices: int = 1) -> str:
-    with Job(n, *words, devices=devices) as job:
-        assert job.wait() == code, job.said
-        return job.said
-
+IN_TIME_S = 60  # of a wrong start
 
 # --------------------------------------------------------------------------------------------------- joining, agreeing
 
@@ -111,21 +53,101 @@ def test_explicit_variables():
             processes.explicit(job | wrong)
 
 
-SLURM = {"SLURM_JOB_ID": "5", "SLURM_STEP_NODELIST": "node[07-09],x1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
-TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "2", "TPU_SKIP_MDS_QUERY": "1"}
-
-
-def test_clusters_are_found_by_their_variables(monkeypatch):
-    assert processes.of_cluster(os.environ, 1) is None
-    for name, value in (SLURM | {"SLURM_PROCID": "3"}).items():
+def set_all(monkeypatch, variables):
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = processes.of_cluster(os.environ, 1)
-    assert found == {"coordinator_address": "node07:61445", "num_processes": 4, "process_id": 3}
+
+
+def found_here() -> dict | None:
+    return processes.of_cluster(os.environ, 1)
+
+
+def joins(address: str, n: int, number: int, **more) -> dict:
+    plain = {"coordinator_address": address, "num_processes": n, "process_id": number}
+    return plain | {"cluster_detection_method": "deactivate"} | more
+
+
+# What `srun env` and `mpirun env` show of a process, in a job of 2 nodes x 2 tasks.
+SLURM = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+def test_slurm_is_found_by_its_variables(monkeypatch):
+    assert found_here() is None
+    set_all(monkeypatch, SLURM)
+    assert found_here() == joins("node07:61445", 4, 3, local_device_ids=[1]), "a device for each task of a node"
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2,3")
+    assert found_here() == joins("node07:61445", 4, 3), "jax reads the variable"
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS")
+    set_all(monkeypatch, {"SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "a1,node[07-09]", "SLURM_LOCALID": "0"})
+    assert found_here() == joins("a1:61445", 4, 3), "all devices of its node"
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    assert found_here() == joins("a1:1234", 4, 3)
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert processes.of_cluster(os.environ, 1) is None, "a job of one process starts nothing"
-    monkeypatch.delenv("SLURM_JOB_ID")
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a pod of its own, without the right to ask for others
-    assert processes.of_cluster(os.environ, 1) is None
+    assert found_here() is None, "a job of one process starts nothing"
+
+
+def test_open_mpi_is_found_by_its_variables(monkeypatch):
+    set_all(monkeypatch, OPEN_MPI)
+    port = 1531576320 // 2**12 % 2**12 + (65535 - 2**12 + 1)
+    assert found_here() == joins(f"10.96.0.1:{port}", 4, 2, local_device_ids=[0])
+    set_all(monkeypatch, {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    assert found_here() == joins(f"10.96.0.1:{port}", 4, 2)
+
+
+def test_tpu_pods_are_found_by_variables_or_metadata(monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.2")
+    one_slice = {"TPU_WORKER_HOSTNAMES": "t0.jobs,t1.jobs,t2.jobs,t3.jobs", "TPU_WORKER_ID": "2"}  # of GKE
+    multi = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "m0.jobs:8080"}
+    metadata = {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "unknown:unknown:10.130.0.5,unknown:unknown:10.130.0.6",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5p-16'\nWORKER_ID: '1'\n",
+    }
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
+    with monkeypatch.context() as patch:
+        set_all(patch, one_slice | {"TPU_SKIP_MDS_QUERY": "1", "MEGASCALE_COORDINATOR_ADDRESS": ""})
+        set_all(patch, {"MEGASCALE_NUM_SLICES": "", "MEGASCALE_SLICE_ID": ""})
+        assert found_here() == joins("t0.jobs:8482", 4, 2)
+        set_all(patch, multi)
+        assert found_here() == joins("m0.jobs:8482", 8, 6), "slice 1 comes after the four workers of slice 0"
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # jax sets it where there are no TPUs
+    assert found_here() == joins("10.130.0.5:8482", 2, 1), "a pod of TPU VMs asks its metadata server"
+
+
+def test_a_pod_of_its_own_is_alone(monkeypatch):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # without the right to ask for others
+    assert found_here() is None
+
+
+def test_heartbeats_and_patience_are_handed_on(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **how: asked.update(how))
+    monkeypatch.setattr(processes.sys, "excepthook", sys.excepthook)
+    job = {"LLAMAX_COORDINATOR": "host:1", "LLAMAX_PROCESSES": "2", "LLAMAX_PROCESS": "1"}
+    preemption = processes.jax.config.jax_enable_preemption_service
+    try:
+        processes.start(job)
+        assert asked["heartbeat_timeout_seconds"] == 100 and asked["initialization_timeout"] > 55
+        processes.start(job | {"LLAMAX_HEARTBEAT_S": "10", "LLAMAX_JOIN_S": "600"})
+        assert asked["heartbeat_timeout_seconds"] == 10 and asked["initialization_timeout"] > 600
+    finally:
+        processes.jax.config.update("jax_enable_preemption_service", preemption)
 
 
 def test_a_port_in_use_is_named():
@@ -139,7 +161,7 @@ def test_a_port_in_use_is_named():
 
 
 def test_two_processes_agree():
-    said = run_job(2, "meet")
+    said = run_children(2, "meet")
     for number in range(2):
         line = next(line for line in said.splitlines() if line.startswith(f"[{number}] {{"))
         found = json.loads(line.partition(" ")[2])
@@ -151,11 +173,83 @@ def test_two_processes_agree():
         }
 
 
+# -------------------------------------------------------------------------------------------------------- wrong starts
+
+
+def by_hand(number: int, n: int, port: int, *words: str, cwd: Path = ROOT, devices: int = 1, **environment: str) -> Job:
+    """One process of a job, without a launcher that would end the others."""
+    job = {"LLAMAX_COORDINATOR": f"127.0.0.1:{port}", "LLAMAX_PROCESSES": f"{n}", "LLAMAX_PROCESS": f"{number}"}
+    return Job([*CHILD, *words], cwd, **job, XLA_FLAGS=devices_flags(devices), **environment)
+
+
+def ends(*jobs: Job) -> list[tuple[int, str]]:
+    """Exit code and words of each; within the minute that a wrong start may take."""
+    start = time.monotonic()
+    try:
+        found = [(job.wait(IN_TIME_S), job.said) for job in jobs]
+        assert time.monotonic() - start < IN_TIME_S
+        return found
+    finally:
+        for job in jobs:
+            job.process.kill()
+
+
 def test_a_process_with_other_settings_is_named_by_all():
-    said = run_job(2, "meet", "--differ", code=2)
+    said = run_children(2, "meet", "--differ", code=2)
     for number in range(2):
         assert f"[{number}] llamax: Process 1 on " in said
-    assert said.count("its recipe and settings differ") == 2
+    assert said.count("its recipe and settings differ: {'seed': 1} there, {'seed': 0} in process 0") == 2
+
+
+@pytest.mark.slow
+def test_another_number_of_devices_is_told_by_all():
+    port = free_port()
+    for code, said in ends(by_hand(0, 2, port, "meet"), by_hand(1, 2, port, "meet", devices=2)):
+        assert code == 2 and f"llamax: Process 1 on {platform.node()} in one job" in said
+        assert "its devices differ: 2 there, 1 in process 0" in said
+
+
+@pytest.mark.slow
+def test_other_code_is_told_by_all(tmp_path):
+    for folder in ("llamax", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    with (tmp_path / "llamax" / "run.py").open("a") as file:
+        file.write("# changed\n")
+    port = free_port()
+    environment = {"PYTHONPATH": ""}  # the folder of the process comes first
+    jobs = (by_hand(0, 2, port, "meet", **environment), by_hand(1, 2, port, "meet", cwd=tmp_path, **environment))
+    for code, said in ends(*jobs):
+        assert code == 2 and f"llamax: Process 1 on {platform.node()} in one job" in said
+        assert "its code differ: {'run.py': " in said
+
+
+@pytest.mark.slow
+def test_what_one_host_alone_finds_wrong_is_told_by_all():
+    port = free_port()
+    for code, said in ends(*(by_hand(i, 2, port, "refuse") for i in range(2))):
+        assert code == 2 and f"llamax: Process 1 on {platform.node()}: --x, but y is missing. Bring it." in said
+
+
+@pytest.mark.slow
+def test_a_port_in_use_ends_all():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        first, second = ends(*(by_hand(i, 2, port, "wait", LLAMAX_JOIN_S="8") for i in range(2)))
+    assert first[0] == 2 and f"Process 0 on {platform.node()} at port {port}, but it cannot be had" in first[1]
+    assert second[0] == 1 and f"127.0.0.1:{port}, but not all of them have come within 8 s" in second[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", ((1, 2), (0, 1)), ids=("without the coordinator", "without another one"))
+def test_one_that_is_missing_ends_all(there):
+    port = free_port()
+    for number, (code, said) in zip(
+        there, ends(*(by_hand(i, 3, port, "wait", LLAMAX_JOIN_S="8") for i in there)), strict=True
+    ):
+        assert code == 1 and f"Process {number} on {platform.node()} in a job of 3" in said
+        assert "not all of them have come within 8 s" in said
 
 
 def test_a_process_that_never_comes(monkeypatch):
@@ -165,7 +259,7 @@ def test_a_process_that_never_comes(monkeypatch):
     job = {"LLAMAX_COORDINATOR": "127.0.0.1:1", "LLAMAX_PROCESSES": "2", "LLAMAX_PROCESS": "1", "LLAMAX_JOIN_S": "1"}
     start = time.monotonic()
     done = subprocess.run([*CHILD, "wait"], cwd=ROOT, env=os.environ | job, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and time.monotonic() - start < 60
+    assert done.returncode == 1 and time.monotonic() - start < 60
     assert "Process 1 on" in done.stderr and "127.0.0.1:1, but not all of them have come within 1 s" in done.stderr
 
 
@@ -211,9 +305,7 @@ print("rank", rank, "agrees")
 @pytest.mark.slow
 def test_each_process_puts_its_own_rows():
     """Two processes of two devices each, on meshes that split rows over processes, and on those that do not."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     pipes = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     workers = [
@@ -226,99 +318,3 @@ def test_each_process_puts_its_own_rows():
     finally:
         for worker in workers:
             worker.kill()
-
-
-# -------------------------------------------------------------------------------------------------------- the launcher
-
-
-def test_dry_run_and_help():
-    how = dict(cwd=ROOT, capture_output=True, text=True, timeout=60)
-    done = subprocess.run([*LAUNCHER, "-n", "2", "--gpus-each", "4", "--dry-run", "--", "llamax", "train", "R"], **how)
-    first, second = done.stdout.splitlines()
-    assert "LLAMAX_PROCESSES=2 LLAMAX_PROCESS=0" in first and first.endswith(
-        "JAX_LOCAL_DEVICE_IDS=0,1,2,3 llamax train R"
-    )
-    assert "LLAMAX_PROCESS=1" in second and "JAX_LOCAL_DEVICE_IDS=4,5,6,7" in second
-    said = subprocess.run([*LAUNCHER, "--help"], **how).stdout
-    assert "examples:" in said and "-n 4 -- llamax train" in said
-    assert subprocess.run([*LAUNCHER, "-n", "0", "--", "true"], **how).returncode == 2
-    missing = subprocess.run([*LAUNCHER, "-n", "2", "--", "no-such-command"], **how)
-    assert missing.returncode == 2 and "no-such-command cannot be started" in missing.stderr
-
-
-def test_one_killed_ends_the_others_in_time_and_is_named():
-    with Job(2, "wait") as job:
-        pids = {line.split()[0]: int(line.split()[2]) for line in job.wait_for("] pid ", times=2)}
-        time.sleep(0.5)
-        os.kill(pids["[1]"], signal.SIGKILL)
-        start = time.monotonic()
-        code = job.wait(60)
-        assert time.monotonic() - start < END_S, job.said
-        assert code == 128 + signal.SIGKILL
-        assert "process 1 was killed by SIGKILL" in job.said
-        assert not Path(f"/proc/{pids['[0]']}").exists() or not hasattr(os, "sched_getaffinity")
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    """Six steps of one process with two devices; rows recorded like those of the others."""
-    workdir = tmp_path_factory.mktemp("one") / "run"
-    run_here(workdir, 6)
-    return workdir
-
-
-def run_here(workdir: Path, steps: int) -> None:
-    call = programs.Programs.__call__
-
-    def recording(self, state, batch):
-        with Path(f"{workdir}.rows.0.jsonl").open("a") as file:
-            for line in rows_of(int(jax.device_get(state.step)) + 1, batch):
-                file.write(json.dumps(line) + "\n")
-        return call(self, state, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs.Programs, "__call__", recording)
-        assert train(shared_run(steps), workdir, devices=jax.devices()[:2]).finished
-
-
-def rows(workdir: Path) -> dict[tuple[int, int], str]:
-    """(step, row) -> its hash; a row that was read twice is the same."""
-    found: dict[tuple[int, int], str] = {}
-    for path in sorted(workdir.parent.glob(f"{workdir.name}.rows.*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
-            key = line["step"], line["row"]
-            assert found.setdefault(key, line["sha"]) == line["sha"], f"{key} is not what it was"
-    return found
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in map(json.loads, (workdir / "steps.jsonl").read_text().splitlines())}
-
-
-def assert_same(workdir: Path, unbroken: Path, steps: int) -> None:
-    want, got = losses(unbroken), losses(workdir)
-    assert list(got) == list(range(1, steps + 1))
-    np.testing.assert_allclose([got[s] for s in got], [want[s] for s in got], rtol=0, atol=SAME_LOSS)
-    assert rows(workdir) == {key: sha for key, sha in rows(unbroken).items() if key[0] <= steps}
-
-
-def test_two_processes_then_one_are_one_unbroken_run(unbroken, tmp_path):
-    """A SIGTERM to process 1 alone stops both after the same step; one process goes on from what they saved."""
-    workdir = tmp_path / "run"
-    said = run_job(2, "train", f"{workdir}", "6", "--signal", "3:1", code=TERMINATED)
-    stopped = max(losses(workdir))
-    assert 3 <= stopped <= 5, said
-    assert max(checkpoints(workdir)) == stopped, "what was done is saved"
-    mine = {line["row"] for line in map(json.loads, Path(f"{workdir}.rows.1.jsonl").read_text().splitlines())}
-    assert mine == {4, 5, 6, 7}, "process 1 has read its share alone"
-    assert not [line for line in said.splitlines() if line.startswith("[1]") and "Gloo" not in line], said
-    assert_same(workdir, unbroken, stopped)
-    run_here(workdir, 6)
-    assert_same(workdir, unbroken, 6)
-
-
-def checkpoints(workdir: Path) -> list[int]:
-    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
