@@ -8,8 +8,8 @@ Unlike Scout: dense layers alternate with MoE layers, no RoPE scaling, no QK nor
 write a manifest for each of the sources below (docs/how-to/add-a-dataset.md), and put a tokenizer of 202,048 ids, for
 instance Llama 4's own tokenizer.model, at data/llama4.model.
 
-The full size asks for 512 devices and more. This version trains on the devices of one host, so it is a
-plan to look at with `llamax show`; several hosts are still to come (CHANGELOG.md).
+The full size asks for 512 devices and more, on several hosts: launch/README.md starts them, and `llamax plan` tells
+beforehand what they will need (docs/how-to/plan.md).
 
 Expected of :tiny: as of Scout's, at about the same cost a step.
 """
@@ -31,6 +31,7 @@ def get_config(size: str = "full"):
         code=dict(path="data/code.toml", weight=0.25),
         captions=dict(path="data/captions.toml", weight=0.15),
     )
+    run.data.lanes = 64  # up to 64 hosts read a part each
     run.data.workers = 8
     run.mesh = dict(data=-1, fsdp=512)  # -1 takes the devices that are left
     run.optim.peak_lr = 3e-4
