@@ -1,10 +1,10 @@
 """The command line: parse, then call the function that does the work. Imports of the work are inside the handlers, so
 that `llamax --help` and a wrong configuration answer at once, without jax.
 
-Exit codes: 0 done; 1 `inspect` found the newest checkpoint not sound, what `plan` was asked for does not fit, or another
-process of the job is missing; 2 a person's input is wrong (one line on stderr, no traceback); 3 too many bad steps in a
-row; 4 the disk was full at the last save; 130 stopped by Ctrl-C, 143 by SIGTERM (a training run has saved then, and the
-same command goes on). After 2, 3, 4, 130 and 143 the launchers in launch/ start nothing again.
+Exit codes: 0 done; 1 `inspect` found the newest checkpoint not sound, what `plan` was asked for does not fit, or
+another process of the job is missing; 2 a person's input is wrong (one line on stderr, no traceback); 3 too many bad
+steps in a row; 4 the disk was full at the last save; 130 stopped by Ctrl-C, 143 by SIGTERM (a training run has saved
+then, and the same command goes on). After 2, 3, 4, 130 and 143 the launchers in launch/ start nothing again.
 """
 
 from __future__ import annotations

@@ -94,7 +94,12 @@ def check_processes(asked: Mapping[str, Any], workdir: Path, devices: int) -> No
 
 def check_same(facts: Mapping[str, Any]) -> None:
     """ConfigError, in every process, that names the first difference from the first process's facts (JSON)."""
-    (first_host, first), *others = processes.gather([platform.node(), facts])
+    processes.from_all([platform.node(), facts], compare)
+
+
+def compare(said: list[Any]) -> None:
+    """ConfigError if facts are not the first one's; `said` is (host, facts) of every process."""
+    (first_host, first), *others = said
     for number, (host, other) in enumerate(others, start=1):
         for fact, here in first.items():
             if other.get(fact) != here:

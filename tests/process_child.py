@@ -152,7 +152,11 @@ def main() -> int:
     verbs.add_parser("refuse").set_defaults(do=refuse)
     verbs.add_parser("wait").set_defaults(do=wait)
     asked = parser.parse_args()
-    return asked.do(asked)
+    try:
+        return asked.do(asked)
+    except ConfigError as error:  # in the start, before there is a job
+        print(f"llamax: {error}", flush=True)
+        return 2
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class Checkpoints:
             self._not_saved(begun=False)
             return False
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
-        items["data"] = DataSave(merge(processes.gather(data_iterator.get_state())))
+        items["data"] = DataSave(processes.from_all(data_iterator.get_state(), merge))
         items["extra"] = ocp.args.JsonSave(dict(extra))
         return self._unless_full(lambda: self._manager.save(step, args=ocp.args.Composite(**items))) or False
 

@@ -1,7 +1,7 @@
 """Several processes: how they find each other, which of them writes, and how they come to one decision.
 
 A job of one process starts nothing here, and every function gives the plain answer. In a job of several, `Agreement`,
-`summed`, `largest`, `gather`, `together` and `from_first` are called by all of them, in the same order.
+`summed`, `largest`, `from_first`, `from_all` and `together` are called by all of them, in the same order.
 
     LLAMAX_COORDINATOR   host:port of process 0         set by launch/local.py, or by hand; without it, what jax finds
     LLAMAX_PROCESSES     how many there are             in the environment of Slurm, Open MPI, a TPU pod or an indexed
@@ -38,6 +38,12 @@ PATIENCE_S = 60  # more for jax, so that our own message comes first
 MEET_MS = 3000  # at the end
 PATIENCE_MS = 24 * 3600 * 1000  # for process 0 to decide: it may read a large checkpoint; if it dies, heartbeats tell
 _told: list[str] = []  # the keys of what process 0 has told
+
+
+class Missing(ConfigError):
+    """The host of process 0 is not there (yet): another try may do."""
+
+    exit_code = 1
 
 
 # ------------------------------------------------------------------------------------------------ finding each other
@@ -86,7 +92,7 @@ def check_port(how: Mapping[str, Any]) -> None:
 
 
 def give_up(how: Mapping[str, Any], join_s: float) -> NoReturn:
-    """Ends a process whose job is not complete."""
+    """Ends a process whose job is not complete. Process 0 ends last: its end would keep the others from saying it."""
     me, n = f"Process {how['process_id']} on {platform.node()}", how["num_processes"]
     error = ConfigError(
         f"{me} in a job of {n} with process 0 at {how['coordinator_address']}",
@@ -94,7 +100,8 @@ def give_up(how: Mapping[str, Any], join_s: float) -> NoReturn:
         "Look for one that has not started or has ended, and whether it reaches that address.",
     )
     print(f"llamax: {error}", file=sys.stderr)
-    leave(1)  # not 2: it may be another one's death, and another try may do
+    time.sleep(MEET_MS / 1000 if how["process_id"] == 0 else 0)
+    end(1)  # not 2: it may be another one's death, and another try may do
 
 
 def explicit(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -135,8 +142,13 @@ def of_cluster(environment: Mapping[str, str], timeout_s: int) -> dict[str, Any]
             continue
         if kind.get_process_count() == 1:
             return None
+        try:
+            address = kind.get_coordinator_address(timeout_s, environment.get("JAX_COORDINATOR_PORT"))
+        except RuntimeError as error:
+            change = "Look whether that host is there and has a name here."
+            raise Missing(f"Process 0 of the job that {platform.node()} belongs to", f"{error}", change) from error
         how = {
-            "coordinator_address": kind.get_coordinator_address(timeout_s, environment.get("JAX_COORDINATOR_PORT")),
+            "coordinator_address": address,
             "num_processes": kind.get_process_count(),
             "process_id": kind.get_process_id(),
             "cluster_detection_method": "deactivate",
@@ -192,6 +204,13 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(Exception):
             client.wait_at_barrier("llamax/leave", MEET_MS)
             time.sleep(0.5 if is_first() else 0)
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process here and now."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -223,42 +242,44 @@ def from_first(decide: Callable[[], Any]) -> Any:
     return value
 
 
-def together(do: Callable[[], Any]) -> Any:
-    """What `do` returns in this process; all call it. Its ConfigError in one of them is raised in all, naming it."""
-    value, refused = None, None
-    try:
-        value = do()
-    except ConfigError as error:
-        if not several():
-            raise
-        refused = [error.asked, error.true, error.change]
-    for other, (host, error) in enumerate(gather([platform.node(), refused])):
-        if error is not None:
-            asked, true, change = error
-            raise ConfigError(f"Process {other} on {host}: {asked}", true, change)
-    return value
+def from_all(mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    """What `decide` makes, in process 0, of what every process says, in the order of their numbers (JSON both ways).
 
-
-def gather(mine: Any) -> list[Any]:
-    """What every process says (JSON), in the order of their numbers; for rare moments, since all send to the first."""
+    In all of them, its ConfigError too. For rare moments: all send to the first.
+    """
     if not several():
-        return [mine]
+        return decide([mine])
     client, key = distributed.global_state.client, f"llamax/said/{len(_told)}"
     assert client is not None
     client.key_value_set(f"{key}/{number()}", json.dumps(mine))
     n = distributed.global_state.num_processes
 
-    def collect() -> list[Any]:
+    def decide_of_all() -> Any:
         said = [json.loads(client.blocking_key_value_get(f"{key}/{i}", PATIENCE_MS)) for i in range(n)]
         client.key_value_delete(f"{key}/")
-        return said
+        return decide(said)
 
-    return from_first(collect)
+    return from_first(decide_of_all)
 
 
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    gather(None)
+def together(do: Callable[[], Any]) -> Any:
+    """What `do` returns in this process; all call it. Its ConfigError in one of them is raised in all, naming it."""
+    if not several():
+        return do()
+    value, refused = None, None
+    try:
+        value = do()
+    except ConfigError as error:
+        refused = [error.asked, error.true, error.change]
+    from_all([platform.node(), refused], _raise_first)
+    return value
+
+
+def _raise_first(said: list[Any]) -> None:
+    for other, (host, refused) in enumerate(said):
+        if refused is not None:
+            asked, true, change = refused
+            raise ConfigError(f"Process {other} on {host}: {asked}", true, change)
 
 
 def summed(values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
@@ -28,7 +29,8 @@ def test_alone_nothing_is_started():
     processes.start({})
     assert not processes.several() and processes.is_first() and processes.number() == 0
     assert processes.from_first(lambda: 7) == 7
-    assert processes.gather("x") == ["x"]
+    assert processes.from_all("x", list) == ["x"] and processes.together(lambda: 8) == 8
+    assert processes.largest(np.array([[3, 4]])).tolist() == [[3, 4]]
     assert processes.summed([2, 3.5]) == [2, 3.5]
     assert processes.explicit({"LLAMAX_COORDINATOR": "h:1", "LLAMAX_PROCESSES": "1", "LLAMAX_PROCESS": "0"}) is None
 
@@ -128,6 +130,21 @@ def test_tpu_pods_are_found_by_variables_or_metadata(monkeypatch):
         assert found_here() == joins("m0.jobs:8482", 8, 6), "slice 1 comes after the four workers of slice 0"
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # jax sets it where there are no TPUs
     assert found_here() == joins("10.130.0.5:8482", 2, 1), "a pod of TPU VMs asks its metadata server"
+
+
+def test_a_coordinator_without_a_name_is_told(monkeypatch):
+    def unknown(name):
+        raise socket.gaierror
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(socket, "gethostbyname", unknown)
+    monkeypatch.setattr(cloud_tpu_cluster.time, "sleep", lambda _: time.perf_counter())
+    variables = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+    set_all(monkeypatch, {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"} | dict.fromkeys(variables, ""))
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    with pytest.raises(processes.Missing, match=f"{platform.node()} belongs to, but .* address t0") as raised:
+        found_here()
+    assert raised.value.exit_code == 1, "another try may do"
 
 
 def test_a_pod_of_its_own_is_alone(monkeypatch):
@@ -254,7 +271,7 @@ def test_one_that_is_missing_ends_all(there):
 
 def test_a_process_that_never_comes(monkeypatch):
     with pytest.raises(SystemExit), monkeypatch.context() as patch:
-        patch.setattr(processes, "leave", sys.exit)
+        patch.setattr(processes, "end", sys.exit)
         processes.give_up({"process_id": 1, "num_processes": 3, "coordinator_address": "h:1"}, 55)
     job = {"LLAMAX_COORDINATOR": "127.0.0.1:1", "LLAMAX_PROCESSES": "2", "LLAMAX_PROCESS": "1", "LLAMAX_JOIN_S": "1"}
     start = time.monotonic()

@@ -99,7 +99,7 @@ def test_two_processes_then_one_are_one_unbroken_run(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_process_then_four_then_one(unbroken, tmp_path):
+def test_one_process_then_four(unbroken, tmp_path):
     workdir = tmp_path / "run"
     stopped_early(workdir, unbroken, 1, devices=2)
     run_children(4, "train", f"{workdir}", f"{STEPS}", "--mesh", "fsdp=4")
