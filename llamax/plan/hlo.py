@@ -5,7 +5,7 @@ as it runs, and the kernels that our steps call (grouped matmuls, attention) by 
 figures are of one device: the program is what each of them runs.
 
     dot, convolution   2 x (numbers in the result) x (terms of each sum); a convolution's padding is not counted
-    ragged dot         2 M K N: every row through one expert
+    grouped matmul     2 M K N: every row through one expert, or into the gradient of one expert's weight
     attention kernel   2 Dh x (matmuls a tile) x (queries x keys of the tiles that a causal band touches)
 
 A collective's bytes are what one device sends when its group of n works in a ring: (n - 1) x its part in an all-gather,
@@ -33,6 +33,9 @@ BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}  # others tel
 # gradients of queries and of keys each on their own.
 SPLASH = {"fwd": (2, 0), "dq": (3, 2), "dkv": (4, 1)}
 TRITON = {"forward": (2, 0), "backward": (7, 3)}
+# Kernels of grouped matmuls by what is in their text: of XLA for TPU, of jax's MegaBlocks, of tokamax for GPU. Of their
+# operands, the first matrix is [M, K]; the last dimension of the result is N.
+GROUPED = re.compile(r"^\s*(?:ROOT )?%ragged-dot|tpu_custom_call.*\btgmm\b|gpu\.triton.*RaggedDot")
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?=[\w(])")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{\s*$")
@@ -283,8 +286,8 @@ def _flops(instruction: Instruction, here: Computation) -> tuple[float, float]:
         return 2 * instruction.shapes[0].size * terms, 0
     if op == "convolution":
         return _convolution(instruction, *here.shapes(instruction)[:2]), 0
-    if op == "ragged-dot" or (op == "custom-call" and "ragged-dot" in instruction.name):
-        if "metadata" in instruction.name:
+    if op == "ragged-dot" or (op == "custom-call" and GROUPED.search(instruction.text)):
+        if "ragged-dot-metadata" in instruction.name:
             return 0, 0
         matrices = [shape for shape in here.shapes(instruction) if len(shape.dims) >= 2]
         return 2 * matrices[0].size * instruction.shapes[0].dims[-1], 0
