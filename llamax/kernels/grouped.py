@@ -27,6 +27,8 @@ from jaxtyping import Float, Int
 from llamax.kernels.varying import full_like, vary_alike
 
 BLOCK = 128  # rows of an expert that go through its matmuls at once on CPU
+LANES = 128  # what widths on TPU are multiples of
+TILES = (1024, 512, 256, 128)  # of the weights' gradient on TPU
 FEW = 16  # rows, tokens times experts a token, up to which one at a time is faster
 
 
@@ -94,11 +96,31 @@ def ragged_experts(
     *,
     gate_on: str = "input",
 ) -> Float[Array, "N D"]:
-    """`slow_experts` for TPU, on `jax.lax.ragged_dot`.
+    """`slow_experts` on `jax.lax.ragged_dot`, for a GPU without tokamax.
 
-    Correct on CPU and GPU, but there XLA computes every expert for every row (jax 0.10 and 0.11, by default).
+    Correct everywhere, but on CPU and GPU XLA computes every expert for every row, on TPU for the gradient of the
+    weights (jax 0.10 and 0.11, by default).
     """
     return _sort_and_run(partial(_run_ragged, jax.lax.ragged_dot), x_ND, experts, index_NK, gate_NK, gate_on)
+
+
+def tpu_experts(
+    x_ND: Float[Array, "N D"],
+    experts: Experts,
+    index_NK: Int[Array, "N K"],
+    gate_NK: Float[Array, "N K"],
+    *,
+    gate_on: str = "input",
+    interpret: bool = False,
+) -> Float[Array, "N D"]:
+    """`slow_experts` for TPU, on `jax.lax.ragged_dot`, which is a grouped kernel there, and for the gradient of the
+    weights on jax's Pallas kernel `tgmm` (MegaBlocks, Gale et al. 2022, arXiv:2211.15841).
+
+    That kernel needs D and F divisible by 128; other widths have the gradient of `ragged_experts`.
+    """
+    _, D, F = experts.gate_EDF.shape
+    dot = partial(_megablox_dot, interpret) if fits_tpu(D, F) else jax.lax.ragged_dot
+    return _sort_and_run(partial(_run_ragged, dot), x_ND, experts, index_NK, gate_NK, gate_on)
 
 
 def tokamax_experts(
@@ -116,6 +138,11 @@ def tokamax_experts(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # else tokamax parses the command line, which is not its own
     return _sort_and_run(partial(_run_ragged, tokamax.ragged_dot), x_ND, experts, index_NK, gate_NK, gate_on)
+
+
+def fits_tpu(D: int, F: int) -> bool:
+    """Whether `tpu_experts` computes the gradient of weights of these widths from each expert's own rows only."""
+    return D % LANES == 0 and F % LANES == 0
 
 
 def few_experts(
@@ -177,6 +204,49 @@ def _run_ragged(ragged_dot: Callable, z_MD, experts: Experts, count_E):
     gate_EDF, up_EDF, down_EFD = (w.astype(z_MD.dtype) for w in experts)
     h_MF = jax.nn.silu(dot(z_MD, gate_EDF)) * dot(z_MD, up_EDF)
     return dot(h_MF.astype(z_MD.dtype), down_EFD)
+
+
+# ------------------------------------------------------------------------------ the gradient of the weights, for TPU
+
+
+def _megablox_dot(interpret: bool, z_MD, w_EDF, group_sizes, preferred_element_type):
+    """`jax.lax.ragged_dot`, whose gradient XLA for TPU would compute from every row for every expert."""
+    return _grouped_dot(interpret, z_MD, w_EDF, group_sizes).astype(preferred_element_type)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_dot(interpret, z_MD, w_EDF, count_E):
+    """float32 [M, F]: z[m] @ w[e] for the rows of expert e, which stand together; zeros for rows of no expert."""
+    del interpret
+    return jax.lax.ragged_dot(z_MD, w_EDF, count_E, preferred_element_type=jnp.float32)
+
+
+def _grouped_forward(interpret, z_MD, w_EDF, count_E):
+    return _grouped_dot(interpret, z_MD, w_EDF, count_E), (z_MD, w_EDF, count_E)
+
+
+def _grouped_backward(interpret, saved, dy_MF):
+    z_MD, w_EDF, count_E = saved
+    dy_MF = dy_MF.astype(z_MD.dtype)
+    dz_MD = jax.lax.ragged_dot(dy_MF, w_EDF.swapaxes(1, 2), count_E, preferred_element_type=jnp.float32)
+    return dz_MD.astype(z_MD.dtype), _grouped_outer(z_MD, dy_MF, count_E, w_EDF.dtype, interpret), None
+
+
+_grouped_dot.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _grouped_outer(z_MD, dy_MF, count_E, dtype, interpret: bool):
+    """[E, D, F]: z^T dy over the rows of each expert, added up in float32."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    (M, D), F, E = z_MD.shape, dy_MF.shape[1], len(count_E)
+    rows = min(512, -(-M // LANES) * LANES)
+    tile = (rows, *(next(c for c in most if size % c == 0) for size, most in ((D, TILES[1:]), (F, TILES))))
+    # Its groups are to cover whole tiles of rows: those of no expert are one group more, which is not computed.
+    z_MD, dy_MF = (jnp.pad(x, ((0, -M % rows), (0, 0))) for x in (z_MD, dy_MF))
+    rest = jnp.asarray(len(z_MD), jnp.int32) - count_E.sum(dtype=jnp.int32)
+    groups = jnp.append(count_E, rest)
+    return tgmm(z_MD.T, dy_MF, groups, dtype, tile, num_actual_groups=E, interpret=interpret)
 
 
 # ----------------------------------------------------------------------------------------- blocks of rows, in plain JAX
@@ -274,7 +344,7 @@ def pick_experts(platform: str) -> Callable:
     """The fastest of the functions above on "gpu" or "tpu"; the one in plain JAX everywhere else."""
     if platform == "gpu":
         return tokamax_experts if has_tokamax() else ragged_experts
-    return {"tpu": ragged_experts}.get(platform, cpu_experts)
+    return {"tpu": tpu_experts}.get(platform, cpu_experts)
 
 
 def has_tokamax() -> bool:

@@ -43,7 +43,9 @@ def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0) -> Seam:
     return Seam(
         attention=tensor.SplitHeads(pick_attention(platform), mesh),
         cached_attention=place.PerShard(cached_attention, mesh),
-        run_experts=expert.SplitExperts(pick_experts(platform), mesh, EXPERT_AXES, expert_buffer),
+        run_experts=expert.SplitExperts(
+            pick_experts(platform), mesh, EXPERT_AXES, expert_buffer, expert.pick_exchange(platform)
+        ),
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
         constrain=place.Constrain(mesh),
     )

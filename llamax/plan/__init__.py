@@ -44,7 +44,7 @@ def _estimated(run: config.Run, where: Topology, sizes: Mapping[str, int], notes
     state = _state(run, mesh)
     needs = estimate.memory(run, mesh)
     cost = estimate.exchanged(run, mesh, estimate.split_of(state.params))
-    _estimate_flops(cost, run, where)
+    _estimate_flops(cost, run, where, mesh)
     return _report(
         run, where, mesh, "estimated", state, needs.kept + needs.working, cost, where.counted_places(), notes
     )
@@ -62,7 +62,7 @@ def _compiled(run: config.Run, where: Topology, notes: list[str]) -> Any:
     if cost is None:
         notes.append("the compiler refused a program of that size: FLOPs and collectives are estimates")
         cost = estimate.exchanged(run, mesh, estimate.split_of(step.state.params))
-        _estimate_flops(cost, run, where)
+        _estimate_flops(cost, run, where, mesh)
     for loop in sorted(cost.endless):
         notes.append(f"the length of a loop is not known when compiling; counted once: {loop}")
     held = _held(step.state)
@@ -114,11 +114,14 @@ def _report(
     )
 
 
-def _estimate_flops(cost: Any, run: config.Run, where: Topology) -> None:
+def _estimate_flops(cost: Any, run: config.Run, where: Topology, mesh: Mapping[str, int]) -> None:
+    from llamax.kernels.grouped import fits_tpu
     from llamax.plan import estimate
 
     tile = 512 if where.chip.dims else 128  # of the attention kernel
-    got = estimate.flops(run, _tiles(run), tile, every_expert=where.platform == "tpu")
+    wide = run.model.expert_ffn_dim // mesh.get("tensor", 1)
+    masked = where.platform == "tpu" and not fits_tpu(run.model.dim, wide)
+    got = estimate.flops(run, _tiles(run), tile, every_expert=masked)
     cost.flops, cost.recomputed = (x / where.n_devices for x in got)
 
 

@@ -91,7 +91,7 @@ def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False)
     """(all, recomputed) of a step on all devices; attention works in tiles of `tile` queries by as many keys.
 
     `every_expert`: the gradient of the experts' weights is computed from every row for every expert, most of them
-    masked: what compilers for TPU make of that of `jax.lax.ragged_dot` (jax 0.10).
+    masked: what compilers for TPU make of that of `jax.lax.ragged_dot` (jax 0.10), where widths allow no other.
     """
     model, t = run.model, run.data.seq_len
     remat = run.train.remat == "period"

@@ -5,11 +5,15 @@ as it runs, and the kernels that our steps call (grouped matmuls, attention) by 
 figures are of one device: the program is what each of them runs.
 
     dot, convolution   2 x (numbers in the result) x (terms of each sum); a convolution's padding is not counted
-    ragged dot         2 M K N: every row through one expert
+    grouped matmul     2 M K N: every row through one expert, or into the gradient of one expert's weight
     attention kernel   2 Dh x (matmuls a tile) x (queries x keys of the tiles that a causal band touches)
 
+Of a condition the branch with the fewest FLOPs counts: tokens over a buffer (parallel/expert.py), which a balanced
+router has none of. For the same reason grouped matmuls over such a buffer count the rows that an even share fills.
+
 A collective's bytes are what one device sends when its group of n works in a ring: (n - 1) x its part in an all-gather,
-(n - 1) / n of its operand in a reduce-scatter or all-to-all, twice that in an all-reduce, all of it in a permute.
+(n - 1) / n of its operand in a reduce-scatter or all-to-all (of a ragged one, the shorter of operand and result),
+twice that in an all-reduce, all of it in a permute.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2}  # others tel
 # gradients of queries and of keys each on their own.
 SPLASH = {"fwd": (2, 0), "dq": (3, 2), "dkv": (4, 1)}
 TRITON = {"forward": (2, 0), "backward": (7, 3)}
+# Kernels of grouped matmuls by what is in their text: of XLA for TPU, of jax's MegaBlocks, of tokamax for GPU. Of their
+# operands, the first matrix is [M, K]; the last dimension of the result is N.
+GROUPED = re.compile(r"^\s*(?:ROOT )?%ragged-dot|tpu_custom_call.*\btgmm\b|gpu\.triton.*RaggedDot")
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?=[\w(])")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{\s*$")
@@ -41,6 +48,9 @@ NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"\b(calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
+FILLED = re.compile(
+    r"filled_(\d+\.\d+)"
+)  # as parallel/expert.py notes the share of a buffer that balanced routing fills
 # How jax names what `jax.checkpoint` computes again, and the logits that kernels/cross_entropy.py does in its backward.
 RECOMPUTED = re.compile(r"rematted_computation|transpose\([^\"]*nd,dc->nc")
 
@@ -119,8 +129,11 @@ def cost(text: str) -> Cost:
                     times = 1 if trips is None else trips
                     if trips is None:
                         total.endless.add(_op_name(instruction))
-                for called in _called(instruction):
-                    total.add(of(called), times)
+                parts = [of(called) for called in _called(instruction)]
+                if instruction.op == "conditional":
+                    parts = [min(parts, key=lambda part: part.flops)]
+                for part in parts:
+                    total.add(part, times)
         return known[name]
 
     return of(entry)
@@ -266,7 +279,8 @@ def _add(total: Cost, instruction: Instruction, here: Computation) -> None:
         n = max(map(len, groups), default=1)
         if n == 1:
             return
-        size = sum(shape.bytes for shape in here.shapes(instruction))
+        operands = [shape.bytes for shape in here.shapes(instruction)]
+        size = min(operands[:2]) if kind == "ragged-all-to-all" else sum(operands)
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
         exchange = Exchange(kind, groups)
         total.sent[exchange] += size * share.get(kind, (n - 1) / n)
@@ -283,11 +297,12 @@ def _flops(instruction: Instruction, here: Computation) -> tuple[float, float]:
         return 2 * instruction.shapes[0].size * terms, 0
     if op == "convolution":
         return _convolution(instruction, *here.shapes(instruction)[:2]), 0
-    if op == "ragged-dot" or (op == "custom-call" and "ragged-dot" in instruction.name):
-        if "metadata" in instruction.name:
+    if op == "ragged-dot" or (op == "custom-call" and GROUPED.search(instruction.text)):
+        if "ragged-dot-metadata" in instruction.name:
             return 0, 0
         matrices = [shape for shape in here.shapes(instruction) if len(shape.dims) >= 2]
-        return 2 * matrices[0].size * instruction.shapes[0].dims[-1], 0
+        filled = FILLED.search(instruction.text)
+        return 2 * matrices[0].size * instruction.shapes[0].dims[-1] * (float(filled[1]) if filled else 1), 0
     if op == "custom-call":
         return _kernel(instruction, here)
     return 0, 0

@@ -19,13 +19,14 @@ from llamax.kernels.grouped import (
     ragged_experts,
     slow_experts,
     sorted_experts,
+    tpu_experts,
 )
 from tests.tolerances import BF16, ORACLE, TWIN, TWIN_GRAD
 
 N, D, F, E = 300, 16, 24, 4
 
 
-def inputs(k=1, n=N, dtype=jnp.float32):
+def inputs(k=1, n=N, dtype=jnp.float32, D=D, F=F):
     keys = jax.random.split(jax.random.key(k), 6)
     normal = lambda key, *shape: (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(dtype)  # noqa: E731
     experts = Experts(normal(keys[0], E, D, F), normal(keys[1], E, D, F), normal(keys[2], E, F, D))
@@ -123,6 +124,32 @@ def test_bfloat16(fast, gate_on):
     assert_twins((y, scale(fast_grads)), (slow_y, scale(slow_grads)), BF16, BF16)
 
 
+interpreted = partial(tpu_experts, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "n", "gate_on"),
+    [("first and last empty", 2, N, "input"), ("skewed", 1, 40, "output")],  # 600 rows fill tiles, 40 a part of one
+)
+def test_tpu_kernel_agrees(kind, k, n, gate_on):
+    """The gradient of the weights by jax's Pallas kernel, interpreted; the rest is `jax.lax.ragged_dot`."""
+    x, experts, gate, dy = inputs(k, n, D=128, F=256)
+    index = routing(kind, k, n).at[::7].set(E)  # some of no expert: they give and learn nothing
+    gate = jnp.where(index < E, gate, 0)
+    got = run(interpreted, x, experts, index, gate, dy, gate_on)
+    assert_twins(got, run(slow_experts, x, experts, index, gate, dy, gate_on))
+    for weight in got[1][1]:
+        assert (np.abs(np.asarray(weight)).sum((1, 2)) > 0).tolist() == np.isin(np.arange(E), index).tolist()
+
+
+def test_tpu_kernel_needs_whole_lanes():
+    """Other widths take XLA's gradient: no Pallas call, which would not compile."""
+    for D, F, fits in ((128, 256, True), (128, 24, False), (24, 128, False)):
+        x, experts, gate, dy = inputs(1, 8, D=D, F=F)
+        text = str(jax.make_jaxpr(run, static_argnums=(0,))(interpreted, x, experts, routing("even", 1, 8), gate, dy))
+        assert ("pallas_call" in text) == fits
+
+
 def test_a_token_does_not_feel_its_neighbours():
     """Which rows share a block decides nothing: a token's output keeps every bit when the others change."""
     x, experts, gate, dy = inputs(1)
@@ -137,7 +164,7 @@ def test_a_token_does_not_feel_its_neighbours():
 
 def test_every_platform_has_a_function():
     assert pick_experts("cpu") is cpu_experts
-    assert pick_experts("tpu") is ragged_experts
+    assert pick_experts("tpu") is tpu_experts
     gpu = importlib.util.find_spec("tokamax") and grouped.tokamax_experts or ragged_experts
     assert pick_experts("gpu") is gpu
 

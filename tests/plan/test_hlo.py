@@ -211,6 +211,42 @@ ENTRY %main (m: s32[5], x: bf16[64,16], w: bf16[4,16,32]) -> f32[64,32] {
     assert hlo.cost(text).flops == 2 * 64 * 16 * 32
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp(jit(tgmm)))/pallas_call"}',
+        'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="tokamax:{\\"op\\":\\"TritonRaggedDot\\"}"}',
+    ],
+)
+def test_gradients_of_grouped_weights_by_their_shapes(call):
+    """[E, D, F] of rows [M, D] and [M, F], each of one expert: as many FLOPs as the rows through one expert."""
+    text = f"""
+ENTRY %main (m: s32[5], x: bf16[64,16], y: bf16[64,32]) -> bf16[4,16,32] {{
+  %m = s32[5]{{0}} parameter(0)
+  %x = bf16[64,16]{{1,0}} parameter(1)
+  %y = bf16[64,32]{{1,0}} parameter(2)
+  ROOT %kernel.2 = bf16[4,16,32]{{2,1,0}} custom-call(%m, %x, %y), {call}
+}}
+"""
+    assert hlo.cost(text).flops == 2 * 64 * 16 * 32
+    assert (
+        hlo.cost(text.replace("jit(f)", "jit(f)/filled_0.5000").replace("tokamax:", "filled_0.5000/")).flops
+        == 64 * 16 * 32
+    )
+
+
+def test_of_a_condition_the_branch_with_fewer_flops_counts():
+    """What is over a buffer of tokens, and is not there when routing is even; nested in a loop too."""
+
+    def f(more, x):
+        def body(x, _):
+            return jax.lax.cond(more, lambda x: x @ x @ x, lambda x: x @ x, x), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    assert cost_of(f, jax.ShapeDtypeStruct((), jnp.bool), floats(32, 32)).flops == 3 * 2 * 32**3
+
+
 def test_flops_of_a_model_are_those_of_count_and_of_the_jaxpr():
     """One row of Llama 4's layers on one device, in scans, with twins that do what is counted and nothing else."""
     model, tokens = twins.TINY, 11
