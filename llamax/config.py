@@ -27,7 +27,8 @@ LAYER_KINDS = tuple(f"{a}+{f}" for a in ("rope_chunk", "rope_full", "nope_full")
 ROPE_SCALINGS = ("none", "llama3")
 SCHEDULES = ("cosine", "wsd")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "period")
+REMATS = ("none", "block", "period", "attention", "offload")
+RULES = ("fsdp", "zero")  # the keys of llamax.parallel.rules.RESTING
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # an axis further left varies more slowly
 ROW_AXES = ("data", "fsdp", "expert")  # mesh axes that split a batch's rows
 ROUTER_SCORES = ("sigmoid", "softmax")
@@ -191,6 +192,7 @@ class Mesh:
     context: int = 1  # parts of a row
     tensor: int = 1  # parts of heads, hidden widths and vocabulary, each on a device of its own
     slices: int = 1  # groups of devices with slow links between them: the outer factor of data; no axis of its own
+    rules: str = "fsdp"  # fsdp | zero: whether master weights and optimizer are copied along data, or split there too
 
     @property
     def axes(self) -> dict[str, int]:
@@ -213,6 +215,7 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # global gradient norm
+    moments_dtype: str = "float32"  # float32 | bfloat16: of AdamW's two moments at rest; updates are float32
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ class Train:
     steps: int = 100_000
     accumulate: int = 1  # micro-batches a step
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights are float32
-    remat: str = "period"  # none | period: what backward recomputes
+    remat: str = "period"  # none | block | period | attention | offload: what backward recomputes (model/remat.py)
     expert_buffer: float = 2.0  # tokens that mesh.expert exchanges at once, of an even share; what is over goes after
     log_every_steps: int = 10
 

@@ -234,7 +234,7 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.model.rope.scaling=llama4"], "one of none, llama3"),
     (["--config.optim.schedule=cosin"], "one of cosine, wsd"),
     (["--config.train.compute_dtype=bf16"], "one of float32, bfloat16"),
-    (["--config.train.remat=full"], "one of none, period"),
+    (["--config.train.remat=full"], "one of none, block, period"),
     (["--config.evals.docs.kind=perplex"], "one of perplexity, drawings"),
     (["--config.model.plan=((('rope_chunk+meo',), 4),)"], "a layer is one of"),
     (["--config.model.plan=((('rope_chunk+moe',), 0),)"], "a segment is (layer kinds, repeats >= 1)"),

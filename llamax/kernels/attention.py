@@ -22,9 +22,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from llamax.kernels.varying import full_like, vary_alike
 
+ATTENDED = "attended"  # what the backward pass of a fast kernel needs beside q, k, v (model/remat.py)
 MASKED = -1e30  # finite: a row without any key stays free of NaN
 TILE = 64  # tokens a tile: of 64, 128 and 256 the least time on 2 cores (bench/kernel_times.py), fewest future keys
 
@@ -145,7 +147,7 @@ def _tiles(q, k, v, ids, first):
 
 
 def _tiles_forward(q, k, v, ids, first):
-    o, log_z = jax.lax.map(_row_forward, (q, k, v, ids, first))
+    o, log_z = (checkpoint_name(x, ATTENDED) for x in jax.lax.map(_row_forward, (q, k, v, ids, first)))
     return o, (q, k, v, ids, first, o, log_z)
 
 
@@ -241,7 +243,10 @@ def splash_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, l
     c = next(c for c in (512, 256, 128) if T % c == 0)
     sizes = splash.BlockSizes(block_q=c, block_kv=c, block_q_dkv=c, block_kv_dkv=c, block_q_dq=c, block_kv_dq=c)
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([mask] * H), block_sizes=sizes, interpret=interpret
+        splash.MultiHeadMask([mask] * H),
+        block_sizes=sizes,
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
     )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q_BTHDh * Dh**-0.5).astype(q_BTHDh.dtype), k_BTKDh, v_BTKDh))
     o_BHTDh = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_seg, k_seg))

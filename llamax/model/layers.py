@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from llamax.model import remat as rematted
+
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, *, fan_in: int, fan_out: int, gain=1.0) -> nnx.Param:
     """A projection, normal with standard deviation gain / sqrt(fan_in)."""
@@ -112,11 +114,11 @@ def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nn
     return nnx.merge(graph, state)
 
 
-def scan(layers: nnx.Module, x: Array, *args, remat: bool, each: Any = ()) -> tuple[Array, Any]:
+def scan(layers: nnx.Module, x: Array, *args, remat: str, each: Any = ()) -> tuple[Array, Any]:
     """x through the stacked `layers` in order, as one `jax.lax.scan`; also what each layer returned beside x, stacked.
 
     Every layer is given `args` and then its own part of the trees in the tuple `each`, stacked like the layers.
-    `remat` recomputes a layer in the backward pass and keeps its input only.
+    `remat`: what the backward pass computes again, by a name of remat.py.
     """
     graph, state = nnx.split(layers)
 
@@ -124,4 +126,4 @@ def scan(layers: nnx.Module, x: Array, *args, remat: bool, each: Any = ()) -> tu
         layer, own = item
         return nnx.merge(graph, layer)(x, *args, *own)
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, (state, each))
+    return jax.lax.scan(rematted.repeated(body, remat), x, (state, each))

@@ -24,7 +24,7 @@ class Llama(nnx.Module):
     `patch_id` is the token id of `<|patch|>`. Activations are of `dtype`; parameters are float32 masters.
     """
 
-    def __init__(self, model: config.Model, seam: Seam, *, patch_id: int, dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, seam: Seam, *, patch_id: int, dtype, remat: str, rngs: nnx.Rngs):
         self.model, self.seam, self.patch_id, self.dtype = model, seam, patch_id, jnp.dtype(dtype)
         self.embed = embedding(rngs, (model.vocab_size, model.dim), ("vocab", "embed"), std=model.init_std)
         self.stack = Stack(model, seam, remat=remat, rngs=rngs)

@@ -49,7 +49,7 @@ class Skeleton:
 
 def skeleton(model: config.Model, seam: Seam, *, patch_id: int, train: config.Train) -> Skeleton:
     dtype = np.dtype("float32") if train.compute_dtype == "float32" else jax.numpy.bfloat16
-    make = partial(Llama, model, seam, patch_id=patch_id, dtype=dtype, remat=train.remat == "period")
+    make = partial(Llama, model, seam, patch_id=patch_id, dtype=dtype, remat=train.remat)
     graph, params, bias = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param, RouterBias)
     return Skeleton(graph, make, facts(params, "axes"), facts(params, "kind"), facts(bias, "axes"))
 

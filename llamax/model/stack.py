@@ -19,6 +19,7 @@ from llamax.model.attention import Attention, Places
 from llamax.model.cache import KV, Layers
 from llamax.model.layers import RMSNorm, SwiGLU, mean_square, scan, stacked
 from llamax.model.moe import MoE, Routing
+from llamax.model.remat import block
 from llamax.model.seam import Seam
 
 ROWS = ("rows", "tokens", None)
@@ -72,7 +73,8 @@ class Told(NamedTuple):
 class Period(nnx.Module):
     """The blocks that repeat."""
 
-    def __init__(self, model: config.Model, kinds: tuple[str, ...], seam: Seam, *, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, kinds: tuple[str, ...], seam: Seam, *, remat: str, rngs: nnx.Rngs):
+        self.remat = remat
         self.slots = tuple(f"slot{i}" for i in range(len(kinds)))
         for slot, kind in zip(self.slots, kinds, strict=True):
             setattr(self, slot, Block(model, kind, seam, rngs=rngs))
@@ -80,7 +82,7 @@ class Period(nnx.Module):
     def __call__(self, x_BTD: Array, at: Places, keep: bool, past: dict[str, KV] | None = None) -> tuple[Array, Told]:
         told = Told([], [], {})
         for slot in self.slots:
-            x_BTD, energy_B, routing, new = getattr(self, slot)(x_BTD, at, past and past[slot])
+            x_BTD, energy_B, routing, new = block(getattr(self, slot), self.remat)(x_BTD, at, past and past[slot])
             told.energy.append(energy_B)
             if routing is not None:
                 told.routing.append(routing)
@@ -90,11 +92,11 @@ class Period(nnx.Module):
 
 
 class Stack(nnx.Module):
-    def __init__(self, model: config.Model, seam: Seam, *, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, seam: Seam, *, remat: str, rngs: nnx.Rngs):
         self.remat = remat
         self.segments = tuple(f"segment{i}" for i in range(len(model.plan)))
         for segment, (kinds, repeats) in zip(self.segments, model.plan, strict=True):
-            setattr(self, segment, stacked(partial(Period, model, kinds, seam), repeats, rngs))
+            setattr(self, segment, stacked(partial(Period, model, kinds, seam, remat=remat), repeats, rngs))
 
     def __call__(
         self, x_BTD: Array, at: Places, *, keep: bool = False, past: Layers | None = None

@@ -87,8 +87,8 @@ class VisionBlock(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    def __init__(self, vision: config.Vision, *, remat: bool, rngs: nnx.Rngs):
-        self.vision, self.remat = vision, remat
+    def __init__(self, vision: config.Vision, *, remat: str, rngs: nnx.Rngs):
+        self.vision, self.remat = vision, "period" if remat == "block" else remat  # a period is a layer
         dim, adapter_dim = vision.dim, vision.adapter_dim
         pixels = 3 * vision.patch_px**2
         std = dim**-0.5

@@ -1,10 +1,14 @@
-"""The rules of placement: two tables, logical axis -> mesh axes. A new rule is a row here.
+"""The rules of placement: tables, logical axis -> mesh axes. A new rule is a row here.
 
 Every dimension of a parameter or activation has a logical name, such as ("layers", "embed", "heads", "head_dim"), or
 None. A table maps a name to the mesh axis, or axes, along which that dimension is split; None means each device has it
-whole. FSDP is the row "embed": parameters and optimizer state are split over `fsdp` at rest; activations are split by
-rows over the same axis, so the compiler gathers a weight where it is used (kernels run per shard gather theirs in
-`place.py`).
+whole. FSDP is the row "embed": parameters are split over `fsdp`, and over every other axis that splits tokens and does
+not cross slow links; activations are split by rows and tokens over the same axes, so the compiler gathers a weight
+where it is used (kernels run per shard gather theirs in `place.py`). Of experts, which `expert` splits already, the
+others split the rest.
+
+A step computes with weights that are placed by PARAMETERS. Where master weights and the optimizer's state rest from
+step to step is a preset of its own (`mesh.rules`): RESTING.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ ROWS = config.ROW_AXES
 
 PARAMETERS: Table = {
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert", "context"),  # an axis further left is granted first
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -32,6 +36,13 @@ PARAMETERS: Table = {
     "ffn": "tensor",
     "experts": "expert",
     "norm": None,
+}
+
+# ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): what a step only updates is split over `data` too, the slow axis, and
+# what it computes with is gathered over it once a step (place.Copies).
+RESTING: Mapping[str, Table] = {
+    "fsdp": PARAMETERS,
+    "zero": {**PARAMETERS, "embed": ("fsdp", "expert", "context", "data")},
 }
 
 ACTIVATIONS: Table = {
@@ -44,14 +55,26 @@ ACTIVATIONS: Table = {
 def spec(axes: Axes, table: Table) -> PartitionSpec:
     """The rows of `table` for `axes`. A mesh axis splits one dimension only: the first that asks for it."""
     taken: set[str] = set()
-    entries: list[str | tuple[str, ...] | None] = []
-    for name in axes:
-        wanted = None if name is None else table[name]
-        parts = set((wanted,) if isinstance(wanted, str) else wanted or ())
-        granted = not parts & taken
-        entries.append(wanted if granted else None)
-        taken |= parts if granted else set()
-    return PartitionSpec(*entries)
+    return PartitionSpec(*(_granted(name, table, taken) for name in axes))
+
+
+def fitting(axes: Axes, shape: tuple[int, ...], table: Table, mesh: Mesh) -> PartitionSpec:
+    """The same for an array of that shape: an axis that does not divide what the ones before it leave is not granted,
+    and free for another dimension. So what a longer row of the table adds splits the same parts further."""
+    taken: set[str] = set()
+    entries = zip(axes, shape, strict=True)
+    return PartitionSpec(*(_granted(name, table, taken, size, mesh) for name, size in entries))
+
+
+def _granted(name: str | None, table: Table, taken: set[str], size: int = 0, mesh: Mesh | None = None) -> Any:
+    """One entry of a PartitionSpec; its axes go to `taken`."""
+    wanted = None if name is None else table[name]
+    granted: tuple[str, ...] = ()
+    for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+        if axis not in taken and (mesh is None or size % ways((*granted, axis), mesh) == 0):
+            granted = (*granted, axis)
+    taken.update(granted)
+    return granted if len(granted) > 1 else granted[0] if granted else None
 
 
 def ways(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
@@ -62,30 +85,37 @@ def ways(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     return size
 
 
-def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+def shardings(axes: Any, shapes: Any, mesh: Mesh, table: Table = PARAMETERS) -> Any:
     """Where each parameter lives: a tree of NamedSharding like `shapes`.
 
     `shapes` is a tree of arrays or `jax.ShapeDtypeStruct`s, `axes` the same tree with a tuple of logical names for
-    each. A dimension that does not divide by its mesh axis stays whole on every device; `unsharded` lists those.
+    each. A dimension that does not divide by its mesh axes is split by fewer; `unsharded` lists those.
     """
 
     def place(x, names: Axes) -> NamedSharding:
-        entries = spec(names, PARAMETERS)
-        fit = (None if size % ways(entry, mesh) else entry for size, entry in zip(x.shape, entries, strict=True))
-        return NamedSharding(mesh, PartitionSpec(*fit))
+        return NamedSharding(mesh, fitting(names, x.shape, table, mesh))
 
     return jax.tree.map(place, shapes, axes)
 
 
-def unsharded(axes: Any, shapes: Any, mesh: Mesh) -> list[str]:
+def unsharded(axes: Any, shapes: Any, mesh: Mesh, table: Table = PARAMETERS) -> list[str]:
     """One line for each dimension that a rule would split and whose size forbids it, for the log."""
     lines = []
 
     def check(path, x, names: Axes) -> None:
-        for name, size, entry in zip(names, x.shape, spec(names, PARAMETERS), strict=True):
-            if size % ways(entry, mesh):
+        for name, size, entry, got in zip(
+            names, x.shape, spec(names, table), fitting(names, x.shape, table, mesh), strict=True
+        ):
+            if ways(got, mesh) < ways(entry, mesh):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                lines.append(f"{where}: {name}={size} stays whole, not divisible by {entry}={ways(entry, mesh)}")
+                split = f"is split by {_named(got, mesh)}" if ways(got, mesh) > 1 else "stays whole"
+                lines.append(f"{where}: {name}={size} {split}, not divisible by {_named(entry, mesh)}")
 
     jax.tree_util.tree_map_with_path(check, shapes, axes)
     return lines
+
+
+def _named(entry: Any, mesh: Mesh) -> str:
+    """An entry's axes with their sizes, those of size 1 left out."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return " * ".join(f"{axis}={mesh.shape[axis]}" for axis in names if mesh.shape[axis] > 1)

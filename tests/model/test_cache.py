@@ -27,7 +27,7 @@ T = 24  # four chunks and a part of 5 tokens, six steps of the temperature
 
 
 def build(model=MODEL, seam=FAST):
-    graph, tree = twins.fresh(partial(Llama, model, seam, patch_id=twins.PATCH, dtype=np.float32, remat=False))
+    graph, tree = twins.fresh(partial(Llama, model, seam, patch_id=twins.PATCH, dtype=np.float32, remat="none"))
     return lambda tree: twins.bind(graph, tree), jax.tree.map(jnp.asarray, tree)
 
 

@@ -41,7 +41,7 @@ def fresh():
 
 def test_every_parameter_has_its_facts(fresh):
     skel, params, bias = fresh
-    make = partial(Llama, MODEL, Seam(), patch_id=twins.PATCH, dtype=np.float32, remat=True)
+    make = partial(Llama, MODEL, Seam(), patch_id=twins.PATCH, dtype=np.float32, remat="period")
     state = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
     fan_in, fan_out = flat(facts(state, "fan_in")), flat(facts(state, "fan_out"))
     axes, kinds, shapes = flat(skel.axes), flat(skel.kinds), {name: x.shape for name, x in flat(params).items()}

@@ -32,7 +32,7 @@ FAST = Seam(attention=blocked_attention, run_experts=sorted_experts)
 TEXT, MIXED = twins.batch(), twins.batch(tiles=(2, 1))
 
 
-def build(model, *, seam=None, dtype=np.float32, remat=False):
+def build(model, *, seam=None, dtype=np.float32, remat="none"):
     return twins.fresh(partial(Llama, model, seam or Seam(), patch_id=twins.PATCH, dtype=dtype, remat=remat))
 
 

@@ -25,7 +25,7 @@ TILES = np.random.default_rng(3).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 @pytest.fixture(scope="module")
 def features():
     """(weights, features of three tiles) of an encoder whose biases, norms and embeddings are all random."""
-    graph, tree = twins.fresh(partial(VisionEncoder, twins.VISION, remat=True))
+    graph, tree = twins.fresh(partial(VisionEncoder, twins.VISION, remat="period"))
     return tree, twins.quick_jit(lambda tree, x: twins.bind(graph, tree)(normalise(x, np.float32))[0])(tree, TILES)
 
 
