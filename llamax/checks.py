@@ -30,6 +30,7 @@ from llamax.config import (
     VISION_ENCODERS,
     Mesh,
     Model,
+    Optim,
     Run,
     Vision,
 )
@@ -97,6 +98,7 @@ def check(run: Run) -> None:
     _pictures(run)
     _sources(run)
     _schedule(run)
+    _moments(run.optim)
     _mesh(run)
     _evals(run)
     _checkpoint(run)
@@ -352,6 +354,16 @@ def _schedule(run: Run) -> None:
             asked = f"--config.optim.decay_steps={optim.decay_steps}"
             true = f"wsd decays over 1 to {rest} steps, those after the warm-up ({steps} - {optim.warmup_steps})"
             raise ConfigError(asked, true, f"Set --config.optim.decay_steps={max(1, rest // 5)}.")
+
+
+def _moments(optim: Optim) -> None:
+    """bfloat16 rounds a change of less than 2^-9 of a number away: a moment that decays by less would never shrink."""
+    for field in ("b1", "b2"):
+        decay, most = getattr(optim, field), 1 - 2**-8
+        if optim.moments_dtype == "bfloat16" and decay > most:
+            asked = f"--config.optim.{field}={decay} with moments_dtype=bfloat16"
+            true = f"bfloat16 rounds what such a moment loses in a step away; it is at most {most:.3f}"
+            raise ConfigError(asked, true, f"Set --config.optim.{field}=0.995, or moments_dtype=float32.")
 
 
 def _checkpoint(run: Run) -> None:

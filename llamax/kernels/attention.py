@@ -19,6 +19,7 @@ n tiles a row and C tokens a tile. Scores, softmax and sums are float32 whatever
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -260,15 +261,38 @@ def triton_attention(q_BTHDh, k_BTKDh, v_BTKDh, *, q_pos, k_pos, q_seg, k_seg, l
     Needs self-attention, T divisible by 128 and Dh a power of two from 16 to 128; anything else goes to
     `blocked_attention`.
     """
-    from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
-
     (_, T, H, Dh), S, K = q_BTHDh.shape, k_BTKDh.shape[1], k_BTKDh.shape[2]
     if T != S or T % 128 or Dh not in (16, 32, 64, 128):
         return blocked_attention(
             q_BTHDh, k_BTKDh, v_BTKDh, q_pos=q_pos, k_pos=k_pos, q_seg=q_seg, k_seg=k_seg, local_len=local_len
         )
     k, v = (jnp.repeat(x, H // K, axis=2) for x in (k_BTKDh, v_BTKDh))
-    return pallas_gpu.mha(q_BTHDh, k, v, q_seg, Dh**-0.5, causal=True, interpret=interpret)
+    return _triton(Dh**-0.5, interpret, q_BTHDh, k, v, q_seg)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _triton(scale, interpret, q, k, v, seg):
+    """jax's kernel, with names for what its backward pass needs: o like q, and the log of the normaliser."""
+    return _triton_forward(scale, interpret, q, k, v, seg)[0]
+
+
+def _triton_forward(scale, interpret, q, k, v, seg):
+    from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
+
+    how = dict(causal=True, interpret=interpret, return_residuals=True)
+    o, log_z = (checkpoint_name(x, ATTENDED) for x in pallas_gpu.mha(q, k, v, seg, scale, **how))
+    return o, (q, k, v, seg, o, log_z)
+
+
+def _triton_backward(scale, interpret, saved, do):
+    from jax.experimental.pallas.ops.gpu import attention as pallas_gpu
+
+    defaults = dict(block_sizes=pallas_gpu.BlockSizes.get_default(), backward_pass_impl="triton", num_warps=None)
+    defaults |= dict(num_stages=2, grid=None, debug=False, return_residuals=False)
+    return pallas_gpu.mha.bwd(sm_scale=scale, causal=True, interpret=interpret, res=saved, do=do, **defaults)
+
+
+_triton.defvjp(_triton_forward, _triton_backward)
 
 
 def pick_attention(platform: str) -> Callable:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llamax.kernels.attention import ATTENDED
 
+HOST = "pinned_host"  # the host's memory, as devices that reach it name it
 INPUT = "input"  # of a period, or of a layer of the vision encoder
 
 policies = jax.checkpoint_policies
@@ -33,7 +34,7 @@ KEPT: dict[str, Callable | None] = {
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[INPUT],
         offload_src="device",
-        offload_dst="pinned_host",
+        offload_dst=HOST,
     ),
 }
 

@@ -93,6 +93,46 @@ def gather(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> 
     return x
 
 
+@dataclass(frozen=True)
+class Copies:
+    """What a step computes with, where master weights rest split over more axes than that (rules.RESTING).
+
+    Called once a step, before the first micro-batch: so whatever their number, a weight crosses the axes that only its
+    master is split by (`data`, which may be slow) once, and in the dtype of the computation. Leaves of the three trees
+    belong together; a weight that rests where it is computed with goes through as it is.
+    """
+
+    resting: Any  # NamedSharding
+    computing: Any  # NamedSharding
+    dtypes: Any  # of the copies
+
+    def __call__(self, params: Any) -> Any:
+        def copy(x, resting: NamedSharding, computing: NamedSharding, dtype: Any):
+            if resting.is_equivalent_to(computing, x.ndim):
+                return x
+            small = jax.lax.with_sharding_constraint(x.astype(dtype), resting)  # else the wide numbers may travel
+            return jax.lax.with_sharding_constraint(small, computing)
+
+        return jax.tree.map(copy, params, self.resting, self.computing, self.dtypes)
+
+    def standing_for(self, params: Any, copies: Any) -> Any:
+        """The copies, whose gradient is that of `params`: float32, and scattered to where they rest."""
+        return jax.tree.map(_standing_for, self.resting, params, copies)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _standing_for(resting: NamedSharding, x: jax.Array, copy: jax.Array) -> jax.Array:
+    del resting, x
+    return copy
+
+
+def _scattered(resting: NamedSharding, _: None, dcopy: jax.Array) -> tuple[jax.Array, None]:
+    return jax.lax.with_sharding_constraint(dcopy, resting).astype(np.float32), None
+
+
+_standing_for.defvjp(lambda resting, x, copy: (copy, None), _scattered)
+
+
 def batch_shardings(mesh: Mesh) -> Batch:
     """Where a batch lives: rows over (data, fsdp, expert), tokens over context, pictures with their row."""
     text = NamedSharding(mesh, rules.spec(("rows", "tokens"), rules.ACTIVATIONS))

@@ -38,8 +38,8 @@ PARAMETERS: Table = {
     "norm": None,
 }
 
-# ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): what a step only updates is split over `data` too, the slow axis, and
-# what it computes with is gathered over it once a step (place.Copies).
+# ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): what a step only updates is split over `data` too, the slow
+# axis, and what it computes with is gathered over it once a step (place.Copies).
 RESTING: Mapping[str, Table] = {
     "fsdp": PARAMETERS,
     "zero": {**PARAMETERS, "embed": ("fsdp", "expert", "context", "data")},

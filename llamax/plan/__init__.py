@@ -148,7 +148,7 @@ def _state(run: config.Run, mesh: Mapping[str, int]) -> Any:
 
     nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     shapes = _shapes(run.model, run.optim)
-    return jax.tree.map(shape_at, shapes, places_of(_bones(run.model), shapes, nowhere))
+    return jax.tree.map(shape_at, shapes, places_of(_bones(run.model), shapes, nowhere, run.mesh.rules))
 
 
 @functools.lru_cache(maxsize=4)  # tracing the initialisation takes seconds, and levers ask for it again and again

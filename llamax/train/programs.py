@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax import config
 from llamax.batch import Batch
+from llamax.model.remat import HOST
 from llamax.model.skeleton import Skeleton
 from llamax.observe.goodput import Ledger
 from llamax.parallel import place, processes, rules
@@ -28,6 +29,7 @@ from llamax.train.step import make_step
 
 logger = logging.getLogger("llamax")
 
+EXACT = ("router",)  # parameters that are read in float32 whatever the computation's dtype (model/moe.py)
 PATIENCE_S = 0.2  # how often a wait for the compiler looks whether a stop was asked for
 
 
@@ -60,9 +62,10 @@ def build(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation, me
     """The jitted step(state, batch) -> (state, Metrics), and the state's shapes, dtypes and places. Nothing is
     allocated: the mesh may be of devices that are not here."""
     shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
-    shardings = places_of(bones, shapes, mesh)
+    shardings = places_of(bones, shapes, mesh, run.mesh.rules)
+    check_memories(run, mesh)
     step = jax.jit(
-        make_step(run, bones, tx),
+        make_step(run, bones, tx, copies(run, bones, shardings.params, shapes.params)),
         in_shardings=(shardings, place.batch_shardings(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
@@ -72,13 +75,16 @@ def build(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation, me
 
 def state_shardings(bones: Skeleton, tx: optax.GradientTransformation, run: config.Run, mesh: Mesh) -> State:
     """`places_of` the state of a run."""
-    return places_of(bones, jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window)), mesh)
+    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
+    return places_of(bones, shapes, mesh, run.mesh.rules)
 
 
-def places_of(bones: Skeleton, shapes: State, mesh: Mesh) -> State:
-    """Where every array of the state lives: the optimizer's moments with their parameters, the rest everywhere."""
-    params = rules.shardings(bones.axes, shapes.params, mesh)
-    for line in rules.unsharded(bones.axes, shapes.params, mesh) if processes.is_first() else ():
+def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") -> State:
+    """Where every array of the state rests, by a preset of `rules.RESTING`: the optimizer's moments with their
+    parameters, what is no parameter everywhere."""
+    table = rules.RESTING[preset]
+    params = rules.shardings(bones.axes, shapes.params, mesh, table)
+    for line in rules.unsharded(bones.axes, shapes.params, mesh, table) if processes.is_first() else ():
         logger.warning(line)
     everywhere = NamedSharding(mesh, PartitionSpec())
     whole = jax.tree.map(lambda _: everywhere, shapes)
@@ -89,6 +95,32 @@ def places_of(bones: Skeleton, shapes: State, mesh: Mesh) -> State:
 
     opt = jax.tree.map(lambda tree: params if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
     return whole._replace(params=params, opt=opt)
+
+
+def copies(run: config.Run, bones: Skeleton, resting: Any, shapes: Any) -> place.Copies | None:
+    """What the step makes of parameters that rest elsewhere than they are computed with; None if all are there.
+
+    Matrices are copied in the dtype of the computation, but for the router. Embeddings are looked up, and their
+    gradient is a long sum for a frequent token: both stay float32.
+    """
+    mesh = jax.tree.leaves(resting)[0].mesh
+    computing = rules.shardings(bones.axes, shapes, mesh)
+    if jax.tree.all(jax.tree.map(lambda x, a, b: a.is_equivalent_to(b, x.ndim), shapes, resting, computing)):
+        return None
+
+    def dtype(path: tuple, kind: str) -> str:
+        return run.train.compute_dtype if kind == "matrix" and path[-1].key not in EXACT else "float32"
+
+    return place.Copies(resting, computing, jax.tree.map_with_path(dtype, bones.kinds))
+
+
+def check_memories(run: config.Run, mesh: Mesh) -> None:
+    """Raises ConfigError if what is to wait in the host's memory cannot."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if run.train.remat == "offload" and HOST not in kinds:
+        true = f"a {device.device_kind} reaches memories {', '.join(kinds)}, but no {HOST}"
+        raise config.ConfigError("--config.train.remat=offload", true, "Set --config.train.remat=period.")
 
 
 def shape_at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ too many in a row. Bad is a loss or gradient that is not finite, and a spike of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from llamax.losses import TERMS, Sum, next_token, router
 from llamax.model.score import score
 from llamax.model.skeleton import Skeleton
 from llamax.optim.schedules import schedule
+from llamax.parallel.place import Copies
 from llamax.train import blocks
 from llamax.train.state import State
 
@@ -53,8 +55,11 @@ class Told(NamedTuple):
     vision_energy: Array | None
 
 
-def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
-    """gradient(params, router_bias, batch) -> (grads, Told) over all of the batch's rows."""
+def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = None) -> Callable:
+    """gradient(params, router_bias, batch) -> (grads, Told) over all of the batch's rows.
+
+    `copies`: of the parameters, made once and computed with; None: the parameters themselves serve.
+    """
     n_sources = len(run.data.sources)
     has_experts = any(kind.endswith("+moe") for kind in run.model.layers)
     weights = {name: getattr(run.losses, name) for name, t in TERMS.items() if has_experts or not t.needs_experts}
@@ -74,14 +79,20 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
 
     def gradient(params, router_bias, batch: Batch):
         dens = {name: TERMS[name].den(batch) for name in weights}
+        made = None if copies is None else copies(params)
+
+        def of(params, batch: Batch):
+            used = params if copies is None else copies.standing_for(params, made)
+            return loss(used, router_bias, batch, dens)
+
         if run.train.accumulate == 1:
-            return jax.grad(loss, has_aux=True)(params, router_bias, batch, dens)
+            return jax.grad(of, has_aux=True)(params, batch)
         # The backward pass adds to these in place: a micro-batch's own gradient never exists as a whole.
         totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
         def add(_, part):
             batch_of_part = each_nth_row(batch, run.train.accumulate, part)
-            value, backward, told = jax.vjp(lambda p: loss(p, router_bias, batch_of_part, dens), params, has_aux=True)
+            value, backward, told = jax.vjp(partial(of, batch=batch_of_part), params, has_aux=True)
             backward.with_refs(totals)(jnp.ones_like(value))
             return None, told
 
@@ -96,9 +107,11 @@ def each_nth_row(batch: Batch, n: int, first: Array) -> Batch:
     return jax.tree.map(lambda x: jnp.take(x.reshape(len(x) // n, n, *x.shape[1:]), first, axis=1), batch)
 
 
-def make_step(run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTransformation) -> Callable:
-    """step(state, batch) -> (state, Metrics); pure."""
-    gradient = make_gradient(run, skeleton)
+def make_step(
+    run: config.Run, skeleton: Skeleton, optimizer: optax.GradientTransformation, copies: Copies | None = None
+) -> Callable:
+    """step(state, batch) -> (state, Metrics); pure. `copies` as for `make_gradient`."""
+    gradient = make_gradient(run, skeleton, copies)
     lr = schedule(run.optim, run.train.steps)
     plan, bias, health = run.model.plan, run.router_bias, run.health
 
