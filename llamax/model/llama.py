@@ -15,7 +15,7 @@ from llamax.model.fusion import fuse
 from llamax.model.layers import RMSNorm, embedding, linear, matrix
 from llamax.model.seam import Seam
 from llamax.model.stack import ROWS, Stack, Trace
-from llamax.model.vision import LinearPatches, VisionEncoder, normalise
+from llamax.model.vision import TILES, LinearPatches, VisionEncoder, normalise
 
 
 class Llama(nnx.Module):
@@ -35,7 +35,7 @@ class Llama(nnx.Module):
         if model.vision and model.vision.encoder == "linear":
             self.vision = LinearPatches(model.vision, model.dim, std=model.init_std, rngs=rngs)
         elif model.vision:
-            self.vision = VisionEncoder(model.vision, remat=remat, rngs=rngs)
+            self.vision = VisionEncoder(model.vision, remat=remat, constrain=seam.constrain, rngs=rngs)
             sizes = dict(fan_in=model.vision.adapter_dim, fan_out=model.dim)
             self.projector = matrix(rngs, (model.vision.adapter_dim, model.dim), ("ffn", "embed"), **sizes)
 
@@ -72,14 +72,14 @@ class Llama(nnx.Module):
 
         Text-only batches never reach the encoder.
         """
-        x_BTD = self.embed[...][batch.tokens].astype(self.dtype)
+        x_BTD = self.seam.lookup(self.embed[...], batch.tokens, self.dtype)
         rows, slots = batch.tiles.shape[:2]
         if not slots:
             return x_BTD, None
         pixels = batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:])
         features, square_LS = self.vision(normalise(pixels, self.dtype))
         if hasattr(self, "projector"):
-            features = linear(features, self.projector[...].astype(self.dtype))
+            features = self.seam.constrain(linear(features, self.projector[...].astype(self.dtype)), TILES)
         features_BFD = features.reshape(rows, -1, x_BTD.shape[-1])
         is_patch_BT = batch.tokens == self.patch_id
         used_BM = jnp.arange(slots) < is_patch_BT.sum(axis=1, keepdims=True) // (features_BFD.shape[1] // slots)

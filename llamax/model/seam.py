@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from llamax.kernels.attention import cached_attention, pick_attention, slow_attention
 from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
-from llamax.parallel import expert, place, tensor
+from llamax.parallel import embed, expert, place, tensor
 
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
+TABLE_AXES = ("vocab", "embed")
 
 
 def unconstrained(x: Array, names: tuple[str | None, ...]) -> Array:
@@ -34,6 +35,7 @@ class Seam:
     cached_attention: Callable = cached_attention  # (q, past k, past v, k, v, *, the same, past_pos, past_seg)
     run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK, *, gate_on) -> y_ND
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
+    lookup: Callable = embed.lookup  # (table_VD, tokens_BT, dtype) -> x_BTD
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
 
 
@@ -47,5 +49,6 @@ def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0) -> Seam:
             pick_experts(platform), mesh, EXPERT_AXES, expert_buffer, expert.pick_exchange(platform)
         ),
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
+        lookup=embed.SplitLookup(mesh, TABLE_AXES),
         constrain=place.Constrain(mesh),
     )

@@ -13,6 +13,7 @@ Letters: S tiles, P patches a tile + 1, W width, H heads, Dh head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -23,6 +24,9 @@ from jax import Array
 from llamax import config
 from llamax.model.layers import LayerNorm, embedding, linear, matrix, mean_square, scan, stacked, zeros
 from llamax.model.rope import grid_rotation, rotate
+from llamax.model.seam import unconstrained
+
+TILES = ("rows", None, None)  # tiles lie with their rows
 
 
 def normalise(tiles: Array, dtype) -> Array:
@@ -60,8 +64,8 @@ class Linear(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, vision: config.Vision, *, rngs: nnx.Rngs):
-        self.vision = vision
+    def __init__(self, vision: config.Vision, constrain: Callable, *, rngs: nnx.Rngs):
+        self.vision, self.constrain = vision, constrain
         dim, ffn_dim = vision.dim, vision.ffn_dim
         into, out_of = ("embed", "heads"), ("heads", "embed")
         self.attention_norm = LayerNorm(dim, vision.norm_eps)
@@ -73,8 +77,9 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x_SPW: Array) -> tuple[Array, Array]:
         """The residual stream after it, and its mean square [S]."""
-        x_SPW = x_SPW + self.attend(self.attention_norm(x_SPW))
-        x_SPW = x_SPW + self.down(jax.nn.gelu(self.up(self.ffn_norm(x_SPW)), approximate=False))
+        x_SPW = self.constrain(x_SPW + self.attend(self.attention_norm(x_SPW)), TILES)
+        y_SPW = self.down(jax.nn.gelu(self.up(self.ffn_norm(x_SPW)), approximate=False))
+        x_SPW = self.constrain(x_SPW + y_SPW, TILES)
         return x_SPW, mean_square(x_SPW).mean(axis=-1)
 
     def attend(self, x_SPW: Array) -> Array:
@@ -87,7 +92,8 @@ class VisionBlock(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    def __init__(self, vision: config.Vision, *, remat: str, rngs: nnx.Rngs):
+    def __init__(self, vision: config.Vision, *, remat: str, constrain: Callable = unconstrained, rngs: nnx.Rngs):
+        self.constrain = constrain
         self.vision, self.remat = vision, "period" if remat == "block" else remat  # a period is a layer
         dim, adapter_dim = vision.dim, vision.adapter_dim
         pixels = 3 * vision.patch_px**2
@@ -96,7 +102,7 @@ class VisionEncoder(nnx.Module):
         self.class_embedding = embedding(rngs, (dim,), ("embed",), std=std)
         self.position_embedding = embedding(rngs, (vision.grid**2 + 1, dim), (None, "embed"), std=std)
         self.norm_pre, self.norm_post = LayerNorm(dim, vision.norm_eps), LayerNorm(dim, vision.norm_eps)
-        self.blocks = stacked(partial(VisionBlock, vision), vision.n_layers, rngs)
+        self.blocks = stacked(partial(VisionBlock, vision, constrain), vision.n_layers, rngs)
         shuffled = vision.shuffle**2 * dim
         self.adapter_in = Linear(shuffled, adapter_dim, ("embed", "ffn"), bias=False, rngs=rngs)
         self.adapter_out = Linear(adapter_dim, adapter_dim, ("ffn", "embed"), bias=False, rngs=rngs)
@@ -109,10 +115,10 @@ class VisionEncoder(nnx.Module):
         x_SPW = self.patch_embedding(patches(pixels_SHWC, self.vision.patch_px))
         last = jnp.broadcast_to(self.class_embedding[...].astype(x_SPW.dtype), (x_SPW.shape[0], 1, x_SPW.shape[2]))
         x_SPW = jnp.concatenate([x_SPW, last], axis=1) + self.position_embedding[...].astype(x_SPW.dtype)
-        x_SPW, square_LS = scan(self.blocks, self.norm_pre(x_SPW), remat=self.remat)
-        x = pixel_shuffle(self.norm_post(x_SPW)[:, :-1], self.vision.shuffle)
+        x_SPW, square_LS = scan(self.blocks, self.constrain(self.norm_pre(x_SPW), TILES), remat=self.remat)
+        x = self.constrain(pixel_shuffle(self.norm_post(x_SPW)[:, :-1], self.vision.shuffle), TILES)
         x = jax.nn.gelu(self.adapter_in(x), approximate=False)
-        return jax.nn.gelu(self.adapter_out(x), approximate=False), square_LS
+        return self.constrain(jax.nn.gelu(self.adapter_out(x), approximate=False), TILES), square_LS
 
 
 class LinearPatches(nnx.Module):

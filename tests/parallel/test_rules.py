@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llamax.parallel import rules
@@ -12,22 +13,26 @@ from llamax.parallel.mesh import AXES, make_mesh
 
 
 def test_tables_name_only_mesh_axes():
-    for table in (rules.PARAMETERS, rules.ACTIVATIONS):
+    for table in (rules.PARAMETERS, rules.ACTIVATIONS, *rules.RESTING.values()):
         for entry in table.values():
             assert set((entry,) if isinstance(entry, str) else entry or ()) <= set(AXES)
 
 
 def test_spec():
-    assert rules.spec(("layers", "embed", "heads", "head_dim"), rules.PARAMETERS) == P(None, "fsdp", "tensor", None)
-    assert rules.spec(("experts", "ffn", "embed"), rules.PARAMETERS) == P("expert", "tensor", "fsdp")
+    wide = ("fsdp", "expert", "context")
+    assert rules.spec((None, "embed", "heads", "head_dim"), rules.PARAMETERS) == P(None, wide, "tensor", None)
+    assert rules.spec(("experts", "ffn", "embed"), rules.PARAMETERS) == P("expert", "tensor", ("fsdp", "context"))
+    zero = rules.RESTING["zero"]
+    assert rules.spec((None, "embed", "heads"), zero) == P(None, (*wide, "data"), "tensor")
+    assert rules.spec(("experts", "embed", "ffn"), zero) == P("expert", ("fsdp", "context", "data"), "tensor")
     assert rules.spec(("rows", "tokens", None), rules.ACTIVATIONS) == P(("data", "fsdp", "expert"), "context", None)
     assert rules.spec((), rules.PARAMETERS) == P()
 
 
 def test_an_axis_is_used_once():
-    assert rules.spec(("embed", "embed"), rules.PARAMETERS) == P("fsdp", None)
+    assert rules.spec(("heads", "ffn"), rules.PARAMETERS) == P("tensor", None)
     table = {"a": ("data", "fsdp"), "b": ("fsdp", "expert"), "c": "expert"}
-    assert rules.spec(("a", "b", "c"), table) == P(("data", "fsdp"), None, "expert")
+    assert rules.spec(("a", "b", "c"), table) == P(("data", "fsdp"), "expert", None)
 
 
 def test_an_unknown_name_is_an_error():
@@ -40,10 +45,27 @@ def test_shardings_place_real_arrays():
     axes = {"q": ("embed", "heads"), "odd": {"up": ("embed", "ffn")}, "norm": ("norm",)}
     shapes = {"q": jnp.ones((8, 6)), "odd": {"up": jax.ShapeDtypeStruct((6, 8), jnp.float32)}, "norm": jnp.ones(5)}
     placed = rules.shardings(axes, shapes, mesh)
-    assert placed["q"].spec == P("fsdp", "tensor")  # an axis of size 1 divides anything
+    assert placed["q"].spec == P(("fsdp", "expert", "context"), "tensor")  # an axis of size 1 divides anything
     assert placed["norm"].spec == P(None)
-    assert placed["odd"]["up"].spec == P(None, "tensor")  # 6 over 4 devices does not divide
+    assert placed["odd"]["up"].is_equivalent_to(NamedSharding(mesh, P()), 2)  # 6 over 4 devices does not divide
     assert {s.data.shape for s in jax.device_put(shapes["q"], placed["q"]).addressable_shards} == {(2, 6)}
+
+
+def test_a_dimension_that_does_not_divide_by_all_axes_is_split_by_those_that_it_does():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2})
+    zero = rules.RESTING["zero"]
+
+    def parts(axes, shape, table):
+        (at,) = rules.shardings([axes], [jnp.ones(shape)], mesh, table)
+        return {axis for entry in at.spec for axis in ([entry] if isinstance(entry, str) else entry or ())} - {
+            *("context", "tensor", "pipeline")
+        }
+
+    assert parts(("embed", "ffn"), (8, 3), zero) == {"fsdp", "expert", "data"}
+    assert parts(("embed", "ffn"), (12, 3), zero) == {"fsdp", "expert"}  # the slow axis goes without
+    assert parts(("embed", "ffn"), (6, 3), zero) == parts(("embed", "ffn"), (6, 3), rules.PARAMETERS) == {"fsdp"}
+    assert parts(("experts", "embed"), (4, 4), zero) == {"expert", "fsdp", "data"}
+    assert parts(("experts", "embed"), (3, 4), zero) == {"fsdp", "expert"}  # what experts cannot take is free
 
 
 def test_what_could_not_be_split_is_reported():
@@ -52,3 +74,5 @@ def test_what_could_not_be_split_is_reported():
     (line,) = rules.unsharded(axes, shapes, make_mesh({"data": 2, "fsdp": 4}))
     assert "odd/up" in line and "embed=6" in line and "fsdp=4" in line
     assert rules.unsharded(axes, shapes, make_mesh({"data": 8})) == []
+    for_zero = rules.unsharded(axes, shapes, make_mesh({"data": 4, "fsdp": 2}), rules.RESTING["zero"])
+    assert for_zero == ["odd/up: embed=6 is split by fsdp=2, not divisible by fsdp=2 * data=4"]
