@@ -408,11 +408,14 @@ def test_freeze_takes_no_jax_and_little_time():
 def test_names_of_the_schema_are_what_the_code_has():
     from llamax.evals import EVALS
     from llamax.losses import TERMS
+    from llamax.model import remat
+    from llamax.parallel import rules
     from llamax.parallel.mesh import AXES
 
     assert set(config.EVAL_KINDS) == set(EVALS)
     assert {f.name for f in dataclasses.fields(config.Losses)} == set(TERMS)
-    assert {f.name for f in dataclasses.fields(config.Mesh)} == {*AXES, "slices"}
+    assert {f.name for f in dataclasses.fields(config.Mesh)} == {*AXES, "slices", "rules"}
+    assert set(config.RULES) == set(rules.RESTING) and tuple(remat.KEPT) == config.REMATS
 
 
 def test_config_dict_is_only_between_a_recipe_and_freeze():

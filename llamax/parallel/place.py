@@ -93,7 +93,7 @@ def gather(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> 
     return x
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Copies:
     """What a step computes with, where master weights rest split over more axes than that (rules.RESTING).
 

@@ -40,10 +40,6 @@ def by_name():
     return found
 
 
-def test_the_names_are_those_of_the_schema():
-    assert tuple(KEPT) == config.REMATS
-
-
 def test_value_and_gradient_are_the_same(by_name):
     value, grads, _ = by_name["none"]
     for name, (again, regrads, _) in by_name.items():

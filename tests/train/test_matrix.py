@@ -31,13 +31,14 @@ COVERING = [
     dict(pipeline=2, context=2, tensor=2),
     dict(data=2, fsdp=2, context=2),
 ]
+ZERO = dict(data=2, fsdp=2, expert=2, rules="zero")  # weights, moments and gradients over all of them
 ALONE = [{axis: n} for axis in AXES for n in (2, 4, 8)]
 PAIRS = [{a: 2, b: 4} for a, b in itertools.combinations(AXES, 2)]
 TRIPLES = [mesh for mesh in COVERING if len(mesh) == 3]
 
 
 def cases() -> list:
-    quick = [pytest.param("maverick", mesh, id=name_of("maverick", mesh)) for mesh in COVERING]
+    quick = [pytest.param("maverick", mesh, id=name_of("maverick", mesh)) for mesh in (*COVERING, ZERO)]
     full = [(shape, mesh) for shape in ("scout", "maverick top-2") for mesh in (*ALONE, *PAIRS, *TRIPLES)]
     full += [("scout top-2", mesh) for mesh in TRIPLES]
     return quick + [pytest.param(*case, id=name_of(*case), marks=pytest.mark.slow) for case in full]

@@ -162,7 +162,7 @@ def test_loss_and_gradient_must_both_be_finite(monkeypatch, loss, grad):
 
     good = bool(np.isfinite(loss + grad))
     params = {"w": jnp.ones((2, 2))}
-    monkeypatch.setattr(train_step, "make_gradient", lambda run, skel: gradient)
+    monkeypatch.setattr(train_step, "make_gradient", lambda run, skel, copies: gradient)
     tx = optimizer(replace(RUN.optim, warmup_steps=0), 10, {"w": "matrix"})
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, params, {}, tx.init(params), zero, zero, zero, NOTHING_RECENT)
