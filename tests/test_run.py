@@ -171,6 +171,16 @@ def test_stopped_and_resumed_is_uninterrupted_to_the_bit(unbroken, tmp_path):
     assert losses(tmp_path, after=8) == losses(unbroken[0], after=8)
 
 
+@pytest.mark.slow
+def test_levers_stop_and_resume_to_the_bit(tmp_path):
+    """Moments in bfloat16, master weights over `data`, copies of them and attention kept: all of it at once."""
+    levers = dict(mesh=dict(data=2, fsdp=2, rules="zero"), optim=dict(moments_dtype="bfloat16"))
+    run = tiny_run(8, train=dict(steps=8, remat="attention", log_every_steps=2), **levers)
+    whole = train(run, tmp_path / "whole")
+    stop_at(4, lambda: train(run, tmp_path / "parts"))
+    assert same_bits(train(run, tmp_path / "parts").state, whole.state)
+
+
 def test_what_is_no_part_of_the_recipe_changes_no_bit(unbroken, tmp_path):
     """A second run, with the sources named in another order, two loader processes and another prefetch depth."""
     run = tiny_run(

@@ -117,20 +117,23 @@ class Copies:
 
     def standing_for(self, params: Any, copies: Any) -> Any:
         """The copies, whose gradient is that of `params`: float32, and scattered to where they rest."""
-        return jax.tree.map(_standing_for, self.resting, params, copies)
+        return jax.tree.map(_standing_for, self.resting, self.computing, params, copies)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _standing_for(resting: NamedSharding, x: jax.Array, copy: jax.Array) -> jax.Array:
-    del resting, x
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _standing_for(resting: NamedSharding, computing: NamedSharding, x: jax.Array, copy: jax.Array) -> jax.Array:
+    del resting, computing, x
     return copy
 
 
-def _scattered(resting: NamedSharding, _: None, dcopy: jax.Array) -> tuple[jax.Array, None]:
+def _scattered(resting: NamedSharding, computing: NamedSharding, _: None, dcopy: jax.Array) -> tuple[jax.Array, None]:
+    # In two steps: summed along fast axes to where it was computed with, the slow one is left the parts of that. In
+    # one, the compiler sums along all axes at once, and the slow one carries as much as the fast.
+    dcopy = jax.lax.with_sharding_constraint(dcopy, computing)
     return jax.lax.with_sharding_constraint(dcopy, resting).astype(np.float32), None
 
 
-_standing_for.defvjp(lambda resting, x, copy: (copy, None), _scattered)
+_standing_for.defvjp(lambda resting, computing, x, copy: (copy, None), _scattered)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:

@@ -215,12 +215,17 @@ def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: flo
 def changes(run: config.Run, mesh: Mapping[str, int]) -> Iterator[tuple[str, config.Run]]:
     """Levers one at a time, then together: (as it would be typed, the run with it)."""
     train, change = run.train, dataclasses.replace
-    remat = [("--config.train.remat=period", change(run, train=change(train, remat="period")))]
-    if train.remat == "none":
-        yield from remat
+    less = {"none": ("attention", "period"), "attention": ("period",)}.get(train.remat, ())
+    for remat in less:
+        yield f"--config.train.remat={remat}", change(run, train=change(train, remat=remat))
     if train.compute_dtype == "float32":
         words = "--config.train.compute_dtype=bfloat16"
         yield words, change(run, train=change(train, compute_dtype="bfloat16"))
+    if mesh["data"] > 1 and run.mesh.rules != "zero":
+        yield "--config.mesh.rules=zero", change(run, mesh=change(run.mesh, rules="zero"))
+    if run.optim.moments_dtype == "float32":
+        words = "--config.optim.moments_dtype=bfloat16"
+        yield words, change(run, optim=change(run.optim, moments_dtype="bfloat16"))
     ways = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
     for base, sharded in ((run, ""), (_sharded(run, mesh), f" --config.mesh.data=1 --config.mesh.fsdp={_wide(mesh)}")):
         if sharded and mesh["data"] == 1:

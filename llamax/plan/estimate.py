@@ -3,10 +3,11 @@
 State is exact: shapes and placement are those of the run. The rest follows from what the step does; docs/how-to/plan.md
 says how it compares with compiled steps.
 
-    kept         what the forward pass leaves for the backward pass: the residual stream before every period, or, with
-                 remat=none, what every matmul and norm of every layer read
+    kept         what the forward pass leaves for the backward pass: the residual stream before every period (or layer,
+                 or on the host), what attention gave where that is kept, or, with remat=none, what every matmul and
+                 norm of every layer read; and the copies that the step computes with, if masters rest elsewhere
     working set  the largest of: a period's backward pass (all that its layers keep, their weights gathered, the
-                 gradient of the largest), and the cross-entropy (the head and its gradient, gathered)
+                 gradient of the largest), or a layer's, and the cross-entropy (the head and its gradient, gathered)
 
 Letters as in model/count.py; c bytes of a number in the computation; N tokens of a device and a micro-batch.
 """
@@ -75,14 +76,23 @@ def memory(run: config.Run, mesh: Mapping[str, int]) -> Memory:
     """What one device needs beside its share of parameters, optimizer and gradients."""
     model, c, n = run.model, itemsize(run), tokens_per_device(run, mesh)
     tensor, expert = mesh.get("tensor", 1), mesh.get("expert", 1)
-    remat = run.train.remat == "period"
+    remat = run.train.remat
     kept, working = 0.0, 0.0
     for period, repeats in model.plan:
         each = [n * layer_kept(model, kind, c, tensor) for kind in period]
         weights = [c * layer_weights(model, kind) / tensor / (expert if "moe" in kind else 1) for kind in period]
-        kept += repeats * (n * model.dim * c if remat else sum(each) + sum(weights))
-        working = max(working, (sum(each) + sum(weights) if remat else max(each) + max(weights)) + max(weights))
+        attended = n * len(period) * model.n_heads * (model.head_dim * c + 4) / tensor
+        kept += repeats * {
+            "none": sum(each) + sum(weights),
+            "block": len(period) * n * model.dim * c,
+            "attention": n * model.dim * c + attended,
+            "offload": 0.0,
+        }.get(remat, n * model.dim * c)
+        by_layer = remat in ("none", "block")
+        working = max(working, (max(each) + max(weights) if by_layer else sum(each) + sum(weights)) + max(weights))
     head = 2 * c * model.vocab_size * model.dim / tensor + n * (4 * min(CHUNK, model.vocab_size) + 8 * model.dim)
+    if run.mesh.rules == "zero" and mesh.get("data", 1) > 1:
+        kept += c * count.parameters(model).total / math.prod(mesh.get(axis, 1) for axis in mesh if axis != "data")
     kept += n * (4 * model.dim + 4 * model.n_experts * sum(kind.endswith("moe") for kind in model.layers))
     return Memory(kept, max(working, head))
 
@@ -94,7 +104,7 @@ def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False)
     masked: what compilers for TPU make of that of `jax.lax.ragged_dot` (jax 0.10), where widths allow no other.
     """
     model, t = run.model, run.data.seq_len
-    remat = run.train.remat == "period"
+    remat, attention = run.train.remat != "none", run.train.remat not in ("none", "attention")
     matmuls = 6 * (count.matmul_active(model) - model.vocab_size * model.dim) * run.data.batch_tokens
     head = 6 * model.vocab_size * model.dim * run.data.batch_tokens
     pictures = tiles * count.tile_flops(model.vision, model.dim) if model.vision and tiles else 0
@@ -106,8 +116,8 @@ def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False)
         width = rows if not kind.startswith("rope_chunk") else min(rows, -(-(model.chunk_len - 1) // tile) + 1)
         attended += sum(min(i + 1, width) for i in range(rows)) * tile**2
     attended *= 2 * model.n_heads * model.head_dim * run.data.rows
-    # Matmuls of attention: 2 forward, 2 again with remat, 7 backward, of which 3 repeat what the others know.
-    again += attended * (2 * remat + 3)
+    # Matmuls of attention: 2 forward, 2 again if rematted, 7 backward, of which 3 repeat what the others know.
+    again += attended * (2 * attention + 3)
     masked = 0.0
     if every_expert:
         expert = 2 * 3 * model.dim * model.expert_ffn_dim * run.data.batch_tokens * model.top_k
@@ -119,15 +129,21 @@ def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[tuple[int, 
     """What a step sends: weights gathered for the forward pass and, with remat, again for the backward pass; their
     gradients summed where they are split and over the copies. `leaves`: of each parameter, its size and the mesh axes
     that split it."""
-    c, remat = itemsize(run), run.train.remat == "period"
+    c, remat = itemsize(run), run.train.remat != "none"
     rows = [axis for axis in (*rules.ROWS, "context") if mesh.get(axis, 1) > 1]
     total = hlo.Cost()
     sums: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     for size, split in leaves:
-        held = math.prod(mesh.get(axis, 1) for axis in split)
-        gathered = tuple(axis for axis in split if axis in rows and axis != "expert")
+        # Experts are not gathered over the axis that splits them first; over `data` a copy is, once (place.Copies).
+        experts = "expert" in split and "fsdp" not in split[: split.index("expert")]
+        stay = ("expert", "data") if experts else ("data",)
+        gathered = tuple(axis for axis in split if axis in rows and axis not in stay)
         n = math.prod(mesh[axis] for axis in gathered)
-        part = size * c / held
+        part = size * c / math.prod(mesh.get(axis, 1) for axis in split if axis != "data")
+        if "data" in split and mesh["data"] > 1:
+            once = (mesh["data"] - 1) / mesh["data"] * part
+            sums["all-gather", ("data",)] += once
+            sums["reduce-scatter", ("data",)] += once * run.train.accumulate
         if n > 1:
             sums["all-gather", gathered] += (n - 1) * part * (1 + remat) * run.train.accumulate
             sums["reduce-scatter", gathered] += (n - 1) * part * run.train.accumulate

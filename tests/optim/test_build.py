@@ -40,7 +40,8 @@ def run(optim: config.Optim, grads: list):
     return params, state
 
 
-def slow_adamw(optim: config.Optim, grads: list) -> list[np.ndarray]:
+def slow_adamw(optim: config.Optim, grads: list, at_rest=np.asarray) -> list[np.ndarray]:
+    """`at_rest`: what becomes of a moment from one step to the next."""
     lr = schedule(optim, STEPS)
     kinds, params = jax.tree.leaves(KINDS), [x.astype(float) for x in jax.tree.leaves(PARAMS)]
     m, v = [np.zeros_like(x) for x in params], [np.zeros_like(x) for x in params]
@@ -54,6 +55,7 @@ def slow_adamw(optim: config.Optim, grads: list) -> list[np.ndarray]:
             m_hat, v_hat = m[i] / (1 - optim.b1 ** (step + 1)), v[i] / (1 - optim.b2 ** (step + 1))
             decay = optim.weight_decay if kinds[i] == "matrix" else 0.0
             params[i] = params[i] - float(lr(step)) * (m_hat / (np.sqrt(v_hat) + optim.eps) + decay * params[i])
+            m[i], v[i] = at_rest(m[i]), at_rest(v[i])
     return params
 
 
@@ -63,6 +65,21 @@ def test_steps_match_adamw_written_out(scale):
     ours, _ = run(OPTIM, grads)
     for a, b in zip(jax.tree.leaves(ours), slow_adamw(OPTIM, grads), strict=True):
         np.testing.assert_allclose(a, b, **TWIN)
+
+
+def test_moments_that_rest_in_bfloat16_are_updated_in_float32():
+    grads, optim = gradients(1.0), replace(OPTIM, moments_dtype="bfloat16")
+    ours, state = run(optim, grads)
+    moments = jax.tree.leaves((optax.tree.get(state, "mu"), optax.tree.get(state, "nu")))
+    assert {x.dtype for x in moments} == {np.dtype("bfloat16")} and len(moments) == 2 * len(jax.tree.leaves(PARAMS))
+
+    def rounded(x):
+        return x.astype(np.float32).astype("bfloat16").astype(float)
+
+    slow, exact = slow_adamw(optim, grads, rounded), slow_adamw(optim, grads)
+    for a, b in zip(jax.tree.leaves(ours), slow, strict=True):
+        np.testing.assert_allclose(a, b, **TWIN)
+    assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(ours), exact, strict=True)) > 2 * TWIN["atol"]
 
 
 def test_decay_acts_on_matrices_only():

@@ -22,7 +22,7 @@ from llamax.train import step as train_step
 from llamax.train.state import State, init
 from llamax.train.step import Told, each_nth_row, is_spike, make_gradient, make_step
 from tests.model import twins
-from tests.tolerances import MESH_GRAD, MESH_LOSS, ORACLE
+from tests.tolerances import MESH_GRAD, MESH_LOSS, MOMENTS_CURVE, ORACLE
 
 RUN = config.Run(
     model=replace(twins.TINY, plan=((("rope_chunk+moe",), 1),)),
@@ -129,6 +129,26 @@ def test_loss_falls_on_a_fixed_batch(tiny):
         assert state.step == number + 1 and metrics.skipped == 0
         losses.append(float(metrics.terms["next_token"].mean()))
     assert losses[-1] < losses[0] - 0.5, losses
+
+
+def test_moments_in_bfloat16_learn_as_fast(tiny):
+    """Twenty steps on a fixed batch, beside moments in float32: as a whole, and step by step."""
+    tx = optimizer(replace(RUN.optim, moments_dtype="bfloat16"), RUN.train.steps, tiny.skel.kinds)
+    half = (
+        twins.quick_jit(make_step(accumulating(2), tiny.skel, tx)),
+        tiny.state._replace(opt=tx.init(tiny.state.params)),
+    )
+    curves = []
+    for step, state in ((tiny.step, tiny.state), half):
+        losses = []
+        for _ in range(20):
+            state, metrics = step(state, ROWS)
+            losses.append(float(metrics.terms["next_token"].mean()))
+        curves.append(losses)
+    exact, rounded = curves
+    assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state.opt, "nu"))} == {np.dtype("bfloat16")}
+    np.testing.assert_allclose(rounded, exact, **MOMENTS_CURVE)
+    assert rounded != exact and exact[-1] < exact[0] - 1
 
 
 def assert_same_bits(a, b):
