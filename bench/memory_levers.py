@@ -2,9 +2,10 @@
 
     python bench/memory_levers.py [--topology v5e:2x4] [--only NAME ...]
 
-A Scout-shaped model of width 1024 (8 layers, 8 experts, 32,768 tokens of vocabulary; 16 rows of 2,048 tokens a step) is
-compiled ahead of time for eight chips that need not be here (`pip install 'llamax[tpu]'`), once as it is and once with
-each lever, the rest unchanged. State is what rests between two steps: parameters and the optimizer's moments. FLOPs and
+A Scout-shaped model of width 512 (8 layers, 8 experts, 16,384 tokens of vocabulary; 16 rows of 1,024 tokens a step) is
+compiled for eight devices, once as it is and once with each lever, the rest unchanged; nothing is allocated. The
+devices are simulated CPUs, which compute in float32, or with `--topology` chips that need not be here, in bfloat16
+(`pip install 'llamax[tpu]'`). State is what rests between two steps: parameters and the optimizer's moments. FLOPs and
 bytes sent are read from the program (llamax/plan/hlo.py), of one device and one step; `data` is the slow axis.
 """
 
@@ -12,9 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from contextlib import ExitStack
 from unittest import mock
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
 
 from llamax import config, variants
 from llamax.kernels.cross_entropy import slow_cross_entropy
@@ -23,7 +30,7 @@ from llamax.plan.topology import parse, prepare
 
 BASE = dict(
     mesh=dict(data=2, fsdp=2, expert=2),
-    train=dict(steps=100, compute_dtype="bfloat16", remat="period"),
+    train=dict(steps=100, remat="period"),
     optim=dict(warmup_steps=2),
 )
 WHOLE = "logits whole"
@@ -44,38 +51,38 @@ CASES: dict[str, dict] = {
 }
 
 
-def run_of(changes: dict) -> config.Run:
-    small = dict(dim=1024, n_heads=8, n_kv_heads=4, expert_ffn_dim=1024, n_experts=8, vocab_size=32_768)
+def run_of(changes: dict, dtype: str) -> config.Run:
+    small = dict(dim=512, n_heads=4, n_kv_heads=2, expert_ffn_dim=1024, n_experts=8, vocab_size=16_384)
     plan = ((("rope_chunk+moe", "nope_full+moe"), 4),)
-    model = dataclasses.replace(variants.scout(), vision=None, chunk_len=1024, plan=plan, **small)
-    data = config.Data(seq_len=2048, batch_tokens=16 * 2048, multimodal_steps=0.0, sources={"random": config.Source()})
+    model = dataclasses.replace(variants.scout(), vision=None, chunk_len=512, plan=plan, **small)
+    data = config.Data(seq_len=1024, batch_tokens=16 * 1024, multimodal_steps=0.0, sources={"random": config.Source()})
     sections = {name: BASE.get(name, {}) | changes.get(name, {}) for name in ("mesh", "train", "optim")}
     return config.Run(
         name="levers",
         model=model,
         data=data,
         mesh=config.Mesh(**sections["mesh"]),
-        train=config.Train(**sections["train"]),
+        train=config.Train(**{"compute_dtype": dtype} | sections["train"]),
         optim=config.Optim(**sections["optim"]),
     )
 
 
-def row(name: str, topology: str) -> str:
+def row(name: str, devices: list) -> str:
     from llamax.plan import compiled
 
-    run, where = run_of(CASES[name]), parse(topology)
+    run = run_of(CASES[name], "float32" if devices[0].platform == "cpu" else "bfloat16")
     began = time.monotonic()
     with ExitStack() as changed:
         if name == WHOLE:
             changed.enter_context(mock.patch("llamax.model.seam.cross_entropy", slow_cross_entropy))
-        step = compiled.traced(run, where.devices())
+        step = compiled.traced(run, devices)
         program = step.step.lower(step.state, step.batch).compile()
     found, cost = program.memory_analysis(), hlo.cost(program.as_text())
     sent = {True: 0.0, False: 0.0}
     for exchange, n in cost.sent.items():
         sent["data" in hlo.spanned(exchange.groups, dict(step.mesh.shape))] += n
     state = compiled.bytes_per_device((step.state.params, step.state.opt))
-    sizes = (found.peak_memory_in_bytes, state, found.host_temp_size_in_bytes, sent[True], sent[False])
+    sizes = (compiled.peak_of(program), state, found.host_temp_size_in_bytes, sent[True], sent[False])
     cells = " | ".join(f"{x / 2**20:,.0f}" for x in sizes)
     flops = f"{cost.flops / 1e12:.2f} | {cost.recomputed / 1e12:.2f}"
     return f"| `{name}` | {cells} | {flops} | {time.monotonic() - began:.0f} |"
@@ -83,10 +90,12 @@ def row(name: str, topology: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--topology", help="of `llamax plan`, with eight devices")
     parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
     options = parser.parse_args()
-    prepare()
+    if options.topology:
+        prepare()
+    devices = parse(options.topology).devices() if options.topology else jax.devices()
     print("MiB and TFLOP a device and step\n")
     heads = (
         "lever",
@@ -101,7 +110,7 @@ def main() -> None:
     )
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name in options.only:
-        print(row(name, options.topology), flush=True)
+        print(row(name, devices), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ MESH_CURVE = dict(rtol=2e-4)
 # A golden loss curve, twenty steps on the same platform: drift between library versions.
 CURVE = dict(rtol=2e-3, atol=2e-3)
 
-# Twenty steps with AdamW's moments resting in bfloat16, beside float32, on a batch that is learnt by heart.
-MOMENTS_CURVE = dict(rtol=2e-2, atol=2e-2)
+# Twenty steps with AdamW's moments resting in bfloat16, beside float32, on a batch learnt by heart: 1.3e-3 was seen.
+MOMENTS_CURVE = dict(rtol=5e-3)
 
 # ||difference|| / ||gradient|| of one parameter, the whole model's gradient on a mesh beside one device, float32.
 MESH_PARAMETER = 1e-4
