@@ -10,23 +10,24 @@ import numpy as np
 import pytest
 
 from llamax import config
+from llamax.batch import Batch
 from llamax.kernels.attention import blocked_attention
 from llamax.kernels.grouped import sorted_experts
 from llamax.model.llama import Llama
-from llamax.model.remat import KEPT
 from llamax.model.seam import Seam
 from tests.model import twins
 from tests.tolerances import TWIN, TWIN_GRAD
 
-MODEL = replace(twins.TINY, plan=((("rope_chunk+dense", "nope_full+moe"), 3),), vision=twins.VISION)
+MODEL = replace(twins.TINY, plan=((("rope_chunk+dense", "nope_full+moe"), 3),))
+PICTURES = replace(MODEL, vision=twins.VISION)
 SEAM = Seam(attention=blocked_attention, run_experts=sorted_experts)
-BATCH = twins.batch(tiles=(2, 1))
+BATCH, MIXED = twins.batch(), twins.batch(tiles=(2, 1))
 
 
-def gradient(remat: str):
-    graph, tree = twins.fresh(partial(Llama, MODEL, SEAM, patch_id=twins.PATCH, dtype=np.float32, remat=remat))
-    real = BATCH.segment_ids > 0
-    return jax.value_and_grad(lambda tree: twins.bind(graph, tree)(BATCH)[0][real].sum()), tree
+def gradient(remat: str, model: config.Model = MODEL, batch: Batch = BATCH):
+    graph, tree = twins.fresh(partial(Llama, model, SEAM, patch_id=twins.PATCH, dtype=np.float32, remat=remat))
+    real = batch.segment_ids > 0
+    return jax.value_and_grad(lambda tree: twins.bind(graph, tree)(batch)[0][real].sum()), tree
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,17 @@ def test_what_is_not_kept_frees_memory(by_name):
 def test_attention_is_not_run_again_where_its_outputs_are_kept():
     """A loop over tiles of keys less for every layer of a period than where all of it is computed again."""
     count = {}
-    for remat in KEPT:
+    for remat in ("none", "period", "attention"):
         program, tree = gradient(remat)
         count[remat] = str(jax.make_jaxpr(program)(tree)).count(" while[")
     layers = len(MODEL.plan[0][0])
     assert count["attention"] == count["period"] - layers
-    assert count["none"] < count["attention"] and count["block"] == count["period"]
+    assert count["none"] < count["attention"]
 
 
-def test_what_is_offloaded_is_the_input_of_every_period():
-    program, tree = gradient("offload")
-    rows, tokens = BATCH.tokens.shape
-    assert f"f32<host>[3,{rows},{tokens},{MODEL.dim}]" in str(jax.make_jaxpr(program)(tree))
+def test_what_is_offloaded_is_the_input_of_every_period_and_vision_layer():
+    program, tree = gradient("offload", PICTURES, MIXED)
+    (rows, tokens), dim, vision = MIXED.tokens.shape, MODEL.dim, PICTURES.vision
+    text = str(jax.make_jaxpr(program)(tree))
+    assert f"f32<host>[3,{rows},{tokens},{dim}]" in text
+    assert f"f32<host>[{vision.n_layers},4,{vision.grid**2 + 1},{vision.dim}]" in text
