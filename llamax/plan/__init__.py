@@ -223,9 +223,6 @@ def changes(run: config.Run, mesh: Mapping[str, int]) -> Iterator[tuple[str, con
         yield words, change(run, train=change(train, compute_dtype="bfloat16"))
     if mesh["data"] > 1 and run.mesh.rules != "zero":
         yield "--config.mesh.rules=zero", change(run, mesh=change(run.mesh, rules="zero"))
-    if run.optim.moments_dtype == "float32":
-        words = "--config.optim.moments_dtype=bfloat16"
-        yield words, change(run, optim=change(run.optim, moments_dtype="bfloat16"))
     ways = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "expert"))
     for base, sharded in ((run, ""), (_sharded(run, mesh), f" --config.mesh.data=1 --config.mesh.fsdp={_wide(mesh)}")):
         if sharded and mesh["data"] == 1:
@@ -236,6 +233,9 @@ def changes(run: config.Run, mesh: Mapping[str, int]) -> Iterator[tuple[str, con
         while run.data.rows % n == 0 and run.data.rows // n >= ways:
             yield f"--config.train.accumulate={n}{sharded}", change(base, train=change(train, accumulate=n))
             n *= 2
+    if run.optim.moments_dtype == "float32":
+        words = "--config.optim.moments_dtype=bfloat16"
+        yield words, change(run, optim=change(run.optim, moments_dtype="bfloat16"))
 
 
 def _wide(mesh: Mapping[str, int]) -> int:

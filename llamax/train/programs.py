@@ -116,9 +116,11 @@ def copies(run: config.Run, bones: Skeleton, resting: Any, shapes: Any) -> place
 
 def check_memories(run: config.Run, mesh: Mesh) -> None:
     """Raises ConfigError if what is to wait in the host's memory cannot."""
+    if run.train.remat != "offload":
+        return
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
-    if run.train.remat == "offload" and HOST not in kinds:
+    if HOST not in kinds:
         true = f"a {device.device_kind} reaches memories {', '.join(kinds)}, but no {HOST}"
         raise config.ConfigError("--config.train.remat=offload", true, "Set --config.train.remat=period.")
 

@@ -14,7 +14,7 @@ from llamax import cli, config
 from llamax.config import ConfigError
 from llamax.model import count
 from llamax.observe.metrics import PEAK_BF16
-from llamax.plan import estimate, hlo, plan, report, roofline
+from llamax.plan import _held, _state, changes, estimate, hlo, plan, report, roofline
 from llamax.plan.chips import CHIPS
 from llamax.plan.topology import TARGETS, Topology, parse
 from tests.runs import tiny_run
@@ -175,6 +175,40 @@ def test_what_would_make_it_fit(monkeypatch):
     assert made.levers[0].startswith("would fit with --config.train.accumulate=2")
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(small, hbm_bytes=1000))
     assert "no setting" in plan(run, "v5e:1x1", estimate=True).levers[-1]
+
+
+def test_levers_of_memory_are_offered_and_free_what_they_say():
+    run = tiny_run(mesh=dict(data=4, fsdp=2), train=dict(remat="none"))
+    mesh = run.mesh.axes
+    offered = {words: changed for words, changed in changes(run, mesh) if " " not in words}
+    assert list(offered)[:2] == ["--config.train.remat=attention", "--config.train.remat=period"]
+    kept = [estimate.memory(changed, mesh).kept for changed in (run, *offered.values())]
+    assert kept[0] > kept[1] > kept[2]
+    shapes = {words: _held(_state(changed, mesh)) for words, changed in offered.items()}
+    base = _held(_state(run, mesh))
+    assert shapes["--config.mesh.rules=zero"]["optimizer"] < 0.3 * base["optimizer"]
+    assert shapes["--config.optim.moments_dtype=bfloat16"]["optimizer"] == pytest.approx(
+        base["optimizer"] / 2, rel=0.01
+    )
+    zero = offered["--config.mesh.rules=zero"]
+    assert estimate.memory(zero, mesh).kept > estimate.memory(run, mesh).kept  # the copies
+    assert not any("zero" in words for words, _ in changes(zero, mesh))
+
+
+def test_exchanged_bytes_of_masters_over_data_by_hand():
+    """A matrix in eighths over fsdp and data, experts over expert first: gathered over `data` once, whatever N is."""
+    run = tiny_run(mesh=dict(rules="zero"), train=dict(compute_dtype="bfloat16", remat="period", accumulate=2))
+    mesh = {"data": 2, "fsdp": 4, "expert": 2}
+
+    def sent(split):
+        got = estimate.exchanged(run, mesh, [(1000, split)])
+        return {(e.kind, hlo.spanned(e.groups, mesh)): n for e, n in got.sent.items()}
+
+    dense, experts = sent(("fsdp", "expert", "data")), sent(("expert", "fsdp", "data"))
+    assert dense["all-gather", ("data",)] == experts["all-gather", ("data",)] == 125
+    assert dense["reduce-scatter", ("data",)] == 2 * 125
+    assert dense["all-gather", ("fsdp", "expert")] == 2 * 2 * 7 * 250
+    assert experts["all-gather", ("fsdp",)] == 2 * 2 * 3 * 250
 
 
 def test_without_the_extra_it_is_an_estimate_and_says_so(monkeypatch):
