@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from llamax.config import ConfigError
 from llamax.optim.build import optimizer
 from llamax.parallel.mesh import make_mesh
+from llamax.train import programs
 from llamax.train.programs import copies, state_shardings
 from llamax.train.state import init
 from tests.runs import tiny_run
@@ -65,6 +67,17 @@ def test_every_array_is_split_as_the_rules_say(preset):
 
 
 EXTRA_SIZES = {preset: [SIZES[axis] for axis in axes] for preset, axes in EXTRA.items()}
+
+
+def test_offload_is_refused_where_the_hosts_memory_is_out_of_reach(monkeypatch):
+    """Before anything is compiled, and only if it was asked for."""
+    mesh, asked = make_mesh(SIZES), tiny_run(train=dict(remat="offload"))
+    programs.check_memories(asked, mesh)  # a CPU's memory is the host's
+    monkeypatch.setattr(programs, "HOST", "another room")
+    programs.check_memories(tiny_run(), mesh)
+    with pytest.raises(ConfigError, match=r"remat=offload.*but no another room.*Set --config.train.remat=period"):
+        bones = bones_on(asked, mesh)
+        programs.build(asked, bones, optimizer(asked.optim, 4, bones.kinds), mesh)
 
 
 def test_what_a_step_computes_with_is_copied_only_where_it_rests_elsewhere():
