@@ -23,7 +23,8 @@ Table = Mapping[str, str | tuple[str, ...] | None]
 ROWS = config.ROW_AXES
 
 PARAMETERS: Table = {
-    "layers": None,
+    "layers": "pipeline",
+    "vision_layers": None,
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",

@@ -18,9 +18,11 @@ def test_tables_name_only_mesh_axes():
 
 
 def test_spec():
-    assert rules.spec(("layers", "embed", "heads", "head_dim"), rules.PARAMETERS) == P(None, "fsdp", "tensor", None)
+    stacked = rules.spec(("layers", "embed", "heads", "head_dim"), rules.PARAMETERS)
+    assert stacked == P("pipeline", "fsdp", "tensor", None)
     assert rules.spec(("experts", "ffn", "embed"), rules.PARAMETERS) == P("expert", "tensor", "fsdp")
-    assert rules.spec(("rows", "tokens", None), rules.ACTIVATIONS) == P(("data", "fsdp", "expert"), "context", None)
+    rows = ("pipeline", "data", "fsdp", "expert")
+    assert rules.spec(("rows", "tokens", None), rules.ACTIVATIONS) == P(rows, "context", None)
     assert rules.spec((), rules.PARAMETERS) == P()
 
 
