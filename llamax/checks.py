@@ -41,7 +41,13 @@ MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
-    *("health.max_roll_backs", "evals.*.every_steps", "checkpoint.keep_every_steps", "data.sources.*.weight"),
+    *(
+        "health.max_roll_backs",
+        "train.pipeline_microbatches",
+        "evals.*.every_steps",
+        "checkpoint.keep_every_steps",
+        "data.sources.*.weight",
+    ),
 )
 # which some are bounded from above too,
 AT_MOST = {
@@ -118,6 +124,7 @@ def resolve_mesh(run: Run, n_devices: int) -> Mesh:
     _slices(run.mesh.slices, sizes["data"])
     _split_rows(run, sizes)
     _split_model(run.model, sizes)
+    _split_layers(run, sizes)
     return dataclasses.replace(run.mesh, **sizes)
 
 
@@ -389,6 +396,7 @@ def _mesh(run: Run) -> None:
         raise ConfigError(asked, "-1 is allowed once", f"Set --config.mesh.{free[-1]}=1.")
     _split_rows(run, sizes)
     _split_model(run.model, sizes)
+    _split_layers(run, sizes)
 
 
 def _slices(slices: int, data: int) -> None:
@@ -434,6 +442,34 @@ def _split_model(model: Model, sizes: dict[str, int]) -> None:
     if kv % tensor and tensor % kv:
         asked, true = f"--config.mesh.tensor={tensor}", f"n_kv_heads={kv} divide it, or it divides them"
         raise ConfigError(asked, true, f"Set --config.mesh.tensor={math.gcd(tensor, kv)}.")
+
+
+def _split_layers(run: Run, sizes: dict[str, int]) -> None:
+    """The stages along `pipeline` share one segment's periods, and a micro-batch's rows make equal ones for them."""
+    stages = abs(sizes["pipeline"])
+    if stages == 1:
+        return
+    (_, repeats), *more = run.model.plan
+    asked = f"--config.mesh.pipeline={stages}"
+    if more:
+        true = f"its stages share the periods of one segment, and --config.model.plan has {1 + len(more)}"
+        raise ConfigError(asked, true, "Set --config.mesh.pipeline=1, or a plan of one period and its repeats.")
+    if repeats % stages:
+        true = f"it splits the {repeats} repeats of the period in --config.model.plan evenly"
+        raise ConfigError(asked, true, f"Set --config.mesh.pipeline={_nearest_divisor(repeats, stages)}.")
+    parts = run.train.pipeline_microbatches or stages
+    if parts % stages:
+        asked = f"--config.train.pipeline_microbatches={parts}"
+        true = f"they go through the mesh.pipeline={stages} stages in groups of as many"
+        raise ConfigError(asked, true, f"Set --config.train.pipeline_microbatches={_nearest_multiple(stages, parts)}.")
+    ways = parts * math.prod(n for axis, n in sizes.items() if axis in ROW_AXES and axis != "pipeline" and n != -1)
+    rows = run.data.rows // run.train.accumulate
+    if rows % ways:
+        asked = f"{parts} micro-batches through mesh: {_product(sizes)}"
+        true = f"a step's {rows} rows (batch_tokens / seq_len / accumulate) do not split into {ways} equal parts"
+        fits = _nearest_multiple(ways, rows) * run.train.accumulate * run.data.seq_len
+        change = f"Set --config.data.batch_tokens={fits}, or --config.train.pipeline_microbatches={stages}."
+        raise ConfigError(asked, true, change)
 
 
 def _product(sizes: dict[str, int]) -> str:

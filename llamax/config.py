@@ -30,7 +30,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "block", "period", "attention", "offload")
 RULES = ("fsdp", "zero")  # the keys of llamax.parallel.rules.RESTING
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")  # an axis further left varies more slowly
-ROW_AXES = ("data", "fsdp", "expert")  # mesh axes that split a batch's rows
+ROW_AXES = ("pipeline", "data", "fsdp", "expert")  # mesh axes that split a batch's rows; pipeline: outside of stages
 ROUTER_SCORES = ("sigmoid", "softmax")
 CHOOSE_BY = ("logits", "scores")
 GATE_ON = ("input", "output")
@@ -256,6 +256,7 @@ class Train:
     accumulate: int = 1  # micro-batches a step
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights are float32
     remat: str = "period"  # none | block | period | attention | offload: what backward recomputes (model/remat.py)
+    pipeline_microbatches: int = 0  # of each of these, a multiple of mesh.pipeline; 0: as many as that
     expert_buffer: float = 2.0  # tokens that mesh.expert exchanges at once, of an even share; what is over goes after
     log_every_steps: int = 10
 

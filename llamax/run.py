@@ -37,6 +37,7 @@ from llamax.observe.watchdog import Watchdog
 from llamax.optim.build import optimizer
 from llamax.parallel import place, processes, rules
 from llamax.parallel.mesh import make_mesh
+from llamax.parallel.pipeline import Schedule
 from llamax.train import hooks
 from llamax.train.health import Health
 from llamax.train.loop import RollBack, StopRequest, fit
@@ -99,8 +100,13 @@ def _train(
     share = place.rows_here(mesh, run.data.rows)
     data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
     bones = skeleton(
-        run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=tokenizer.patch, train=run.train
+        run.model,
+        make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches),
+        patch_id=tokenizer.patch,
+        train=run.train,
     )
+    if mesh.shape["pipeline"] > 1:
+        logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     step, shapes = build(run, bones, tx, mesh)
     processes.together(partial(preflight.check_evals, run))

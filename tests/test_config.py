@@ -213,6 +213,7 @@ def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ checks
 
 SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
+PIPELINE, TWO = "--config.mesh.pipeline=2", "--config.model.plan=((('rope_chunk+moe', 'nope_full+moe'), 2),)"
 WRONG = [  # (overrides, what the error says is true)
     (["--config.seed=-1"], "0 or more"),
     (["--config.seed=4294967296"], "at most 4294967295"),
@@ -286,6 +287,10 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.mesh.expert=8", "--config.model.n_experts=12"], "it splits --config.model.n_experts=12"),
     (["--config.mesh.tensor=3"], "it splits --config.model.n_heads"),
     (["--config.mesh.tensor=4", "--config.model.expert_ffn_dim=66"], "it splits --config.model.expert_ffn_dim=66"),
+    ([PIPELINE, "--config.model.plan=((('rope_chunk+moe',), 3),)"], "the 3 repeats of the period"),
+    ([PIPELINE, "--config.model.plan=((('rope_chunk+dense',), 2), (('nope_full+moe',), 2))"], "periods of one segment"),
+    ([PIPELINE, TWO, "--config.train.pipeline_microbatches=3"], "through the mesh.pipeline=2 stages in groups"),
+    ([PIPELINE, TWO, "--config.train.pipeline_microbatches=16"], "8 rows (batch_tokens / seq_len / accumulate) do not"),
     (["--config.mesh.tensor=4", "--config.model.n_heads=24", "--config.model.n_kv_heads=6"], "n_kv_heads=6 divide it"),
 ]
 

@@ -86,12 +86,14 @@ def unbroken(tmp_path_factory):
         return workdir, result, (workdir / "goodput.json").stat().st_mtime - began
 
 
+EVALS = {
+    "text": config.Eval(path=str(FIXTURES / "text.toml"), max_docs=8),
+    "drawings": config.Eval(kind="drawings", path=str(FIXTURES / "pictures.toml")),
+}
+
+
 def twenty_steps(workdir: Path) -> Result:
-    evals = {
-        "text": config.Eval(path=str(FIXTURES / "text.toml"), max_docs=8),
-        "drawings": config.Eval(kind="drawings", path=str(FIXTURES / "pictures.toml")),
-    }
-    return train(tiny_run(20, evals=evals), workdir)
+    return train(tiny_run(20, evals=EVALS), workdir)
 
 
 def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
@@ -216,6 +218,7 @@ MESHES = [
     dict(data=2, fsdp=4),
     pytest.param(dict(data=8), marks=pytest.mark.slow),
     pytest.param(dict(data=1, fsdp=2, expert=2, tensor=2), marks=pytest.mark.slow),
+    pytest.param(dict(pipeline=2, data=1, fsdp=2), marks=pytest.mark.slow),
 ]
 
 
@@ -234,6 +237,23 @@ def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
     stop_at(7, lambda: train(tiny_run(20, mesh=dict(data=1, fsdp=4)), tmp_path))
     train(tiny_run(20, mesh=dict(data=4)), tmp_path)
     np.testing.assert_allclose(losses(tmp_path, after=8), losses(unbroken[0], after=8), **MESH_CURVE)
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_on_one_device_and_back(unbroken, tmp_path):
+    """Evaluations too: they score on all stages, and draw tokens with every layer on every device."""
+
+    def go(**mesh):
+        return train(dataclasses.replace(tiny_run(20, mesh=mesh), evals=EVALS), tmp_path)
+
+    stop_at(7, lambda: go(pipeline=2, data=2))
+    stop_at(13, lambda: go(data=1))
+    result = go(pipeline=2, data=2)
+    np.testing.assert_allclose(losses(tmp_path, after=14), losses(unbroken[0], after=14), **MESH_CURVE)
+    assert result.reports.keys() == unbroken[1].reports.keys()
+    text, alone = (reports["text"].scalars for reports in (result.reports, unbroken[1].reports))
+    assert text.keys() == alone.keys() and text
+    np.testing.assert_allclose(list(text.values()), list(alone.values()), **MESH_CURVE)
 
 
 def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):

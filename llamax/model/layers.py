@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -103,27 +104,35 @@ class SwiGLU(nnx.Module):
         return linear(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
 
 
-def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nnx.Module:
-    """One module whose every parameter holds `repeats` layers along a new first dimension named "layers"."""
+def stacked(make: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs, *, axis: str = "layers") -> nnx.Module:
+    """One module whose every parameter holds `repeats` layers along a new first dimension, of logical axis `axis`."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
     # lax.map, not vmap: random draws vmapped over keys take several times longer to compile.
     state = jax.lax.map(lambda key: nnx.state(make(rngs=nnx.Rngs(key))), jax.random.split(rngs.params(), repeats))
     for _, variable in nnx.iter_graph(state):
         if isinstance(variable, nnx.Variable):
-            variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
+            variable.set_metadata("axes", (axis, *variable.get_metadata("axes")))
     return nnx.merge(graph, state)
 
 
-def scan(layers: nnx.Module, x: Array, *args, remat: str, each: Any = ()) -> tuple[Array, Any]:
-    """x through the stacked `layers` in order, as one `jax.lax.scan`; also what each layer returned beside x, stacked.
+def in_order(step: Callable, x: Array, stacked: Any, rows: Any, remat: Callable) -> tuple[Array, Any]:
+    """x through `step(x, item, rows) -> (x, told)` for each item of the trees in `stacked`, as one `jax.lax.scan`; and
+    what the steps told, stacked. `remat` wraps a function whose insides backward recomputes."""
+    return jax.lax.scan(remat(lambda x, item: step(x, item, rows)), x, stacked)
 
-    Every layer is given `args` and then its own part of the trees in the tuple `each`, stacked like the layers.
-    `remat`: what the backward pass computes again, by a name of remat.py.
+
+def scan(
+    layers: nnx.Module, x: Array, *rows: Any, remat: str, each: Any = (), run: Callable = in_order, **how: Any
+) -> tuple[Array, Any]:
+    """x through the stacked `layers` in order; also what each layer returned beside x, stacked.
+
+    Every layer is given `rows` (trees of arrays by row), then its own part of the trees in the tuple `each`, stacked
+    like the layers, and `how`. `remat`: what the backward pass computes again, by a name of remat.py.
     """
     graph, state = nnx.split(layers)
 
-    def body(x, item):
+    def step(x: Array, item: Any, rows: Any) -> tuple[Array, Any]:
         layer, own = item
-        return nnx.merge(graph, layer)(x, *args, *own)
+        return nnx.merge(graph, layer)(x, *rows, *own, **how)
 
-    return jax.lax.scan(rematted.repeated(body, remat), x, (state, each))
+    return run(step, x, (state, each), rows, partial(rematted.repeated, remat=remat))

@@ -39,13 +39,13 @@ KEPT: dict[str, Callable | None] = {
 }
 
 
-def repeated(body: Callable, remat: str) -> Callable:
-    """The body of a scan over layers or periods, `body(x, item) -> (x, told)`, rematted."""
+def repeated(fn: Callable, remat: str) -> Callable:
+    """`fn(x, ...) -> (x, told)`, the body of a loop over layers or periods, rematted."""
     if KEPT[remat] is None:
-        return body
+        return fn
 
-    def named(x: Array, item: Any) -> tuple[Array, Any]:
-        return body(checkpoint_name(x, INPUT) if remat == "offload" else x, item)
+    def named(x: Array, *rest: Any) -> tuple[Array, Any]:
+        return fn(checkpoint_name(x, INPUT) if remat == "offload" else x, *rest)
 
     # In a scan, forward and backward are loops of their own: nothing could be shared, and no barrier is needed.
     return jax.checkpoint(named, prevent_cse=False, policy=KEPT[remat])

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from llamax.kernels.attention import cached_attention, pick_attention, slow_attention
 from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
-from llamax.parallel import embed, expert, place, tensor
+from llamax.model.layers import in_order
+from llamax.parallel import embed, expert, pipeline, place, tensor
 
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
@@ -36,10 +37,11 @@ class Seam:
     run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK, *, gate_on) -> y_ND
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
     lookup: Callable = embed.lookup  # (table_VD, tokens_BT, dtype) -> x_BTD
+    repeat: Callable = in_order  # (step, x, stacked weights, rows, remat) -> x, told
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
 
 
-def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0) -> Seam:
+def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0, microbatches: int = 0) -> Seam:
     """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths."""
     platform = mesh.devices.flat[0].platform
     return Seam(
@@ -50,5 +52,6 @@ def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0) -> Seam:
         ),
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
         lookup=embed.SplitLookup(mesh, TABLE_AXES),
+        repeat=pipeline.Pipelined(in_order, mesh, microbatches) if mesh.shape[pipeline.AXIS] > 1 else in_order,
         constrain=place.Constrain(mesh),
     )

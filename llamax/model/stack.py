@@ -17,7 +17,7 @@ from jax import Array
 from llamax import config
 from llamax.model.attention import Attention, Places
 from llamax.model.cache import KV, Layers
-from llamax.model.layers import RMSNorm, SwiGLU, mean_square, scan, stacked
+from llamax.model.layers import RMSNorm, SwiGLU, in_order, mean_square, scan, stacked
 from llamax.model.moe import MoE, Routing
 from llamax.model.remat import block
 from llamax.model.seam import Seam
@@ -79,7 +79,9 @@ class Period(nnx.Module):
         for slot, kind in zip(self.slots, kinds, strict=True):
             setattr(self, slot, Block(model, kind, seam, rngs=rngs))
 
-    def __call__(self, x_BTD: Array, at: Places, keep: bool, past: dict[str, KV] | None = None) -> tuple[Array, Told]:
+    def __call__(
+        self, x_BTD: Array, at: Places, past: dict[str, KV] | None = None, *, keep: bool = False
+    ) -> tuple[Array, Told]:
         told = Told([], [], {})
         for slot in self.slots:
             x_BTD, energy_B, routing, new = block(getattr(self, slot), self.remat)(x_BTD, at, past and past[slot])
@@ -93,7 +95,7 @@ class Period(nnx.Module):
 
 class Stack(nnx.Module):
     def __init__(self, model: config.Model, seam: Seam, *, remat: str, rngs: nnx.Rngs):
-        self.remat = remat
+        self.remat, self.seam = remat, seam
         self.segments = tuple(f"segment{i}" for i in range(len(model.plan)))
         for segment, (kinds, repeats) in zip(self.segments, model.plan, strict=True):
             setattr(self, segment, stacked(partial(Period, model, kinds, seam, remat=remat), repeats, rngs))
@@ -104,9 +106,10 @@ class Stack(nnx.Module):
         """x after the last layer; what the layers tell; and, to `keep`, the keys and values of x. `past`: those before
         it, at the places that `at` tells."""
         energies, routings, new = [], [], {}
+        run = in_order if keep else self.seam.repeat
         for segment in self.segments:
             each = () if past is None else (past[segment],)
-            x_BTD, told = scan(getattr(self, segment), x_BTD, at, keep, remat=self.remat, each=each)
+            x_BTD, told = scan(getattr(self, segment), x_BTD, at, remat=self.remat, each=each, run=run, keep=keep)
             energies.append(in_layer_order(told.energy))
             if told.routing:
                 routings.append(in_layer_order(told.routing))

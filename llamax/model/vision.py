@@ -102,7 +102,8 @@ class VisionEncoder(nnx.Module):
         self.class_embedding = embedding(rngs, (dim,), ("embed",), std=std)
         self.position_embedding = embedding(rngs, (vision.grid**2 + 1, dim), (None, "embed"), std=std)
         self.norm_pre, self.norm_post = LayerNorm(dim, vision.norm_eps), LayerNorm(dim, vision.norm_eps)
-        self.blocks = stacked(partial(VisionBlock, vision, constrain), vision.n_layers, rngs)
+        blocks = partial(VisionBlock, vision, constrain)
+        self.blocks = stacked(blocks, vision.n_layers, rngs, axis="vision_layers")
         shuffled = vision.shuffle**2 * dim
         self.adapter_in = Linear(shuffled, adapter_dim, ("embed", "ffn"), bias=False, rngs=rngs)
         self.adapter_out = Linear(adapter_dim, adapter_dim, ("ffn", "embed"), bias=False, rngs=rngs)

@@ -30,7 +30,29 @@ class Constrain:
         if self.mesh.size == 1:
             return x
         assert len(names) == x.ndim, f"{names} does not name the {x.ndim} dimensions of {x.shape}"
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, rules.spec(names, rules.ACTIVATIONS)))
+        here = seen_here(self.mesh)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(here, left_here(rules.spec(names, rules.ACTIVATIONS))))
+
+
+def split_already() -> frozenset[str]:
+    """Mesh axes that are split by hand around the code that asks: inside of a stage (pipeline.py), `pipeline`."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def seen_here(mesh: Mesh) -> Any:
+    """The mesh, as shardings have to name it here."""
+    return jax.sharding.get_abstract_mesh() if split_already() else mesh
+
+
+def left_here(spec: PartitionSpec) -> PartitionSpec:
+    """What is left to be split here of a PartitionSpec."""
+    taken = split_already()
+
+    def left(entry: Any) -> Any:
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(axis for axis in axes if axis not in taken) or None
+
+    return PartitionSpec(*map(left, spec)) if taken else spec
 
 
 @dataclass(frozen=True)
@@ -60,11 +82,13 @@ class PerShard:
             return self.fn(*args, **kwargs)
         static = {name: x for name, x in kwargs.items() if not hasattr(x, "shape")}
         arrays = {name: x for name, x in kwargs.items() if name not in static}
-        rows = PartitionSpec(rules.ROWS)
+        rows = left_here(PartitionSpec(rules.ROWS))
         axes = self.weights + (None,) * (len(args) - len(self.weights))
-        split_rows = rules.spec(self.rows, rules.ACTIVATIONS)
+        split_rows = left_here(rules.spec(self.rows, rules.ACTIVATIONS))
         specs = tuple(
-            split_rows if names is None else jax.tree.map(lambda s: s.spec, rules.shardings(names, x, self.mesh))
+            split_rows
+            if names is None
+            else jax.tree.map(lambda s: left_here(s.spec), rules.shardings(names, x, self.mesh))
             for x, names in zip(args, axes, strict=True)
         )
 
@@ -77,8 +101,10 @@ class PerShard:
 
         # check_vma would have every kernel declare the mesh axes over which its loop carries and custom gradients vary;
         # fused kernels that are not ours cannot. The tests compare every gradient with one device's instead.
-        split = partial(jax.shard_map, mesh=self.mesh, in_specs=(specs, rows), out_specs=split_rows, check_vma=False)
-        return split(local)(args, arrays)
+        split = partial(
+            jax.shard_map, mesh=seen_here(self.mesh), axis_names=set(self.mesh.axis_names) - split_already()
+        )
+        return split(local, in_specs=(specs, rows), out_specs=split_rows, check_vma=False)(args, arrays)
 
 
 def gather(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> jax.Array:
@@ -137,15 +163,15 @@ _standing_for.defvjp(lambda resting, computing, x, copy: (copy, None), _scattere
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """Where a batch lives: rows over (data, fsdp, expert), tokens over context, pictures with their row."""
+    """Where a batch lives: rows over rules.ROWS, tokens over context, pictures with their row."""
     text = NamedSharding(mesh, rules.spec(("rows", "tokens"), rules.ACTIVATIONS))
     tiles = NamedSharding(mesh, rules.spec(("rows", None, None, None, None), rules.ACTIVATIONS))
     return Batch(**{field: text for field in Batch._fields if field != "tiles"}, tiles=tiles)
 
 
 def rows_here(mesh: Mesh, n_rows: int) -> range:
-    """Those of a global batch's rows that this process's devices need: its share. Processes along `pipeline`, `context`
-    or `tensor` have the same share; on one process it is all of them."""
+    """Those of a global batch's rows that this process's devices need: its share. Processes along `context` or
+    `tensor` have the same share; on one process it is all of them."""
     sharding = batch_shardings(mesh).tokens
     where = sharding.addressable_devices_indices_map((n_rows, mesh.shape["context"]))
     needed = sorted({row for rows, _ in where.values() for row in range(*rows.indices(n_rows))})
@@ -158,7 +184,7 @@ def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None) -> Batch:
 
     Args:
       n_rows: of the global batch; None: as many as its processes read together, no two of them the same. It must divide
-        by data * fsdp * expert (`config.check_devices` sees to it).
+        by the axes of rules.ROWS (`config.check_devices` sees to it).
     """
 
     def put(sharding: NamedSharding, x: np.ndarray) -> jax.Array:

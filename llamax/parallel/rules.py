@@ -27,7 +27,8 @@ Table = Mapping[str, str | tuple[str, ...] | None]
 ROWS = config.ROW_AXES
 
 PARAMETERS: Table = {
-    "layers": None,
+    "layers": "pipeline",
+    "vision_layers": None,
     "embed": ("fsdp", "expert", "context"),  # an axis further left is granted first
     "vocab": "tensor",
     "heads": "tensor",

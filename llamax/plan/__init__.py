@@ -110,7 +110,7 @@ def _report(
         traffic=moved,
         roofline=roofline.roofline(cost.flops, model, through, moved, run.data.batch_tokens, where),
         levers=[] if sizes.fits else list(_levers(run, where, mesh, peak)),
-        notes=[*notes, *_wasted(model, cost), *_whole(run, mesh)],
+        notes=[*notes, *_wasted(model, cost), *_pipeline(run, mesh), *_whole(run, mesh)],
     )
 
 
@@ -121,7 +121,8 @@ def _estimate_flops(cost: Any, run: config.Run, where: Topology, mesh: Mapping[s
     tile = 512 if where.chip.dims else 128  # of the attention kernel
     wide = run.model.expert_ffn_dim // mesh.get("tensor", 1)
     masked = where.platform == "tpu" and not fits_tpu(run.model.dim, wide)
-    got = estimate.flops(run, _tiles(run), tile, every_expert=masked)
+    bubble = estimate.pipeline_of(run, mesh).bubble
+    got = estimate.flops(run, _tiles(run), tile, every_expert=masked, bubble=bubble)
     cost.flops, cost.recomputed = (x / where.n_devices for x in got)
 
 
@@ -130,6 +131,14 @@ def _wasted(model: float, cost: Any) -> Iterator[str]:
     extra = (cost.flops - cost.recomputed) / model
     if extra > 1.05:
         yield f"beside what is recomputed, the program computes {extra:.3g} times what the model needs"
+
+
+def _pipeline(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
+    """A note on what the stages of a pipeline wait for each other."""
+    from llamax.plan import estimate
+
+    if mesh["pipeline"] > 1:
+        yield f"{estimate.pipeline_of(run, mesh)}"
 
 
 def _held(state: Any) -> dict[str, int]:

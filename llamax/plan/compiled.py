@@ -51,7 +51,8 @@ def traced(run: config.Run, devices: list[Any]) -> Traced:
 
 def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
     # Any token may stand for the patch: it is a constant that no shape depends on.
-    return skeleton(run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=0, train=run.train)
+    seam = make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches)
+    return skeleton(run.model, seam, patch_id=0, train=run.train)
 
 
 def compile_step(step: Traced, topology: Topology) -> Compiled:

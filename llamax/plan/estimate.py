@@ -26,6 +26,7 @@ from llamax import config
 from llamax.kernels.cross_entropy import CHUNK
 from llamax.model import count
 from llamax.parallel import rules
+from llamax.parallel.pipeline import Schedule
 from llamax.plan import hlo
 
 
@@ -97,15 +98,19 @@ def memory(run: config.Run, mesh: Mapping[str, int]) -> Memory:
     return Memory(kept, max(working, head))
 
 
-def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False) -> tuple[float, float]:
+def flops(
+    run: config.Run, tiles: int, tile: int, *, every_expert: bool = False, bubble: float = 0.0
+) -> tuple[float, float]:
     """(all, recomputed) of a step on all devices; attention works in tiles of `tile` queries by as many keys.
 
     `every_expert`: the gradient of the experts' weights is computed from every row for every expert, most of them
     masked: what compilers for TPU make of that of `jax.lax.ragged_dot` (jax 0.10), where widths allow no other.
+    `bubble`: the share of a pipeline's time in which a stage works on what nobody reads.
     """
     model, t = run.model, run.data.seq_len
     remat, attention = run.train.remat != "none", run.train.remat not in ("none", "attention")
-    matmuls = 6 * (count.matmul_active(model) - model.vocab_size * model.dim) * run.data.batch_tokens
+    ran = 1 / (1 - bubble)
+    matmuls = ran * 6 * (count.matmul_active(model) - model.vocab_size * model.dim) * run.data.batch_tokens
     head = 6 * model.vocab_size * model.dim * run.data.batch_tokens
     pictures = tiles * count.tile_flops(model.vision, model.dim) if model.vision and tiles else 0
     again: float = (matmuls + pictures) / 3 * remat + head / 3
@@ -115,28 +120,30 @@ def flops(run: config.Run, tiles: int, tile: int, *, every_expert: bool = False)
     for kind in model.layers:
         width = rows if not kind.startswith("rope_chunk") else min(rows, -(-(model.chunk_len - 1) // tile) + 1)
         attended += sum(min(i + 1, width) for i in range(rows)) * tile**2
-    attended *= 2 * model.n_heads * model.head_dim * run.data.rows
+    attended *= ran * 2 * model.n_heads * model.head_dim * run.data.rows
     # Matmuls of attention: 2 forward, 2 again if rematted, 7 backward, of which 3 repeat what the others know.
     again += attended * (2 * attention + 3)
     masked = 0.0
     if every_expert:
-        expert = 2 * 3 * model.dim * model.expert_ffn_dim * run.data.batch_tokens * model.top_k
+        expert = ran * 2 * 3 * model.dim * model.expert_ffn_dim * run.data.batch_tokens * model.top_k
         masked = expert * (model.n_experts - 1) * sum(kind.endswith("+moe") for kind in model.layers)
     return matmuls + head + pictures + attended * 6 + masked + again, again
 
 
 def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[tuple[int, tuple]]) -> hlo.Cost:
     """What a step sends: weights gathered for the forward pass and, with remat, again for the backward pass; their
-    gradients summed where they are split and over the copies. `leaves`: of each parameter, its size and the mesh axes
-    that split it."""
+    gradients summed where they are split and over the copies. A pipeline does so for every micro-batch, and hands its
+    tokens from stage to stage. `leaves`: of each parameter, its size and the mesh axes that split it."""
     c, remat = itemsize(run), run.train.remat != "none"
     rows = [axis for axis in (*rules.ROWS, "context") if mesh.get(axis, 1) > 1]
     total = hlo.Cost()
     sums: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
+    stages = pipeline_of(run, mesh)
     for size, split in leaves:
+        times = run.train.accumulate * (stages.microbatches if "pipeline" in split else 1)
         # Experts are not gathered over the axis that splits them first; over `data` a copy is, once (place.Copies).
         experts = "expert" in split and "fsdp" not in split[: split.index("expert")]
-        stay = ("expert", "data") if experts else ("data",)
+        stay = ("expert", "data", "pipeline") if experts else ("data", "pipeline")
         gathered = tuple(axis for axis in split if axis in rows and axis not in stay)
         n = math.prod(mesh[axis] for axis in gathered)
         part = size * c / math.prod(mesh.get(axis, 1) for axis in split if axis != "data")
@@ -145,14 +152,18 @@ def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[tuple[int, 
             sums["all-gather", ("data",)] += once
             sums["reduce-scatter", ("data",)] += once * run.train.accumulate
         if n > 1:
-            sums["all-gather", gathered] += (n - 1) * part * (1 + remat) * run.train.accumulate
-            sums["reduce-scatter", gathered] += (n - 1) * part * run.train.accumulate
+            sums["all-gather", gathered] += (n - 1) * part * (1 + remat) * times
+            sums["reduce-scatter", gathered] += (n - 1) * part * times
         copies = tuple(axis for axis in rows if axis not in split)
         m = math.prod(mesh[axis] for axis in copies)
         if m > 1:
             sums["all-reduce", copies] += 2 * (m - 1) / m * part * run.train.accumulate
+    if stages.stages > 1:
+        handed = tokens_per_device(run, mesh) * stages.stages / stages.microbatches * run.model.dim * c
+        sums["collective-permute", ("pipeline",)] += 2 * stages.ticks * handed * run.train.accumulate
     for (kind, axes), sent in sums.items():
-        exchange = hlo.Exchange(kind, groups_over(axes, mesh))
+        groups = groups_over(axes, mesh)
+        exchange = hlo.Exchange(kind, in_rings(groups) if kind == "collective-permute" else groups)
         total.sent[exchange] += sent
         total.calls[exchange] += 1
     return total
@@ -165,6 +176,17 @@ def groups_over(axes: tuple[str, ...], mesh: Mapping[str, int]) -> tuple[tuple[i
     order = [*(i for i, a in enumerate(names) if a not in axes), *(i for i, a in enumerate(names) if a in axes)]
     groups = ids.transpose(order).reshape(-1, math.prod(mesh[a] for a in axes))
     return tuple(tuple(map(int, group)) for group in groups)
+
+
+def in_rings(groups: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """(from, to) of devices that each hand on to the next of their group."""
+    return tuple(pair for group in groups for pair in zip(group, (*group[1:], group[0]), strict=True))
+
+
+def pipeline_of(run: config.Run, mesh: Mapping[str, int]) -> Schedule:
+    """Of one stage where there is no pipeline."""
+    stages = mesh.get("pipeline", 1)
+    return Schedule.of(stages, run.model.plan[0][1], run.train.pipeline_microbatches if stages > 1 else 0)
 
 
 def split_of(params: Any) -> list[tuple[int, tuple]]:

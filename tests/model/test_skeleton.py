@@ -21,7 +21,7 @@ from tests.model import twins
 # Wide enough for a standard deviation to be measured.
 MODEL = replace(twins.TINY, vocab_size=512, dim=64, plan=((("rope_chunk+moe",), 2),), vision=twins.VISION)
 TEXT = twins.batch()
-AXES = {"layers", "embed", "heads", "kv_heads", "head_dim", "ffn", "experts", "vocab", "norm", None}
+AXES = {"layers", "vision_layers", "embed", "heads", "kv_heads", "head_dim", "ffn", "experts", "vocab", "norm", None}
 
 
 def build(model: config.Model, compute_dtype: str = "float32") -> Skeleton:
@@ -52,7 +52,8 @@ def test_every_parameter_has_its_facts(fresh):
         assert kinds[name] in ("matrix", "embedding", "norm", "bias"), name
         assert fan_in[name] >= 1 and fan_out[name] >= 1, name
         stacked = name.startswith(("stack.", "vision.blocks."))
-        assert (axes[name][0] == "layers") == stacked, name
+        assert (axes[name][0] in ("layers", "vision_layers")) == stacked, name
+        assert (axes[name][0] == "layers") == name.startswith("stack."), name
     ((bias_name, bias_axes),) = flat(skel.bias_axes).items()
     assert flat(bias)[bias_name].ndim == len(bias_axes) and bias_axes[0] == "layers"
 

@@ -19,13 +19,16 @@ def test_tables_name_only_mesh_axes():
 
 
 def test_spec():
+    stacked = rules.spec(("layers", "embed", "heads", "head_dim"), rules.PARAMETERS)
+    assert stacked == P("pipeline", ("fsdp", "expert", "context"), "tensor", None)
     wide = ("fsdp", "expert", "context")
     assert rules.spec((None, "embed", "heads", "head_dim"), rules.PARAMETERS) == P(None, wide, "tensor", None)
     assert rules.spec(("experts", "ffn", "embed"), rules.PARAMETERS) == P("expert", "tensor", ("fsdp", "context"))
     zero = rules.RESTING["zero"]
     assert rules.spec((None, "embed", "heads"), zero) == P(None, (*wide, "data"), "tensor")
     assert rules.spec(("experts", "embed", "ffn"), zero) == P("expert", ("fsdp", "context", "data"), "tensor")
-    assert rules.spec(("rows", "tokens", None), rules.ACTIVATIONS) == P(("data", "fsdp", "expert"), "context", None)
+    rows = ("pipeline", "data", "fsdp", "expert")
+    assert rules.spec(("rows", "tokens", None), rules.ACTIVATIONS) == P(rows, "context", None)
     assert rules.spec((), rules.PARAMETERS) == P()
 
 

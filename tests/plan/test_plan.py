@@ -153,6 +153,23 @@ def test_exchanged_bytes_by_hand():
     assert by_kind == {"all-gather": 2 * 3 * 500, "reduce-scatter": 3 * 500, "all-reduce": 2 * (1 / 2) * 500}
 
 
+def test_a_pipeline_by_hand():
+    """Two stages of one period each and four micro-batches: five ticks, each way, of a quarter of the rows; weights of
+    the layers are gathered for every micro-batch."""
+    run = tiny(8, train=dict(compute_dtype="bfloat16", remat="period", pipeline_microbatches=4))
+    mesh = {"pipeline": 2, "data": 1, "fsdp": 2, "tensor": 1}
+    got = estimate.exchanged(run, mesh, [(1000, ("pipeline", "fsdp"))])
+    by_kind = {exchange.kind: sent for exchange, sent in got.sent.items()}
+    handed = run.data.batch_tokens / 4 / 2 * run.model.dim * 2
+    assert by_kind == {"all-gather": 4 * 2 * 500, "reduce-scatter": 4 * 500, "collective-permute": 2 * 5 * handed}
+    pairs = next(exchange.groups for exchange in got.sent if exchange.kind == "collective-permute")
+    assert sorted(pairs) == [(0, 2), (1, 3), (2, 0), (3, 1)]
+    assert estimate.pipeline_of(run, mesh).bubble == 1 / 5
+    layers = estimate.flops(run, 0, 64, bubble=0.2)[0] - estimate.flops(run, 0, 64)[0]
+    head = 8 * run.model.vocab_size * run.model.dim * run.data.batch_tokens
+    assert layers == pytest.approx((estimate.flops(run, 0, 64)[0] - head) / 4), "a fifth of the time does nothing"
+
+
 def test_estimates_move_the_right_way():
     run = tiny(4)
     mesh = {"data": 1, "fsdp": 4}

@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
 
 
 def bones_on(run: config.Run, mesh: Any) -> Skeleton:
-    seam = make_seam(mesh, expert_buffer=run.train.expert_buffer)
+    seam = make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches)
     return skeleton(run.model, seam, patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train)
 
 
