@@ -170,6 +170,7 @@ class Data:
     tiles_per_row: int = 32  # picture tiles that one row can hold
     video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
+    align_tokens: int = 0  # documents are aligned to stripes of so many tokens; 0: to what mesh.context needs
     workers: int = 0  # loader processes; 0 reads in this one
     prefetch_batches: int = 4
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from llamax import config, preflight
+from llamax import config, preflight, stripes
 from llamax.checkpoint.manager import Checkpoints
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
@@ -99,9 +98,17 @@ def _train(
     devices = list(devices or jax.devices())
     preflight.check_processes(asked, files, workdir, jax.local_device_count())
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
+    cut = stripes.of(run.model, run.data.seq_len, mesh.shape["context"])
+    run = preflight.aligned(run, mesh.shape["context"])
     data = pipeline.build(run.data, run.model.vision, run.seed, place.rows_here(mesh, run.data.rows))
-    bones = skeleton(
-        run.model, make_seam(mesh, expert_buffer=run.train.expert_buffer), patch_id=tokenizer.patch, train=run.train
+    bones, sampler = (
+        skeleton(
+            run.model,
+            make_seam(mesh, expert_buffer=run.train.expert_buffer, stripes=cut_into),
+            patch_id=tokenizer.patch,
+            train=run.train,
+        )
+        for cut_into in (cut, place.WHOLE)
     )
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     step, shapes = build(run, bones, tx, mesh)
@@ -116,13 +123,13 @@ def _train(
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = start(fresh, shapes, checkpoints, batches)
-        put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows)
-        row_multiple = math.prod(mesh.shape[axis] for axis in rules.ROWS if axis in mesh.shape)
+        put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
+        row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         clock = metrics.Clock(peak.flops_per_s, ledger)
         goodput = Goodput(workdir / "goodput.json", ledger, first, written=processes.is_first())
         open_things.callback(goodput.write, now=True)
-        put_whole = partial(place.put_whole_batch, mesh=mesh)
-        context = Context(run, bones, tokenizer, put_whole, row_multiple, check_stop=stop.check)
+        put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
+        context = Context(run, bones, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
         around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)

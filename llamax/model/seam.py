@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from llamax.kernels.attention import cached_attention, pick_attention, slow_attention
 from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
-from llamax.parallel import expert, place, tensor
+from llamax.kernels.ring import Ring, ring_attention
+from llamax.parallel import context, expert, place, tensor
+from llamax.stripes import Stripes
 
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
@@ -35,15 +37,30 @@ class Seam:
     run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK, *, gate_on) -> y_ND
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
+    tokens: context.Tokens = context.Tokens()
 
 
-def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0) -> Seam:
-    """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths."""
+RING_TILE = {"cpu": 64}  # tokens; elsewhere 512, which keeps matrix units busy
+
+
+def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0, stripes: Stripes = place.WHOLE) -> Seam:
+    """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths.
+
+    `stripes`: how the batches' rows are cut over the axis `context`. As long as they are whole, as for sampling, the
+    axis splits rows like the others.
+    """
     platform = mesh.devices.flat[0].platform
+    whole = stripes.n == 1
+    attention: Callable = pick_attention(platform)
+    if not whole:
+        assert stripes.shards == mesh.shape[context.AXIS], f"{stripes} on a mesh of {dict(mesh.shape)}"
+        ring = Ring(context.AXIS, stripes.shards, stripes.each, RING_TILE.get(platform, 512))
+        attention = context.LocalOrRing(attention, ring_attention, ring)
     return Seam(
-        attention=tensor.SplitHeads(pick_attention(platform), mesh),
-        cached_attention=place.PerShard(cached_attention, mesh),
+        attention=tensor.SplitHeads(attention, mesh, tensor.WHOLE_HEADS if whole else tensor.HEADS),
+        cached_attention=place.PerShard(cached_attention, mesh, rows=place.FLAT),
         run_experts=expert.SplitExperts(pick_experts(platform), mesh, EXPERT_AXES, expert_buffer),
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
-        constrain=place.Constrain(mesh),
+        constrain=place.Constrain(mesh, whole),
+        tokens=context.Tokens() if whole else context.SplitTokens(mesh, stripes),
     )

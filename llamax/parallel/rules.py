@@ -37,6 +37,7 @@ PARAMETERS: Table = {
 ACTIVATIONS: Table = {
     "rows": ROWS,
     "tokens": "context",
+    "flat": (*ROWS, "context"),  # rows x tokens, or rows x tile slots, as one dimension: shard after shard
     "heads": "tensor",
 }
 
