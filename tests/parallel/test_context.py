@@ -7,13 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from llamax.kernels.attention import slow_attention
 from llamax.kernels.ring import Ring, ring_attention
-from llamax.parallel.context import LocalOrRing, SplitTokens
+from llamax.losses import router
+from llamax.model.attention import Attention, places
+from llamax.model.seam import make_seam
+from llamax.parallel.context import LocalOrRing, SplitTokens, Tokens
 from llamax.parallel.mesh import make_mesh
 from llamax.parallel.tensor import SplitHeads
 from llamax.stripes import Stripes
-from tests.splits import Seen, agree, normal
+from llamax.plan import hlo
+from tests.runs import tiny_run
+from tests.splits import agree, normal
+from tests.tolerances import TWIN
 
 B, T = 2, 32
 # Of two rows: documents of one chunk and of all, shorter and longer than a shard, padding between and after them.
@@ -61,3 +71,61 @@ def test_ring_attention_is_attention(sizes, each, heads):
 
     qkv = normal(B, T, H, 4), normal(B, T, K, 4, seed=1), normal(B, T, K, 4, seed=2)
     agree(lambda qkv: whole(*qkv), lambda qkv: split(*qkv), (qkv,))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("rope_chunk", set()), ("nope_full", {"context"})])
+def test_local_layers_exchange_nothing_along_context(kind, expected):
+    """Projections and attention of one layer, and the gradient of what goes in: which axes do collectives span?"""
+    mesh, cut, model = make_mesh({"data": 2, "context": 2, "tensor": 2}), Stripes(2, 2), tiny_run().model
+    layer = Attention(model, kind, make_seam(mesh, stripes=cut), out_gain=1.0, rngs=nnx.Rngs(0))
+    where = NamedSharding(mesh, P("data", "context"))
+    positions = jnp.asarray(np.tile(cut.places(128), (2, 1)))
+    at = places(positions, jnp.ones_like(positions), model)  # once for all layers
+    x_BTD, at = jax.device_put((normal(2, 128, model.dim), at), where)
+
+    def there_and_back(x_BTD, at):
+        y_BTD, back = jax.vjp(lambda x: layer(x, at)[0], x_BTD)
+        return y_BTD, back(y_BTD)[0]
+
+    program = jax.jit(there_and_back, out_shardings=where).lower(x_BTD, at).compile()
+    sent = hlo.cost(program.as_text()).calls
+    spans = {axis for exchange in sent for axis in hlo.spanned(exchange.groups, dict(mesh.shape))}
+    assert spans & {"context"} == expected, sent
+
+
+SPLIT = SplitTokens(make_mesh({"data": 2, "context": 4}), Stripes(4, 2))
+
+
+def placed(x):
+    """A [B, T, ...] in shard order on SPLIT's mesh."""
+    return jax.device_put(x[:, SPLIT.stripes.places(T)], NamedSharding(SPLIT.mesh, P(("data", "fsdp", "expert"), "context")))
+
+
+def test_tokens_find_their_way():
+    x = np.arange(B * T * 3).reshape(B, T, 3)
+    np.testing.assert_array_equal(jax.jit(SPLIT.row_order)(placed(x)), x)
+    running = jax.jit(SPLIT.running)(placed(x[..., 0] % 2))
+    np.testing.assert_array_equal(jax.jit(SPLIT.row_order)(running), Tokens().running(jnp.asarray(x[..., 0] % 2)))
+    back = jax.jit(lambda x: SPLIT.unflat(SPLIT.flat(x), B))(placed(x))
+    np.testing.assert_array_equal(back, placed(x))
+
+
+def test_flat_moves_nothing_between_devices():
+    """Nor does its gradient: along `tensor` too, where all have the same."""
+    split = SplitTokens(make_mesh({"data": 2, "context": 2, "tensor": 2}), Stripes(2, 2))
+    where = NamedSharding(split.mesh, P("data", "context"))
+    x = jax.device_put(normal(4, T, 3), where)
+    weighed = jax.grad(lambda x: jnp.sum(jnp.sin(split.unflat(jnp.tanh(split.flat(x)), 4))))
+    program = jax.jit(weighed, out_shardings=where).lower(x).compile()
+    assert not hlo.cost(program.as_text()).calls
+    np.testing.assert_allclose(program(x), jax.grad(lambda x: jnp.sum(jnp.sin(jnp.tanh(x))))(x), **TWIN)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_every_device_has_the_same_work(each):
+    """Pairs of tokens of a causal row that each shard computes, by stripes."""
+    cut = Stripes(4, each)
+    held = np.array(cut.order).reshape(4, each)
+    assert sorted(cut.order) == list(range(cut.n))
+    work = [sum((held[i][q] >= held[j][k]) for j in range(4) for q in range(each) for k in range(each)) for i in range(4)]
+    assert (len(set(work)) == 1) == (each == 2)
