@@ -28,13 +28,13 @@ def measure(run: config.Run, workers: int, align: int, steps: int) -> dict[str, 
     iterator = iter(pipeline.build(data, run.model.vision, run.seed))
     next(iterator)
     first = time.perf_counter() - start
-    real, fill, slots = 0, {True: [], False: []}, []
+    real, places, fill, slots = 0, 0, {True: [], False: []}, []
     start = time.perf_counter()
     for _ in range(steps):
         batch = next(iterator)
         used = np.count_nonzero(batch.segment_ids)
         pictures = batch.tiles.shape[1] > 0
-        real += used
+        real, places = real + used, places + batch.segment_ids.size
         fill[pictures].append(used / batch.segment_ids.size)
         if pictures:
             slots.append(batch.tiles.any((2, 3, 4)).mean())
@@ -44,6 +44,7 @@ def measure(run: config.Run, workers: int, align: int, steps: int) -> dict[str, 
     return {
         "first batch s": first,
         "tokens/s": real / seconds,
+        "rows full": real / places,
         "rows full, text": mean[False],
         "rows full, multimodal": mean[True],
         "tile slots full": float(np.mean(slots)) if slots else 0.0,
