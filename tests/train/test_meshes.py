@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from llamax import config, stripes
+from llamax import config
 from llamax.batch import Batch
 from llamax.data import pipeline
 from llamax.data.tokenizer import Tokenizer
@@ -24,25 +24,22 @@ from llamax.train.step import make_gradient
 from tests.runs import tiny_run
 from tests.tolerances import BF16, BF16_GRADIENT, MESH_LOSS, MESH_PARAMETER
 
-# Aligned to a chunk: rows that any number of devices along `context` can share.
-DATA = dict(align_tokens=32)
-RUN = tiny_run(data=DATA)
+RUN = tiny_run()
 
 
 def gradient_on(run: config.Run, batch: Batch | None = None):
     """(loss, gradients by path, expert loads) of the first batch with pictures, on the run's mesh, as numpy."""
     sizes = run.mesh.axes
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    cut = stripes.of(run.model, run.data.seq_len, run.mesh.context)
     bones = skeleton(
         run.model,
-        make_seam(mesh, expert_buffer=run.train.expert_buffer, stripes=cut),
+        make_seam(mesh, expert_buffer=run.train.expert_buffer),
         patch_id=Tokenizer(run.data.tokenizer).patch,
         train=run.train,
     )
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     state = jax.device_put(host_state(), state_shardings(bones, tx, run, mesh))
-    batch = place.put_batch(batch or first_with_pictures(), mesh=mesh, stripes=cut)
+    batch = place.put_batch(batch or first_with_pictures(), mesh=mesh)
     gradient = jax.jit(make_gradient(run, bones))
     grads, told = gradient(state.params, state.router_bias, batch)
     paths = jax.tree_util.tree_leaves_with_path(grads)
@@ -79,22 +76,17 @@ SPLITS = [
     pytest.param(dict(mesh=dict(data=2, fsdp=2, tensor=2)), marks=pytest.mark.slow),
     pytest.param(dict(mesh=dict(data=1, fsdp=8)), marks=pytest.mark.slow),
     pytest.param(dict(mesh=dict(data=1, fsdp=4), train=dict(accumulate=2), **UNBALANCED), marks=pytest.mark.slow),
-    dict(mesh=dict(data=1, expert=2, context=2, tensor=2)),  # zigzag
-    pytest.param(dict(mesh=dict(data=1, context=2)), marks=pytest.mark.slow),
-    pytest.param(dict(mesh=dict(data=1, fsdp=2, context=4)), marks=pytest.mark.slow),  # a stripe a device
-    pytest.param(dict(mesh=dict(data=2, fsdp=2, context=2)), marks=pytest.mark.slow),
-    pytest.param(dict(mesh=dict(data=1, expert=4, context=2)), marks=pytest.mark.slow),
 ]
 
 
 @functools.cache
 def on_one_device(balanced: bool):
-    return gradient_on(RUN if balanced else tiny_run(data=DATA, **UNBALANCED))
+    return gradient_on(RUN if balanced else tiny_run(**UNBALANCED))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_loss_routes_and_every_gradient_are_those_of_one_device(split):
-    loss, grads, loads = gradient_on(tiny_run(data=DATA, **split))
+    loss, grads, loads = gradient_on(tiny_run(**split))
     expected_loss, expected, expected_loads = on_one_device("losses" not in split)
     np.testing.assert_allclose(loss, expected_loss, **MESH_LOSS)
     np.testing.assert_array_equal(loads, expected_loads)
@@ -105,7 +97,7 @@ def test_loss_routes_and_every_gradient_are_those_of_one_device(split):
 
 def test_bfloat16_is_near_float32_and_its_masters_are_float32():
     """Activations of 8 bits of mantissa, gradients and parameters of 24; routes may differ in a few tokens."""
-    loss, grads, _ = gradient_on(tiny_run(data=DATA, train=dict(compute_dtype="bfloat16")))
+    loss, grads, _ = gradient_on(tiny_run(train=dict(compute_dtype="bfloat16")))
     expected_loss, expected, _ = on_one_device(True)
     np.testing.assert_allclose(loss, expected_loss, **BF16)
     assert {g.dtype for g in grads.values()} == {np.dtype("float32")}
