@@ -1,16 +1,15 @@
-"""What one device needs when the tokens of a row are split over the mesh axis `context`: bytes, FLOPs, what it sends.
+"""What one device needs when the tokens of a row are split over the mesh axis `context`: bytes, and what it sends.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python bench/context_memory.py
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python bench/context_memory.py --tokens 4096
 
-Compiles the training step of a small model with both kinds of layer, a row of `--tokens` tokens a step, for each size of
-the axis, and runs nothing. Temporary bytes are activations, gradients and what kernels work with.
+Compiles the training step of a small model with both kinds of layer, a row of `--tokens` tokens a step, for each size
+of the axis, and runs nothing. Temporary bytes are activations, gradients and what kernels work with.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
 import jax
 

@@ -4,8 +4,9 @@
     python bench/data_stream.py recipes/maverick_pretrain.py:tiny --workers 0 4 --steps 500
     python bench/data_stream.py --workers 0 --align 0 128 64    # rows as mesh.context=1, 2 and 4 want them
 
-For each number of loader processes and each alignment (data.align_tokens): seconds to the first batch, then tokens (real ones, no padding) a second over
-`--steps` batches that nothing consumes. Loader processes fill their queues meanwhile; use enough steps to drain them.
+For each number of loader processes and each alignment (data.align_tokens): seconds to the first batch, then tokens
+(real ones, no padding) a second over `--steps` batches that nothing consumes. Loader processes fill their queues
+meanwhile; use enough steps to drain them.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ conversation, only what the assistant says is (`Encoded.trained`).
 A window is held in memory, so there is a most that it may hold. A document that would go beyond it is left out and
 counted, and smaller ones behind it are still taken.
 
-Where rows are split over devices (stripes.py), a piece that fits into a stripe lies inside one, any other begins at one:
-then no chunk of a document, which begins every C tokens of it, lies in two stripes. Stripes are whole chunks. What that
-leaves free stands between the documents, as padding.
+Where rows are split over devices (stripes.py), a piece that fits into a stripe lies inside one, and any other begins at
+one: then no chunk of a document, one of which begins every C tokens of it, lies in two stripes, which are whole chunks.
+What that leaves free stands between the documents, as padding.
 
 What comes out depends on the window's documents and its number alone. Letters: R rows, T = seq_len, P tile pixels.
 """

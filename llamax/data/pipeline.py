@@ -333,13 +333,11 @@ class StreamIterator(grain.DatasetIterator):
         """ConfigError if the rows were aligned to other stripes: these would be other rows."""
         was, now = state.get("align_tokens", 0), self._stream.data.align_tokens
         if was != now:
-            raise ConfigError(
-                f"rows aligned to {f'{now} tokens' if now else 'nothing'} (data.align_tokens, or what mesh.context needs)",
-                f"the run's rows so far are aligned to {f'{was} tokens' if was else 'nothing'}",
-                f"Set --config.data.align_tokens={was}, with a mesh.context that it fits."
-                if was
-                else "Set --config.mesh.context=1, or start afresh.",
-            )
+            change = f"Set --config.data.align_tokens={was}, and a --config.mesh.context that it fits."
+            if not was:
+                change = "Set --config.mesh.context=1 and --config.data.align_tokens=0, or choose another --workdir."
+            true = f"the run's rows so far are aligned to {was} (0: to none), and all after them would be others"
+            raise ConfigError(f"Rows aligned to stripes of {now} tokens", true, change)
         self._step = state["step"]
         for name, rows in self._rows.items():
             rows.state = state[name]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
 
+def running_sum(x_BT: Array) -> Array:
+    return jnp.cumsum(x_BT, axis=1)
+
+
 def fuse(
     x_BTD: Float[Array, "B T D"],
     features_BFD: Float[Array, "B F D"],
     is_patch_BT: Bool[Array, "B T"],
-    running: Callable[[Array], Array] = partial(jnp.cumsum, axis=1),
+    running: Callable[[Array], Array] = running_sum,
 ) -> Float[Array, "B T D"]:
     """The f-th patch token of row b becomes features[b, f]; every other embedding stays as it is.
 

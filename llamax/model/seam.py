@@ -17,6 +17,7 @@ from llamax.stripes import Stripes
 
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
+RING_TILE = {"cpu": 64}  # tokens of a tile in ring attention; elsewhere 512, for the matrix units
 
 
 def unconstrained(x: Array, names: tuple[str | None, ...]) -> Array:
@@ -38,9 +39,6 @@ class Seam:
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
     tokens: context.Tokens = context.Tokens()
-
-
-RING_TILE = {"cpu": 64}  # tokens; elsewhere 512, which keeps matrix units busy
 
 
 def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0, stripes: Stripes = place.WHOLE) -> Seam:

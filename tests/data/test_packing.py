@@ -205,7 +205,13 @@ def test_rows_are_shuffled_by_the_windows_number_alone():
 
 @pytest.mark.parametrize(
     ("multimodal", "seq_len", "align", "least"),
-    [(False, 512, 0, 0.98), (True, 512, 0, 0.96), (False, 512, 64, 0.9), (False, 2048, 512, 0.95), (True, 2048, 512, 0.93)],
+    [
+        (False, 512, 0, 0.98),
+        (True, 512, 0, 0.96),
+        (False, 512, 64, 0.9),
+        (False, 2048, 512, 0.95),
+        (True, 2048, 512, 0.93),
+    ],
 )
 def test_rows_are_full(multimodal, seq_len, align, least):
     """Where tokens are what runs out first; the slots of tiles are another matter (next test)."""
