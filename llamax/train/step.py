@@ -99,7 +99,8 @@ def make_gradient(run: config.Run, skeleton: Skeleton) -> Callable:
 def in_row_order(scored: Score, batch: Batch, row_order: Callable[..., Array]) -> tuple[Score, Batch]:
     """The routing and the batch with tokens as they stand in their rows."""
     routing = scored.routing and jax.tree.map(lambda x: row_order(x, 2), scored.routing)
-    return scored._replace(routing=routing), Batch(*(row_order(x) for x in batch[:-1]), batch.tiles)
+    ordered = {name: row_order(x) for name, x in batch._asdict().items() if name != "tiles"}
+    return scored._replace(routing=routing), batch._replace(**ordered)
 
 
 def each_nth_row(batch: Batch, n: int, first: Array) -> Batch:
