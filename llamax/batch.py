@@ -17,6 +17,8 @@ class Batch(NamedTuple):
     where a long document goes on in another row. The picture tiles of row b are `tiles[b, :n]` in the order of its
     `<|patch|>` tokens, of which every tile fills the same number; slots past n hold zeros. A batch without pictures
     has M = 0, and runs a program without the vision encoder.
+
+    On devices that share rows, tokens stand in another order (stripes.py); tiles stay in the order of the row.
     """
 
     tokens: Array  # int32 [B, T]

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from llamax import stripes
 from llamax.config import (
     BIAS_UPDATES,
     CHOOSE_BY,
@@ -39,6 +40,7 @@ from llamax.config_dict import ConfigError, nearest
 # Every number of the schema is finite and more than 0, but for these ("*" stands for a source's or evaluation's name),
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
+    "data.align_tokens",
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
     *(
@@ -125,6 +127,7 @@ def resolve_mesh(run: Run, n_devices: int) -> Mesh:
     _split_rows(run, sizes)
     _split_model(run.model, sizes)
     _split_layers(run, sizes)
+    _split_tokens(run, sizes)
     return dataclasses.replace(run.mesh, **sizes)
 
 
@@ -397,6 +400,7 @@ def _mesh(run: Run) -> None:
     _split_rows(run, sizes)
     _split_model(run.model, sizes)
     _split_layers(run, sizes)
+    _split_tokens(run, sizes)
 
 
 def _slices(slices: int, data: int) -> None:
@@ -470,6 +474,33 @@ def _split_layers(run: Run, sizes: dict[str, int]) -> None:
         fits = _nearest_multiple(ways, rows) * run.train.accumulate * run.data.seq_len
         change = f"Set --config.data.batch_tokens={fits}, or --config.train.pipeline_microbatches={stages}."
         raise ConfigError(asked, true, change)
+
+
+def _split_tokens(run: Run, sizes: dict[str, int]) -> None:
+    """Rows are cut over the axis `context` into equal parts of whole chunks; so are the slots of picture tiles."""
+    data, context = run.data, abs(sizes["context"])
+    chunk = stripes.chunk_len(run.model)
+    whole = f"chunks of {chunk} (model.chunk_len)" if chunk else "tokens"
+    if context > 1 and data.seq_len % (context * (chunk or 1)):
+        asked, true = f"--config.mesh.context={context}", f"it cuts rows of seq_len={data.seq_len} into whole {whole}"
+        fits = _nearest_divisor(data.seq_len // chunk, context) if chunk and data.seq_len % chunk == 0 else 1
+        fits = fits if chunk else _nearest_divisor(data.seq_len, context)
+        raise ConfigError(asked, true, f"Set --config.mesh.context={fits}.")
+    if data.multimodal_steps and data.tiles_per_row % context:
+        fits = -(-data.tiles_per_row // context) * context
+        asked, true = f"--config.data.tiles_per_row={data.tiles_per_row}", f"mesh.context={context} splits them evenly"
+        raise ConfigError(asked, true, f"Set --config.data.tiles_per_row={fits}.")
+    if not data.align_tokens:
+        return
+    asked, stripe = f"--config.data.align_tokens={data.align_tokens}", data.seq_len
+    true = f"a row of seq_len={data.seq_len} is a whole number of stripes"
+    if context > 1:
+        stripe = data.seq_len // stripes.of(run.model, data.seq_len, context).n
+        true = f"it divides the {stripe} tokens of a stripe (mesh.context={context})"
+    if stripe % data.align_tokens or data.align_tokens % (chunk or 1):
+        fits = (chunk or 1) * _nearest_divisor(stripe // (chunk or 1), data.align_tokens // (chunk or 1))
+        fits = fits if stripe % fits == 0 else 0
+        raise ConfigError(asked, f"{true}, of whole {whole}", f"Set --config.data.align_tokens={fits}.")
 
 
 def _product(sizes: dict[str, int]) -> str:

@@ -172,6 +172,7 @@ class Data:
     video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
     lanes: int = 1  # parts of a batch's rows, each with windows of its own: a process reads only the lanes it needs
+    align_tokens: int = 0  # documents are aligned to stripes of so many tokens; 0: to what mesh.context needs
     workers: int = 0  # loader processes of each process; 0 reads in it
     prefetch_batches: int = 4
 

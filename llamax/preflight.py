@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llamax import config
+from llamax import config, stripes
 from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.sources import open_source, read_manifest
@@ -40,6 +40,12 @@ def with_paths(run: config.Run) -> config.Run:
     for evaluation in evals.values():
         open_source(read_manifest(evaluation.path))  # a missing or cut one should not be met after hours of training
     return dataclasses.replace(run, data=data, evals=evals)
+
+
+def aligned(run: config.Run, shards: int) -> config.Run:
+    """The run with what documents are aligned to, where rows are cut into so many shards."""
+    align = run.data.align_tokens or stripes.alignment(run.model, run.data.seq_len, shards)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, align_tokens=align))
 
 
 def data_files(run: config.Run) -> dict[str, str]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from llamax import config, preflight
+from llamax import config, preflight, stripes
 from llamax.checkpoint.manager import Checkpoints
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
@@ -97,13 +96,13 @@ def _train(
     tokenizer, run, files = processes.together(partial(look, run, workdir, asked))
     preflight.check_same({"its data": files})
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
+    cut = stripes.of(run.model, run.data.seq_len, mesh.shape["context"])
+    run = preflight.aligned(run, mesh.shape["context"])
     share = place.rows_here(mesh, run.data.rows)
     data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
-    bones = skeleton(
-        run.model,
-        make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches),
-        patch_id=tokenizer.patch,
-        train=run.train,
+    bones, sampler = (
+        skeleton(run.model, make_seam(mesh, run.train, cut_into), patch_id=tokenizer.patch, train=run.train)
+        for cut_into in (cut, place.WHOLE)
     )
     if mesh.shape["pipeline"] > 1:
         logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))
@@ -120,13 +119,13 @@ def _train(
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = start(fresh, shapes, checkpoints, batches)
-        put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows)
-        row_multiple = math.prod(mesh.shape[axis] for axis in rules.ROWS if axis in mesh.shape)
+        put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
+        row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         clock = metrics.Clock(peak.flops_per_s, ledger)
         goodput = Goodput(workdir / "goodput.json", ledger, first, written=processes.is_first())
         open_things.callback(goodput.write, now=True)
-        put_whole = partial(place.put_whole_batch, mesh=mesh)
-        context = Context(run, bones, tokenizer, put_whole, row_multiple, check_stop=stop.check)
+        put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
+        context = Context(run, bones, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
         around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)

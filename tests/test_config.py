@@ -147,7 +147,7 @@ def test_a_misspelt_key_answers_with_the_nearest(override, nearest):
         "--config.mesh={'data': 2.0}": "--config.mesh.data=2.",
         "--config.optim.peak_lr=fast": "--config.optim.peak_lr=0.002.",
         "--config.model.qk_norm=maybe": "--config.model.qk_norm=true.",
-        "--config.data=3": "--config.data.batch_tokens.",
+        "--config.data=3": "--config.data.align_tokens.",
         "--config.model.plan[0]=3": "--config.model.plan as a whole.",
         "--config.train.steps.x=3": "--config.train.steps itself.",
         "--config.qqqq=3": "Known here: checkpoint, data,",
@@ -292,6 +292,14 @@ WRONG = [  # (overrides, what the error says is true)
     ([PIPELINE, TWO, "--config.train.pipeline_microbatches=3"], "through the mesh.pipeline=2 stages in groups"),
     ([PIPELINE, TWO, "--config.train.pipeline_microbatches=16"], "8 rows (batch_tokens / seq_len / accumulate) do not"),
     (["--config.mesh.tensor=4", "--config.model.n_heads=24", "--config.model.n_kv_heads=6"], "n_kv_heads=6 divide it"),
+    (["--config.mesh.context=3"], "into whole chunks of 64"),
+    (["--config.mesh.context=16"], "into whole chunks of 64"),
+    (["--config.mesh.context=2", "--config.model.chunk_len=500"], "into whole chunks of 500"),
+    (["--config.mesh.context=3", "--config.model.plan=((('rope_full+moe',),1),)"], "into whole tokens"),
+    (["--config.mesh.context=4", "--config.data.tiles_per_row=26"], "mesh.context=4 splits them evenly"),
+    (["--config.data.align_tokens=100"], "of whole chunks of 64"),
+    (["--config.data.align_tokens=192"], "a row of seq_len=512 is a whole number of stripes"),
+    (["--config.data.align_tokens=256", "--config.mesh.context=2"], "it divides the 128 tokens of a stripe"),
 ]
 
 

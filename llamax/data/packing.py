@@ -12,6 +12,10 @@ conversation, only what the assistant says is (`Encoded.trained`).
 A window is held in memory, so there is a most that it may hold. A document that would go beyond it is left out and
 counted, and smaller ones behind it are still taken.
 
+Where rows are split over devices (stripes.py), a piece that fits into a stripe lies inside one, and any other begins at
+one: then no chunk of a document, one of which begins every C tokens of it, lies in two stripes, which are whole chunks.
+What that leaves free stands between the documents, as padding.
+
 What comes out depends on the window's documents and its number alone. Letters: R rows, T = seq_len, P tile pixels.
 """
 
@@ -90,27 +94,43 @@ def split(document: Encoded, seq_len: int, tiles_per_row: int) -> list[Piece] | 
     return pieces
 
 
-def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int) -> list[list[Piece]]:
-    """Best-fit decreasing: rows as lists of pieces, each within both capacities."""
-    free_tokens = np.full(len(pieces), seq_len)  # of every row that could be opened; untouched rows are empty
+def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int, stripe: int) -> list[list[tuple[int, Piece]]]:
+    """Best-fit decreasing: rows as lists of (first place, piece), each row within both capacities.
+
+    A piece that does not fit into a stripe of `stripe` tokens begins at one; any other lies inside one.
+    """
+    n = seq_len // stripe
+    free = np.full((len(pieces), n), stripe)  # at the end of each stripe, of every row that could be opened
     free_tiles = np.full(len(pieces), tiles_per_row)
-    rows: list[list[Piece]] = []
-    sizes = [-max(piece.n_tokens / seq_len, piece.n_tiles / max(tiles_per_row, 1)) for piece in pieces]
+    rows: list[list[tuple[int, Piece]]] = []
+    shares = [-max(piece.n_tokens / seq_len, piece.n_tiles / max(tiles_per_row, 1)) for piece in pieces]
     first = 0  # rows before it are full; without this a document of many rows takes time as their square
-    for i in np.argsort(sizes, kind="stable"):
-        piece, n = pieces[i], len(rows)
-        while first < n and free_tokens[first] == 0:
+    for i in np.lexsort((shares, [piece.n_tokens <= stripe for piece in pieces])):  # long ones first
+        piece, opened = pieces[i], len(rows)
+        while first < opened and not free[first].any():
             first += 1
-        left = free_tokens[first:n] - piece.n_tokens
-        left[(left < 0) | (free_tiles[first:n] < piece.n_tiles)] = seq_len + 1
-        row = first + int(left.argmin()) if first < n else n
-        if row == n or left[row - first] > seq_len:
-            row = n
+        open_rows = free[first:opened]
+        if piece.n_tokens > stripe:  # behind the other long ones
+            left = (np.sum(open_rows == stripe, 1, keepdims=True) * stripe) - piece.n_tokens
+        else:
+            left = open_rows - piece.n_tokens
+        left[(left < 0) | (free_tiles[first:opened, None] < piece.n_tiles)] = seq_len + 1
+        row, at = opened, 0
+        if left.size and left.min() <= seq_len:
+            row, at = np.unravel_index(left.argmin(), left.shape)
+            row = first + int(row)
+            if piece.n_tokens > stripe:
+                at = n - int(np.sum(free[row] == stripe))
+        if row == opened:
             rows.append([])
-        rows[row].append(piece)
-        free_tokens[row] -= piece.n_tokens
+        start = (int(at) + 1) * stripe - int(free[row, at])
+        end = start + piece.n_tokens
+        last = (end - 1) // stripe
+        free[row, int(at) : last] = 0
+        free[row, last] = (last + 1) * stripe - end
         free_tiles[row] -= piece.n_tiles
-    return rows
+        rows[row].append((start, piece))
+    return [sorted(row, key=lambda placed: placed[0]) for row in rows]
 
 
 def places(n_tokens: float, n_tiles: float, seq_len: int, tiles_per_row: int) -> float:
@@ -119,9 +139,14 @@ def places(n_tokens: float, n_tiles: float, seq_len: int, tiles_per_row: int) ->
 
 
 def pack_window(
-    documents: Iterable[Encoded], seq_len: int, tiles_per_row: int, rng: np.random.Generator, room: Room = ROOM
+    documents: Iterable[Encoded],
+    seq_len: int,
+    tiles_per_row: int,
+    rng: np.random.Generator,
+    room: Room = ROOM,
+    align: int = 0,
 ) -> Window:
-    """Packs the documents of a window; `rng` shuffles the rows.
+    """Packs the documents of a window; `rng` shuffles the rows. `align`: the tokens of a stripe, 0 for the whole row.
 
     Documents with `skip` and those for which there is no room are counted and left out. The documents may be an
     iterator that encodes them as they are asked for: no more than the window may hold are held at once.
@@ -144,16 +169,15 @@ def pack_window(
         pieces += cut or []
         taken.append(number)
         n_places, n_tile_bytes = n_places + its_places, n_tile_bytes + document.tiles.nbytes
-    rows = fit(pieces, seq_len, tiles_per_row)
+    rows = fit(pieces, seq_len, tiles_per_row, align or seq_len)
     rows = [rows[i] for i in rng.permutation(len(rows))]
     batch = _blank(len(rows), seq_len)
     for r, row in enumerate(rows):
-        t = 0
-        for segment, piece in enumerate(row, start=1):
+        for segment, (t, piece) in enumerate(row, start=1):
             _place(piece, batch, r, slice(t, t + piece.n_tokens), segment)
-            t += piece.n_tokens
-    tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for row in rows for piece in row if piece.n_tiles]
-    counts = np.array([sum(piece.n_tiles for piece in row) for row in rows], np.int32)
+    placed = [piece for row in rows for _, piece in row if piece.n_tiles]
+    tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for piece in placed]
+    counts = np.array([sum(piece.n_tiles for _, piece in row) for row in rows], np.int32)
     flat = np.concatenate(tiles) if tiles else batch.tiles
     return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped, np.array(taken, np.int32))
 

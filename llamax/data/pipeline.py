@@ -90,7 +90,7 @@ def build(data: config.Data, vision: config.Vision | None, seed: int, share: ran
         mixture = Mixture(list(weights.values()), [means[name].tokens for name in weights], deals)
         mixed = grain.MapDataset.select_from_datasets(parts, mixture)
         window_docs = _window_docs(weights, means, data, tiles_per_row, vision)
-        return _pack(mixed, window_docs, data.seq_len, tiles_per_row, (seed, stream))
+        return _pack(mixed, window_docs, data, tiles_per_row, (seed, stream))
 
     to_text, to_mixed = deal_text(shares)
     stream = Stream(
@@ -176,7 +176,7 @@ def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data:
 
 
 def _pack(
-    documents: grain.MapDataset, window_docs: int, seq_len: int, tiles_per_row: int, seed: tuple[int, int]
+    documents: grain.MapDataset, window_docs: int, data: config.Data, tiles_per_row: int, seed: tuple[int, int]
 ) -> grain.MapDataset:
     """Encoded documents to packed windows. A window's are encoded one after the other, as the packer asks for them."""
 
@@ -185,7 +185,8 @@ def _pack(
     def pack(number: int) -> Window:
         first = number * window_docs
         window = (documents[n] for n in range(first, min(first + window_docs, len(documents))))
-        return pack_window(window, seq_len, tiles_per_row, np.random.default_rng((*seed, number)), room)
+        rng = np.random.default_rng((*seed, number))
+        return pack_window(window, data.seq_len, tiles_per_row, rng, room, data.align_tokens)
 
     return grain.MapDataset.range(-(-len(documents) // window_docs)).map(pack)
 
@@ -342,9 +343,18 @@ class StreamIterator(grain.DatasetIterator):
         return collate(rows, len(stream.share), data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
 
     def get_state(self) -> dict[str, Any]:
-        return {"step": self._step} | {name: rows.state for name, rows in self._rows.items()}
+        where = {"step": self._step, "align_tokens": self._stream.data.align_tokens}
+        return where | {name: rows.state for name, rows in self._rows.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """ConfigError if the rows were aligned to other stripes: these would be other rows."""
+        was, now = state.get("align_tokens", 0), self._stream.data.align_tokens
+        if was != now:
+            change = f"Set --config.data.align_tokens={was}, and a --config.mesh.context that it fits."
+            if not was:
+                change = "Set --config.mesh.context=1 and --config.data.align_tokens=0, or choose another --workdir."
+            true = f"the run's rows so far are aligned to {was} (0: to none), and all after them would be others"
+            raise ConfigError(f"Rows aligned to stripes of {now} tokens", true, change)
         self._step = state["step"]
         for name, rows in self._rows.items():
             rows.state = state[name]
@@ -422,7 +432,7 @@ class HeldOut:
             return window
 
         encoded = grain.MapDataset.range(n).map(lambda i: encode(reader[i * len(reader) // n]))
-        windows = _pack(encoded, data.window_docs, data.seq_len, tiles[0], (0, 0)).map_with_index(note)
+        windows = _pack(encoded, data.window_docs, data, tiles[0], (0, 0)).map_with_index(note)
         rows = Rows(windows, workers=0, names=[str(self.manifest.path)] * (self.source_id + 1))
         while batch := list(itertools.islice(rows, data.rows)):
             yield collate(batch, data.rows, data.seq_len, tiles)

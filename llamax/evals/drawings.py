@@ -105,7 +105,7 @@ def continued(ctx: Context, prompts: Sequence[Prompt], **how: Any) -> list[list[
         ctx.check_stop()
         some = prompts[start : start + BATCH]
         how |= dict(stop={ctx.tokenizer.eos}, row_multiple=ctx.row_multiple)
-        said = generate(ctx.skeleton, ctx.params, ctx.router_bias, some, **how)
+        said = generate(ctx.sampler, ctx.params, ctx.router_bias, some, **how)
         new += [completion.text for (completion,) in said]
     return new
 

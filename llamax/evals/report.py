@@ -19,6 +19,7 @@ class Context(NamedTuple):
 
     run: config.Run
     skeleton: Skeleton
+    sampler: Skeleton  # the same for rows that are not cut: what `generate` takes
     tokenizer: Tokenizer
     put: Callable[[Batch], Batch]  # a host batch onto the mesh
     row_multiple: int  # the rows of a batch divide by it

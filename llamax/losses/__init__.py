@@ -24,6 +24,7 @@ class Term(NamedTuple):
     of: Callable[[Any, Batch, config.Model], Sum]  # scored: llamax.model.score.Score
     den: Callable[[Batch], Array]
     needs_experts: bool = False
+    in_row_order: bool = False  # of the routing and the batch; otherwise tokens may stand in any order
 
 
 def real(batch: Batch) -> Array:
@@ -54,6 +55,7 @@ TERMS: dict[str, Term] = {
         ),
         lambda batch: real(batch).sum(),
         needs_experts=True,
+        in_row_order=True,
     ),
     "router_z": Term(
         lambda scored, batch, model: router.z_loss(scored.routing.logits, real(batch)),

@@ -76,15 +76,15 @@ class Llama(nnx.Module):
         rows, slots = batch.tiles.shape[:2]
         if not slots:
             return x_BTD, None
-        pixels = batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:])
+        pixels = self.seam.constrain(batch.tiles.reshape(rows * slots, *batch.tiles.shape[2:]), (*TILES, None))
         features, square_LS = self.vision(normalise(pixels, self.dtype))
         if hasattr(self, "projector"):
             features = self.seam.constrain(linear(features, self.projector[...].astype(self.dtype)), TILES)
-        features_BFD = features.reshape(rows, -1, x_BTD.shape[-1])
+        features_BFD = self.seam.constrain(features.reshape(rows, -1, x_BTD.shape[-1]), ("rows", None, None))
         is_patch_BT = batch.tokens == self.patch_id
         used_BM = jnp.arange(slots) < is_patch_BT.sum(axis=1, keepdims=True) // (features_BFD.shape[1] // slots)
         energy_LB = jnp.sum(jnp.where(used_BM, square_LS.reshape(-1, rows, slots), 0.0), axis=-1)
-        return fuse(x_BTD, features_BFD, is_patch_BT), energy_LB
+        return fuse(x_BTD, features_BFD, is_patch_BT, self.seam.tokens.running), energy_LB
 
     def head_DV(self) -> Array:
         return self.embed[...].T if self.model.tied_embeddings else self.head[...]

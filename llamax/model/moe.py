@@ -52,18 +52,17 @@ class MoE(nnx.Module):
             self.shared = SwiGLU(dim, model.n_shared_experts * ffn_dim, out_gain=out_gain, rngs=rngs)
 
     def __call__(self, x_BTD: Array) -> tuple[Array, Routing]:
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        x_ND = self.seam.tokens.flat(x_BTD)
         # HIGHEST: left to themselves, TPUs multiply float32 in bfloat16 passes and GPUs in TF32, which moves choices.
         z_NE = jnp.matmul(x_ND.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
         index_NK = choose(jax.lax.stop_gradient(z_NE), self.router_bias[...], self.model)
         gate_NK = gates(z_NE, index_NK, self.model).astype(x_ND.dtype)
         weights = Experts(*(w[...].astype(x_ND.dtype) for w in (self.gate, self.up, self.down)))
         y_ND = self.seam.run_experts(x_ND, weights, index_NK, gate_NK, gate_on=self.model.gate_on)
-        y_BTD = y_ND.reshape(x_BTD.shape)
+        y_BTD, logits, index = (self.seam.tokens.unflat(x, len(x_BTD)) for x in (y_ND, z_NE, index_NK))
         if self.model.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        lead = x_BTD.shape[:2]
-        return y_BTD, Routing(z_NE.reshape(*lead, -1), index_NK.reshape(*lead, -1))
+        return y_BTD, Routing(logits, index)
 
 
 def choose(z_NE: Array, bias_E: Array, model: config.Model) -> Array:

@@ -23,8 +23,7 @@ class Score(NamedTuple):
 def score(model: Llama, batch: Batch) -> Score:
     """log p(targets[b, t] | what stands before and at t). The logits of a vocabulary never exist as a whole."""
     hidden_BTD, trace = model(batch)
-    shape = batch.targets.shape
+    tokens, rows = model.seam.tokens, len(batch.targets)
     head_DV = model.head_DV().astype(hidden_BTD.dtype)
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    nll_N, logz_N = model.seam.cross_entropy(hidden_ND, head_DV, batch.targets.reshape(-1))
-    return Score(-nll_N.reshape(shape), logz_N.reshape(shape), *trace)
+    nll_N, logz_N = model.seam.cross_entropy(tokens.flat(hidden_BTD), head_DV, tokens.flat(batch.targets))
+    return Score(-tokens.unflat(nll_N, rows), tokens.unflat(logz_N, rows), *trace)

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from jax import Array
 from jax.sharding import Mesh
 
+from llamax import config
 from llamax.kernels.attention import cached_attention, pick_attention, slow_attention
 from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
+from llamax.kernels.ring import Ring, ring_attention
 from llamax.model.layers import in_order
-from llamax.parallel import embed, expert, pipeline, place, tensor
+from llamax.parallel import context, embed, expert, pipeline, place, tensor
+from llamax.stripes import Stripes
 
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
 TABLE_AXES = ("vocab", "embed")
+RING_TILE = {"cpu": 64}  # tokens of a tile in ring attention; elsewhere 512, for the matrix units
 
 
 def unconstrained(x: Array, names: tuple[str | None, ...]) -> Array:
@@ -39,19 +43,33 @@ class Seam:
     lookup: Callable = embed.lookup  # (table_VD, tokens_BT, dtype) -> x_BTD
     repeat: Callable = in_order  # (step, x, stacked weights, rows, remat) -> x, told
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
+    tokens: context.Tokens = context.Tokens()
 
 
-def make_seam(mesh: Mesh, *, expert_buffer: float = 2.0, microbatches: int = 0) -> Seam:
-    """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths."""
+def make_seam(mesh: Mesh, train: config.Train = config.Train(), stripes: Stripes = place.WHOLE) -> Seam:  # noqa: B008
+    """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths.
+
+    `stripes`: how the batches' rows are cut over the axis `context`. As long as they are whole, as for sampling, the
+    axis splits rows like the others.
+    """
     platform = mesh.devices.flat[0].platform
+    whole = stripes.n == 1
+    attention: Callable = pick_attention(platform)
+    if not whole:
+        assert stripes.shards == mesh.shape[context.AXIS], f"{stripes} on a mesh of {dict(mesh.shape)}"
+        ring = Ring(context.AXIS, stripes.shards, stripes.each, RING_TILE.get(platform, 512))
+        attention = context.LocalOrRing(attention, ring_attention, ring)
     return Seam(
-        attention=tensor.SplitHeads(pick_attention(platform), mesh),
-        cached_attention=place.PerShard(cached_attention, mesh),
+        attention=tensor.SplitHeads(attention, mesh, tensor.WHOLE_HEADS if whole else tensor.HEADS),
+        cached_attention=place.PerShard(cached_attention, mesh, rows=place.FLAT),
         run_experts=expert.SplitExperts(
-            pick_experts(platform), mesh, EXPERT_AXES, expert_buffer, expert.pick_exchange(platform)
+            pick_experts(platform), mesh, EXPERT_AXES, train.expert_buffer, expert.pick_exchange(platform)
         ),
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
-        lookup=embed.SplitLookup(mesh, TABLE_AXES),
-        repeat=pipeline.Pipelined(in_order, mesh, microbatches) if mesh.shape[pipeline.AXIS] > 1 else in_order,
-        constrain=place.Constrain(mesh),
+        lookup=embed.SplitLookup(mesh, TABLE_AXES, embed.WHOLE_ROWS if whole else embed.TOKENS),
+        repeat=pipeline.Pipelined(in_order, mesh, train.pipeline_microbatches)
+        if mesh.shape[pipeline.AXIS] > 1
+        else in_order,
+        constrain=place.Constrain(mesh, whole),
+        tokens=context.Tokens() if whole else context.SplitTokens(mesh, stripes),
     )

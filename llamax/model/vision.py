@@ -26,7 +26,7 @@ from llamax.model.layers import LayerNorm, embedding, linear, matrix, mean_squar
 from llamax.model.rope import grid_rotation, rotate
 from llamax.model.seam import unconstrained
 
-TILES = ("rows", None, None)  # tiles lie with their rows
+TILES = ("flat", None, None)  # tiles of all rows: devices that share a row share its tiles
 
 
 def normalise(tiles: Array, dtype) -> Array:

@@ -33,6 +33,7 @@ MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
     *(f"health.{name}" for name in ("on_nonfinite", "on_spike", "spike_sigmas", "max_bad_steps", "max_roll_backs")),
     *("health.norms_every_steps", "health.stall_s"),
     "mesh.*",
+    "data.align_tokens",  # the data's state knows what the rows are aligned to
     "data.workers",
     "data.prefetch_batches",
 )

@@ -21,6 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llamax.parallel import rules, tensor
 
+TOKENS, WHOLE_ROWS = ("rows", "tokens"), ("flat", None)  # how tokens [B, T] are split
+
 
 def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
     return table_VD[tokens_BT].astype(dtype)
@@ -28,16 +30,17 @@ def lookup(table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
 
 @dataclass(frozen=True)
 class SplitLookup:
-    """`lookup` on a mesh. `axes`: the logical axes of the table."""
+    """`lookup` on a mesh. `axes`: the logical axes of the table; `tokens`: of what is looked up."""
 
     mesh: Mesh
     axes: rules.Axes
+    tokens: rules.Axes = TOKENS
 
     def __call__(self, table_VD: Array, tokens_BT: Array, dtype: Any) -> Array:
         if self.mesh.size == 1:
             return lookup(table_VD, tokens_BT, dtype)
         table = rules.fitting(self.axes, table_VD.shape, rules.PARAMETERS, self.mesh)
-        tokens = rules.spec(("rows", "tokens"), rules.ACTIVATIONS)
+        tokens = rules.spec(self.tokens, rules.ACTIVATIONS)
         local = partial(_local, dtype=dtype, table=table, tokens=tokens)
         out = PartitionSpec(*tokens, None)
         split = jax.shard_map(local, mesh=self.mesh, in_specs=(table, tokens), out_specs=out, check_vma=False)

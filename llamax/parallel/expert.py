@@ -28,7 +28,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from llamax.parallel import tensor
-from llamax.parallel.place import PerShard
+from llamax.parallel.place import FLAT, PerShard
 
 AXIS = "expert"
 Weights = tuple[Array, ...]  # gate_EDF, up_EDF, down_EFD
@@ -115,7 +115,7 @@ class SplitExperts:
             run, keep = Exchanged(run, e, self.buffer, self.exchange), (*keep, AXIS)
         if t > 1 and F % t == 0:
             run, keep = tensor.Summed(run), (*keep, tensor.AXIS)
-        return PerShard(run, self.mesh, (None, self.axes), keep)(x_ND, experts, index_NK, gate_NK, **how)
+        return PerShard(run, self.mesh, (None, self.axes), keep, FLAT)(x_ND, experts, index_NK, gate_NK, **how)
 
 
 @dataclass(frozen=True)

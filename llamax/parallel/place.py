@@ -18,18 +18,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax.batch import Batch
 from llamax.parallel import rules
+from llamax.stripes import Stripes
+
+WHOLE = Stripes()  # rows that are not cut
+FLAT = ("flat",)  # the first dimension of what has rows x tokens as one
 
 
 @dataclass(frozen=True)
 class Constrain:
-    """`constrain(x, names)`: fix the sharding of an activation by the rules, as at every block boundary."""
+    """`constrain(x, names)`: fix the sharding of an activation by the rules, as at every block boundary.
+
+    `whole_rows`: no row is cut; what is alike to each other along `context` are devices with other rows (sampling).
+    """
 
     mesh: Mesh
+    whole_rows: bool = False
 
     def __call__(self, x: jax.Array, names: rules.Axes) -> jax.Array:
         if self.mesh.size == 1:
             return x
         assert len(names) == x.ndim, f"{names} does not name the {x.ndim} dimensions of {x.shape}"
+        if self.whole_rows:
+            names = tuple({"rows": "flat", "tokens": None}.get(name, name) for name in names)
         here = seen_here(self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(here, left_here(rules.spec(names, rules.ACTIVATIONS))))
 
@@ -68,7 +78,7 @@ class PerShard:
 
     What is split over a mesh axis in `keep` is not gathered: the kernel works on its part of the weights and combines
     what the devices along that axis found (parallel/tensor.py). `rows` names the dimensions of positional arguments
-    that are no weights, and of the output, where more than rows is split.
+    that are no weights, and of the output, where more than rows is split; keyword arguments have the first of these.
     """
 
     fn: Callable
@@ -82,7 +92,7 @@ class PerShard:
             return self.fn(*args, **kwargs)
         static = {name: x for name, x in kwargs.items() if not hasattr(x, "shape")}
         arrays = {name: x for name, x in kwargs.items() if name not in static}
-        rows = left_here(PartitionSpec(rules.ROWS))
+        rows = {name: left_here(rules.spec(self.rows[: x.ndim], rules.ACTIVATIONS)) for name, x in arrays.items()}
         axes = self.weights + (None,) * (len(args) - len(self.weights))
         split_rows = left_here(rules.spec(self.rows, rules.ACTIVATIONS))
         specs = tuple(
@@ -179,8 +189,11 @@ def rows_here(mesh: Mesh, n_rows: int) -> range:
     return range(needed[0], needed[-1] + 1)
 
 
-def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None) -> Batch:
+def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None, stripes: Stripes = WHOLE) -> Batch:
     """The global batch on the devices, from the rows that this process read: `rows_here`, all of their tokens.
+
+    This is where tokens leave the row order: on the devices they stand in the shard order of `stripes`, and
+    `context.SplitTokens.row_order` is the way back.
 
     Args:
       n_rows: of the global batch; None: as many as its processes read together, no two of them the same. It must divide
@@ -190,16 +203,19 @@ def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None) -> Batch:
     def put(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, x, None if n_rows is None else (n_rows, *x.shape[1:]))
 
+    if stripes.n > 1:
+        places = stripes.places(batch.tokens.shape[1])
+        batch = batch._replace(**{name: x[:, places] for name, x in batch._asdict().items() if name != "tiles"})
     if jax.process_count() == 1:
         return jax.tree.map(put, batch_shardings(mesh), batch)
     with jax.transfer_guard_host_to_device("allow"):  # it counts this way of putting, by name, as none by name
         return jax.tree.map(put, batch_shardings(mesh), batch)
 
 
-def put_whole_batch(batch: Batch, mesh: Mesh) -> Batch:
+def put_whole_batch(batch: Batch, mesh: Mesh, stripes: Stripes = WHOLE) -> Batch:
     """The same from all rows, which every process has read."""
     mine = rows_here(mesh, len(batch.tokens))
-    return put_batch(jax.tree.map(lambda x: x[mine.start : mine.stop], batch), mesh, len(batch.tokens))
+    return put_batch(jax.tree.map(lambda x: x[mine.start : mine.stop], batch), mesh, len(batch.tokens), stripes)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -49,6 +49,7 @@ RESTING: Mapping[str, Table] = {
 ACTIVATIONS: Table = {
     "rows": ROWS,
     "tokens": "context",
+    "flat": (*ROWS, "context"),  # rows x tokens, or rows x tile slots, as one dimension: shard after shard
     "heads": "tensor",
 }
 

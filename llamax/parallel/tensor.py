@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from llamax.parallel.place import PerShard
+from llamax.parallel import rules
+from llamax.parallel.place import FLAT, PerShard
 
 AXIS = "tensor"
-HEADS = ("rows", None, "heads", None)  # of queries, keys, values and what attention gives: [B, T, H, Dh]
+HEADS = ("rows", "tokens", "heads", None)  # of queries, keys, values and what attention gives: [B, T, H, Dh]
+WHOLE_HEADS = ("flat", None, "heads", None)  # where no row is cut
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,15 @@ class SplitHeads:
 
     attention: Callable
     mesh: Mesh
+    dims: rules.Axes = HEADS
 
     def __call__(self, q_BTHDh: Array, k_BTKDh: Array, v_BTKDh: Array, **rows: Any) -> Array:
         t, H, K = self.mesh.shape[AXIS], q_BTHDh.shape[2], k_BTKDh.shape[2]
         if t == 1 or H % t or (K % t and t % K):
-            return PerShard(self.attention, self.mesh)(q_BTHDh, k_BTKDh, v_BTKDh, **rows)
+            return PerShard(self.attention, self.mesh, rows=self.dims[:2])(q_BTHDh, k_BTKDh, v_BTKDh, **rows)
         if K % t:
             k_BTKDh, v_BTKDh = (jnp.repeat(x, t // K, axis=2) for x in (k_BTKDh, v_BTKDh))
-        return PerShard(self.attention, self.mesh, rows=HEADS)(q_BTHDh, k_BTKDh, v_BTKDh, **rows)
+        return PerShard(self.attention, self.mesh, rows=self.dims)(q_BTHDh, k_BTKDh, v_BTKDh, **rows)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class SplitVocabulary:
     def __call__(self, hidden_ND: Array, head_DV: Array, targets_N: Array) -> tuple[Array, Array]:
         t, V = self.mesh.shape[AXIS], head_DV.shape[-1]
         if t == 1 or V % t:
-            return PerShard(self.cross_entropy, self.mesh, (None, self.axes))(hidden_ND, head_DV, targets_N)
-        parts = PerShard(PartsOfVocabulary(self.cross_entropy), self.mesh, (None, self.axes), keep=(AXIS,))
+            return PerShard(self.cross_entropy, self.mesh, (None, self.axes), rows=FLAT)(hidden_ND, head_DV, targets_N)
+        parts = PerShard(PartsOfVocabulary(self.cross_entropy), self.mesh, (None, self.axes), (AXIS,), FLAT)
         return parts(hidden_ND, head_DV, targets_N)
 
 

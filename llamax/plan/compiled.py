@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llamax import config
+from llamax import config, stripes
 from llamax.config import ConfigError
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
@@ -50,8 +50,9 @@ def traced(run: config.Run, devices: list[Any]) -> Traced:
 
 
 def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
+    cut = stripes.of(run.model, run.data.seq_len, mesh.shape["context"])
+    seam = make_seam(mesh, run.train, cut)
     # Any token may stand for the patch: it is a constant that no shape depends on.
-    seam = make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches)
     return skeleton(run.model, seam, patch_id=0, train=run.train)
 
 

@@ -18,7 +18,7 @@ from jax import Array
 from llamax import config
 from llamax.batch import Batch
 from llamax.losses import TERMS, Sum, next_token, router
-from llamax.model.score import score
+from llamax.model.score import Score, score
 from llamax.model.skeleton import Skeleton
 from llamax.optim.schedules import schedule
 from llamax.parallel.place import Copies
@@ -66,8 +66,13 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
     weights = {name: weight for name, weight in weights.items() if weight}
 
     def loss(params, router_bias, batch: Batch, dens: dict[str, Array]):
-        scored = score(skeleton.bind(params, router_bias), batch)
-        terms = {name: TERMS[name].of(scored, batch, run.model) for name in weights}
+        model = skeleton.bind(params, router_bias)
+        scored = score(model, batch)
+        seen = {name: (scored, batch) for name in weights}
+        if any(TERMS[name].in_row_order for name in weights):
+            ordered = in_row_order(scored, batch, model.seam.tokens.row_order)
+            seen |= {name: ordered for name in weights if TERMS[name].in_row_order}
+        terms = {name: TERMS[name].of(*seen[name], run.model) for name in weights}
         # Divided by what the whole batch counts, of which these rows may be a part.
         total = sum(weights[name] * Sum(term.num, dens[name]).mean() for name, term in terms.items())
         per_source = next_token.by_source(scored.logp, batch.loss_weights, batch.source_ids, n_sources)
@@ -100,6 +105,13 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
         return jax.tree.map(jax.freeze, totals), jax.tree.map(lambda x: x.sum(axis=0), told)
 
     return gradient
+
+
+def in_row_order(scored: Score, batch: Batch, row_order: Callable[..., Array]) -> tuple[Score, Batch]:
+    """The routing and the batch with tokens as they stand in their rows."""
+    routing = scored.routing and jax.tree.map(lambda x: row_order(x, 2), scored.routing)
+    ordered = {name: row_order(x) for name, x in batch._asdict().items() if name != "tiles"}
+    return scored._replace(routing=routing), batch._replace(**ordered)
 
 
 def each_nth_row(batch: Batch, n: int, first: Array) -> Batch:

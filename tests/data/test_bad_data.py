@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamax.config import ConfigError, Source
+from llamax.config import ConfigError, Data, Source
 from llamax.data import encode, images, packing, sources, video
 from llamax.data.encode import Encoder
 from llamax.data.packing import pack_window
@@ -433,7 +433,7 @@ def test_a_window_holds_no_more_than_it_may_while_it_is_made_and_after(monkeypat
     def peak_mib(tile_bytes: int, places: int) -> tuple[int, packing.Window]:
         monkeypatch.setattr(packing, "ROOM", packing.Room(places, tile_bytes))
         tracemalloc.start()
-        window = _pack(Made(100), 100, 128, 64, (0, 0))[0]
+        window = _pack(Made(100), 100, Data(seq_len=128), 64, (0, 0))[0]
         peak = tracemalloc.get_traced_memory()[1] // 2**20
         tracemalloc.stop()
         return peak, window

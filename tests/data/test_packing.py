@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llamax.data.encode import Encoded
-from llamax.data.packing import collate, pack_window, split
+from llamax.data.packing import collate, fit, pack_window, split
 
 BOS, EOS, START, END, PATCH, FIRST_TEXT = 1, 2, 3, 4, 5, 10
 P = 2  # pixels of a tile
@@ -43,8 +43,8 @@ def random_documents(seed, n, multimodal):
         yield document(layout, source_id=i % 3, seed=(seed, i))
 
 
-def pack(documents, seq_len=128, tiles=8, seed=0):
-    return pack_window(list(documents), seq_len, tiles, np.random.default_rng(seed))
+def pack(documents, seq_len=128, tiles=8, seed=0, align=0):
+    return pack_window(list(documents), seq_len, tiles, np.random.default_rng(seed), align=align)
 
 
 def segments(window):
@@ -69,10 +69,10 @@ def slow_pairs(documents):
             yield d.source_id, int(d.tokens[i]), int(d.tokens[i + 1]), 0.0 if i + 1 in inside else 1.0
 
 
-@pytest.mark.parametrize("multimodal", [False, True])
-def test_every_pair_and_every_tile_lands_exactly_once(multimodal):
+@pytest.mark.parametrize(("multimodal", "align"), [(False, 0), (True, 0), (False, 32), (True, 16)])
+def test_every_pair_and_every_tile_lands_exactly_once(multimodal, align):
     documents = list(random_documents(1, 60, multimodal))
-    window = pack(documents)
+    window = pack(documents, align=align)
     found, tiles = [], []
     for tokens, targets, weights, positions, sources, own_tiles in segments(window):
         found += zip(sources.tolist(), tokens.tolist(), targets.tolist(), weights.tolist(), strict=True)
@@ -94,6 +94,52 @@ def test_rows_keep_their_capacity_and_padding_is_blank():
         used = ids[ids > 0]
         assert np.all(np.diff(used) >= 0) and set(used.tolist()) == set(range(1, used.max() + 1))
         assert not ids[len(used) :].any()
+
+
+@pytest.mark.parametrize(("align", "chunk"), [(16, 16), (32, 32), (64, 16), (128, 32)])
+def test_no_chunk_of_a_document_lies_in_two_stripes(align, chunk):
+    rows = pack(random_documents(2, 120, True), align=align).rows
+    stripe = np.arange(128) // align
+    stripes_of: dict[tuple, set] = {}
+    for (r, t), segment in np.ndenumerate(rows.segment_ids):
+        if segment:
+            stripes_of.setdefault((r, segment, rows.positions[r, t] // chunk), set()).add(stripe[t])
+    assert all(len(found) == 1 for found in stripes_of.values())
+    longest = max(rows.positions.ravel())
+    assert longest > align or align == 128, "a document that goes over several stripes"
+    for r, ids in enumerate(rows.segment_ids):  # in row order, each without a gap
+        starts = [int(np.argmax(ids == segment)) for segment in range(1, ids.max() + 1)]
+        assert starts == sorted(starts)
+        for segment, start in enumerate(starts, start=1):
+            n = int((ids == segment).sum())
+            np.testing.assert_array_equal(rows.positions[r, start : start + n], np.arange(n))
+
+
+def slow_fit(pieces, seq_len, tiles_per_row):
+    """Best fit by the definition, where rows are whole: the largest piece first, into the row that it fills most."""
+    rows = []
+    for piece in sorted(pieces, key=lambda p: -max(p.n_tokens / seq_len, p.n_tiles / max(tiles_per_row, 1))):
+        left = {
+            i: seq_len - sum(p.n_tokens for p in row) - piece.n_tokens
+            for i, row in enumerate(rows)
+            if sum(p.n_tiles for p in row) + piece.n_tiles <= tiles_per_row
+        }
+        left = {i: n for i, n in left.items() if n >= 0}
+        if not left:
+            rows.append([])
+            left = {len(rows) - 1: 0}
+        rows[min(left, key=left.get)].append(piece)
+    return rows
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_whole_rows_are_packed_best_fit_and_without_gaps(multimodal):
+    pieces = [piece for d in random_documents(6, 200, multimodal) for piece in split(d, 128, 8)]
+    rows, expected = fit(pieces, 128, 8, 128), slow_fit(pieces, 128, 8)
+    assert [[piece for _, piece in row] for row in rows] == expected
+    assert [[t for t, _ in row] for row in rows] == [
+        list(itertools.accumulate([p.n_tokens for p in row[:-1]], initial=0)) for row in expected
+    ]
 
 
 def test_a_long_text_goes_on_in_other_rows_with_its_true_targets():
@@ -157,10 +203,19 @@ def test_rows_are_shuffled_by_the_windows_number_alone():
     assert sorted(map(bytes, first.rows.tokens)) == sorted(map(bytes, other.rows.tokens))
 
 
-@pytest.mark.parametrize("multimodal, least", [(False, 0.98), (True, 0.96)])
-def test_rows_are_full(multimodal, least):
+@pytest.mark.parametrize(
+    ("multimodal", "seq_len", "align", "least"),
+    [
+        (False, 512, 0, 0.98),
+        (True, 512, 0, 0.96),
+        (False, 512, 64, 0.9),
+        (False, 2048, 512, 0.95),
+        (True, 2048, 512, 0.93),
+    ],
+)
+def test_rows_are_full(multimodal, seq_len, align, least):
     """Where tokens are what runs out first; the slots of tiles are another matter (next test)."""
-    window = pack(random_documents(5, 256, multimodal), seq_len=512, tiles=64)
+    window = pack(random_documents(5, 256, multimodal), seq_len=seq_len, tiles=seq_len // 8, align=align)
     assert (window.rows.segment_ids > 0).mean() >= least
 
 

@@ -110,6 +110,25 @@ def test_resume_is_exact_at_every_point(config):
     assert max(map(len, states)) < 300  # bytes
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "advice"), [(32, 0, "data.align_tokens=32"), (0, 64, "mesh.context=1"), (32, 64, "align_tokens=32")]
+)
+def test_a_stream_goes_on_with_the_alignment_that_it_had(config, was, now, advice):
+    before, after = (iter(build(dataclasses.replace(config, align_tokens=n), VISION, 3)) for n in (was, now))
+    take(before, 3)
+    with pytest.raises(ConfigError, match=advice):
+        after.set_state(before.get_state())
+    again = iter(build(dataclasses.replace(config, align_tokens=was), VISION, 3))
+    again.set_state(before.get_state())
+    same(take(again, 2), take(before, 2))
+
+
+def test_a_state_from_before_alignment_is_one_without(config):
+    stream = iter(build(config, VISION, 3))
+    state = {key: value for key, value in stream.get_state().items() if key != "align_tokens"}
+    stream.set_state(state)
+
+
 def test_prefetching_changes_nothing_but_when(config):
     plain = iter(build(config, VISION, 4))
     ahead = iter(build(dataclasses.replace(config, prefetch_batches=3), VISION, 4))

@@ -18,7 +18,7 @@ from tests.runs import tiny_run
 
 RUN = tiny_run()
 TOKENIZER = Tokenizer(RUN.data.tokenizer)
-CTX = Context(RUN, None, TOKENIZER, lambda batch: batch, 1, {}, {})
+CTX = Context(RUN, None, None, TOKENIZER, lambda batch: batch, 1, {}, {})
 TRUTH = [("red", "star"), ("blue", "ring"), ("red", "ring"), ("blue", "star")]
 PAINT = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 

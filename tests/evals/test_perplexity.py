@@ -37,7 +37,7 @@ def ctx(monkeypatch) -> Context:
 
     monkeypatch.setattr(perplexity, "score", uniform)
     perplexity.sums.clear_cache()
-    return Context(RUN, Ignorant(), TOKENIZER, lambda batch: batch, 1, {}, {})
+    return Context(RUN, Ignorant(), None, TOKENIZER, lambda batch: batch, 1, {}, {})
 
 
 def manifest(folder, lines: list[dict], kind: str = "multimodal") -> str:

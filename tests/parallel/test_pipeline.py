@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llamax.kernels.cross_entropy import slow_cross_entropy
-from llamax.model.layers import in_order, unchanged
+from llamax.model.layers import in_order
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import skeleton
 from llamax.optim.build import optimizer

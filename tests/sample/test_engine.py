@@ -230,9 +230,12 @@ def test_a_conversation_goes_on_from_what_was_heard(tiny):
     assert said[-1] == stop and stop not in said[:-1] and talk.tokens == PROMPTS[0] + said
 
 
-def test_a_mesh_gives_the_tokens_of_one_device(tiny):
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 4}, pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow)], ids=str
+)
+def test_a_mesh_gives_the_tokens_of_one_device(sizes, tiny):
     """Weights and rows split over eight devices; prompts that do not fill the rows."""
-    mesh = make_mesh({"data": 2, "fsdp": 4})
+    mesh = make_mesh(sizes)
     skel = skeleton(MODEL, make_seam(mesh), patch_id=twins.PATCH, train=config.Train())
     params = jax.device_put(tiny[1], rules.shardings(skel.axes, tiny[1], mesh))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))

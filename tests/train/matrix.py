@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from llamax import config, variants
+from llamax import config, stripes, variants
 from llamax.batch import Batch
 from llamax.data import pipeline
 from llamax.data.tokenizer import Tokenizer
@@ -45,7 +45,8 @@ SHAPES = {
 
 def shaped(name: str, repeats: int = 2, **sections) -> config.Run:
     """A run whose every dimension divides by 8: heads, experts, widths, rows, chunks of a row. Periods of repeats."""
-    run = tiny_run(**sections)
+    # Documents aligned to chunks: the same rows for every size of `context`.
+    run = tiny_run(**sections | dict(data=dict(align_tokens=16) | sections.get("data", {})))
     shape = dict(SHAPES[name])
     ((period, _),) = shape.pop("plan")
     model = dataclasses.replace(
@@ -65,8 +66,12 @@ class Outcome(NamedTuple):
 
 
 def bones_on(run: config.Run, mesh: Any) -> Skeleton:
-    seam = make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches)
+    seam = make_seam(mesh, run.train, stripes_of(run))
     return skeleton(run.model, seam, patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train)
+
+
+def stripes_of(run: config.Run) -> stripes.Stripes:
+    return stripes.of(run.model, run.data.seq_len, run.mesh.context)
 
 
 def mesh_of(run: config.Run) -> Any:
@@ -80,7 +85,7 @@ def outcome(run: config.Run, batch: Batch) -> Outcome:
     bones = bones_on(run, mesh)
     step, shapes = build(run, bones, SGD, mesh)
     state = jax.device_put(host_state(run.model), jax.tree.map(lambda x: x.sharding, shapes))
-    placed = place.put_batch(batch, mesh=mesh)
+    placed = place.put_batch(batch, mesh=mesh, stripes=stripes_of(run))
     routes = jax.jit(functools.partial(_routes, bones))(state.params, state.router_bias, placed)
     routes = np.asarray(jax.device_get(routes))
     losses, gradients = [], {}
@@ -94,7 +99,8 @@ def outcome(run: config.Run, batch: Batch) -> Outcome:
 
 
 def _routes(bones: Skeleton, params: Any, router_bias: Any, batch: Batch) -> jax.Array:
-    return score(bones.bind(params, router_bias), batch).routing.index
+    model = bones.bind(params, router_bias)
+    return model.seam.tokens.row_order(score(model, batch).routing.index, 2)
 
 
 def by_path(tree: Any) -> dict[str, np.ndarray]:

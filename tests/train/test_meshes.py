@@ -33,7 +33,7 @@ def gradient_on(run: config.Run, batch: Batch | None = None):
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     bones = skeleton(
         run.model,
-        make_seam(mesh, expert_buffer=run.train.expert_buffer, microbatches=run.train.pipeline_microbatches),
+        make_seam(mesh, run.train),
         patch_id=Tokenizer(run.data.tokenizer).patch,
         train=run.train,
     )
