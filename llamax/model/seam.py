@@ -20,6 +20,7 @@ from llamax.stripes import Stripes
 EXPERT_AXES = Experts(("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed"))
 HEAD_AXES = ("embed", "vocab")
 TABLE_AXES = ("vocab", "embed")
+PLAIN = config.Train()
 RING_TILE = {"cpu": 64}  # tokens of a tile in ring attention; elsewhere 512, for the matrix units
 
 
@@ -46,14 +47,14 @@ class Seam:
     tokens: context.Tokens = context.Tokens()
 
 
-def make_seam(mesh: Mesh, train: config.Train = config.Train(), stripes: Stripes = place.WHOLE) -> Seam:  # noqa: B008
+def make_seam(mesh: Mesh, train: config.Train = PLAIN, stripes: Stripes = place.WHOLE) -> Seam:
     """The fast functions for the mesh's platform, each device working on its own rows, and its part of the widths.
 
     `stripes`: how the batches' rows are cut over the axis `context`. As long as they are whole, as for sampling, the
     axis splits rows like the others.
     """
     platform = mesh.devices.flat[0].platform
-    whole = stripes.n == 1
+    stages, whole = mesh.shape[pipeline.AXIS], stripes.n == 1
     attention: Callable = pick_attention(platform)
     if not whole:
         assert stripes.shards == mesh.shape[context.AXIS], f"{stripes} on a mesh of {dict(mesh.shape)}"
@@ -67,9 +68,7 @@ def make_seam(mesh: Mesh, train: config.Train = config.Train(), stripes: Stripes
         ),
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
         lookup=embed.SplitLookup(mesh, TABLE_AXES, embed.WHOLE_ROWS if whole else embed.TOKENS),
-        repeat=pipeline.Pipelined(in_order, mesh, train.pipeline_microbatches)
-        if mesh.shape[pipeline.AXIS] > 1
-        else in_order,
+        repeat=pipeline.Pipelined(in_order, mesh, train.pipeline_microbatches) if stages > 1 else in_order,
         constrain=place.Constrain(mesh, whole),
         tokens=context.Tokens() if whole else context.SplitTokens(mesh, stripes),
     )
