@@ -134,12 +134,13 @@ class Copies:
     """What a step computes with, where master weights rest split over more axes than that (rules.RESTING).
 
     Called once a step, before the first micro-batch: so whatever their number, a weight crosses the axes that only its
-    master is split by (`data`, which may be slow) once, and in the dtype of the computation. Leaves of the three trees
+    master is split by (`data`, which may be slow) once, and in the dtype of the computation. Leaves of the trees
     belong together; a weight that rests where it is computed with goes through as it is.
     """
 
     resting: Any  # NamedSharding
     computing: Any  # NamedSharding
+    summed: Any  # NamedSharding: where gradients are first summed to, on their way to where they rest
     dtypes: Any  # of the copies
 
     def __call__(self, params: Any) -> Any:
@@ -153,23 +154,21 @@ class Copies:
 
     def standing_for(self, params: Any, copies: Any) -> Any:
         """The copies, whose gradient is that of `params`: float32, and scattered to where they rest."""
-        return jax.tree.map(_standing_for, self.resting, self.computing, params, copies)
+        return jax.tree.map(_standing_for, self.resting, self.summed, params, copies)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _standing_for(resting: NamedSharding, computing: NamedSharding, x: jax.Array, copy: jax.Array) -> jax.Array:
-    del resting, computing, x
+def _standing_for(resting: NamedSharding, summed: NamedSharding, x: jax.Array, copy: jax.Array) -> jax.Array:
+    del resting, summed, x
     return copy
 
 
-def _scattered(resting: NamedSharding, computing: NamedSharding, _: None, dcopy: jax.Array) -> tuple[jax.Array, None]:
-    # In two steps: summed along fast axes to where it was computed with, the slow one is left the parts of that. In
-    # one, the compiler sums along all axes at once, and the slow one carries as much as the fast.
-    dcopy = jax.lax.with_sharding_constraint(dcopy, computing)
+def _scattered(resting: NamedSharding, summed: NamedSharding, _: None, dcopy: jax.Array) -> tuple[jax.Array, None]:
+    dcopy = jax.lax.with_sharding_constraint(dcopy, summed)
     return jax.lax.with_sharding_constraint(dcopy, resting).astype(np.float32), None
 
 
-_standing_for.defvjp(lambda resting, computing, x, copy: (copy, None), _scattered)
+_standing_for.defvjp(lambda resting, summed, x, copy: (copy, None), _scattered)
 
 
 def batch_shardings(mesh: Mesh) -> Batch:

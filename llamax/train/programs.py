@@ -102,6 +102,10 @@ def copies(run: config.Run, bones: Skeleton, resting: Any, shapes: Any) -> place
 
     Matrices are copied in the dtype of the computation, but for the router. Embeddings are looked up, and their
     gradient is a long sum for a frequent token: both stay float32.
+
+    Gradients of what runs per shard come summed along the fast axes (place.gather). The compiler would sum those of
+    other matrices along all axes at once, and the slow one would carry as much as the fast: those go to where the copy
+    is first, and the slow axis is left the parts of that.
     """
     mesh = jax.tree.leaves(resting)[0].mesh
     computing = rules.shardings(bones.axes, shapes, mesh)
@@ -111,7 +115,11 @@ def copies(run: config.Run, bones: Skeleton, resting: Any, shapes: Any) -> place
     def dtype(path: tuple, kind: str) -> str:
         return run.train.compute_dtype if kind == "matrix" and path[-1].key not in EXACT else "float32"
 
-    return place.Copies(resting, computing, jax.tree.map_with_path(dtype, bones.kinds))
+    def summed(x: Any, names: rules.Axes, at_rest: Any, computed: Any) -> Any:
+        return at_rest if {"experts", "vocab"} & set(names) else computed
+
+    where = jax.tree.map(summed, shapes, bones.axes, resting, computing)
+    return place.Copies(resting, computing, where, jax.tree.map_with_path(dtype, bones.kinds))
 
 
 def check_memories(run: config.Run, mesh: Mesh) -> None:
