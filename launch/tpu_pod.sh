@@ -60,15 +60,25 @@ pass_on() {
 }
 trap pass_on TERM INT
 
+code_of() { # of a process in the background, when it has ended; a signal ends the waiting, not the process
+    local code again
+    wait "$1"
+    code=$?
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1"
+        code=$?
+    done
+    wait "$1" 2>/dev/null # it may have ended while a signal was handled
+    again=$?
+    if [ "$again" -ne 127 ]; then code=$again; fi
+    return "$code"
+}
+
 for ((left = restarts; ; left--)); do
     "${workers[@]}" "--command=$start" & # a Ctrl-C does not reach what runs in the background
     job=$!
-    wait "$job"
+    code_of "$job"
     code=$?
-    while kill -0 "$job" 2>/dev/null; do # a signal ends the waiting, not the job
-        wait "$job"
-        code=$?
-    done
     job=
     case $code in 0 | 2 | 3 | 4 | 130 | 143) exit "$code" ;; esac
     if [ -n "$asked" ] || [ "$left" -le 0 ]; then exit "$code"; fi

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llamax.batch import Batch
 from llamax.config import ConfigError, Data, Source, Vision
+from llamax.data import pipeline
 from llamax.data.encode import Encoder
 from llamax.data.pipeline import HeldOut, _means, build, merge, skipped, text_bytes
 from llamax.data.sources import open_source, read_manifest, write_arrayrecord
@@ -167,15 +168,17 @@ def joined(iterators):
 
 
 @pytest.mark.parametrize("lanes", (1, 2, 4))
-def test_any_number_of_processes_reads_the_same_stream_and_goes_on_with_it(config, lanes):
-    config = dataclasses.replace(config, lanes=lanes, window_docs=8)
+def test_any_number_of_processes_reads_the_same_stream_and_goes_on_with_it(config, lanes, monkeypatch):
+    monkeypatch.setattr(pipeline, "MIN_WINDOW_ROWS", 2)
+    config = dataclasses.replace(config, lanes=lanes, window_docs=4)
     whole = iter(build(config, VISION, 11))
     parts = {n: [iter(build(config, VISION, 11, share(i, n))) for i in range(n)] for n in (2, 4)}
-    for _ in range(9):
+    for _ in range(25):
         batch = next(whole)
         for iterators in parts.values():
             same([joined(iterators)], [batch])
     state = json.loads(json.dumps(whole.get_state()))
+    assert all(place["window"] >= lanes for key, place in state.items() if key != "step"), "past each lane's first"
     for iterators in parts.values():
         assert merge([it.get_state() for it in iterators]) == state
     following = take(whole, 6)

@@ -80,6 +80,15 @@ def test_a_sigterm_reaches_the_processes_and_nothing_is_started_again(name, clus
     assert starts(tmp_path) == ["0", "1"]
 
 
+@pytest.mark.parametrize("name", NAMES[:3])  # a JobSet that is deleted is gone
+def test_a_failure_while_stopping_is_not_followed_by_another_start(name, cluster, tmp_path):
+    with launch(name, *WORKER, f"{tmp_path}", "wait", "7", restarts=2) as job:
+        job.wait_for("is there", times=2)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 7, job.said
+    assert starts(tmp_path) == ["0", "1"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_failure_is_followed_by_another_start_to_a_limit(name, cluster, tmp_path):
     with launch(name, *WORKER, f"{tmp_path}", "fail", "9", "7", restarts=2) as job:
@@ -226,12 +235,13 @@ def test_what_a_broken_connection_leaves_is_ended_before_another_start(cluster, 
     with launch("tpu_pod", *WORKER, f"{tmp_path}", "wait", restarts=1) as job:
         job.wait_for("is there", times=2)
         [gcloud] = subprocess.run(["pgrep", "-P", f"{job.process.pid}"], capture_output=True, text=True).stdout.split()
+        lost = [int(path.read_text()) for path in (tmp_path / "homes").glob("*/llamax-pod.pid")]
         os.kill(int(gcloud), signal.SIGKILL)
         job.wait_for("is there", times=4)
+        assert len(lost) == 2 and not any(Path(f"/proc/{pid}/cwd").exists() for pid in lost)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait(30) == TERMINATED
-    assert job.said.count("saved") == 2, "the first two were ended by SIGKILL"
-    assert "starting again" in job.said
+    assert job.said.count("saved") == 2 and "starting again" in job.said
 
 
 # ------------------------------------------------------------------------------------------------ launch/local.py alone
@@ -243,7 +253,7 @@ HOW = dict(cwd=ROOT, capture_output=True, text=True, timeout=60)
 def test_local_dry_run_and_help():
     words = ["-n", "2", "--gpus-each", "4", "--dry-run", "--", "llamax", "train", "R"]
     first, second = subprocess.run([*LAUNCHER, *words], **HOW).stdout.splitlines()
-    assert "LLAMAX_PROCESSES=2" in first and "LLAMAX_PROCESS=0" in first and "LLAMAX_HEARTBEAT_S=10" in first
+    assert "LLAMAX_PROCESSES=2" in first and "LLAMAX_PROCESS=0" in first and "LLAMAX_HEARTBEAT_S=10 " in first
     assert first.endswith("JAX_LOCAL_DEVICE_IDS=0,1,2,3 llamax train R")
     assert "LLAMAX_PROCESS=1" in second and "JAX_LOCAL_DEVICE_IDS=4,5,6,7" in second
     said = subprocess.run([*LAUNCHER, "--help"], **HOW).stdout
@@ -264,3 +274,12 @@ def test_one_killed_ends_the_others_in_time_and_is_named():
         assert code == 128 + signal.SIGKILL
         assert "process 1 was killed by SIGKILL" in job.said
         assert not Path(f"/proc/{pids['[0]']}").exists() or not hasattr(os, "sched_getaffinity")
+
+
+@pytest.mark.slow
+def test_one_that_does_not_end_by_itself_is_ended_in_time(tmp_path):
+    script = f"test $LLAMAX_PROCESS = 0 && exit 7; exec {' '.join(WORKER)} {tmp_path} wait"
+    start = time.monotonic()
+    with Job([*LAUNCHER, "-n", "2", "--", "sh", "-c", script]) as job:
+        assert job.wait(60) == 7 and time.monotonic() - start < END_S, job.said
+        assert "process 0 ended with 7; the others end too" in job.said

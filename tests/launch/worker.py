@@ -1,6 +1,6 @@
 """What the launchers start in their tests: a process without jax.
 
-    python tests/launch/worker.py FOLDER wait             until a SIGTERM; then it says "saved" and ends as a run does
+    python tests/launch/worker.py FOLDER wait [CODE]      until a SIGTERM; then it says "saved" and ends (143, as a run)
     python tests/launch/worker.py FOLDER fail TIMES CODE  ends with CODE in its first TIMES starts, then with 0
 
 Each start adds a line to FOLDER/starts: this process's number.
@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 def stop(*_: object) -> None:
     say("saved")
-    sys.exit(143)
+    sys.exit(int(more[0]) if more else 143)
 
 
 signal.signal(signal.SIGTERM, stop)
