@@ -47,7 +47,6 @@ CASES: dict[str, dict] = {
     "optim.moments_dtype=bfloat16": dict(optim=dict(moments_dtype="bfloat16")),
     "mesh.data=1 mesh.fsdp=4": dict(mesh=dict(data=1, fsdp=4)),
     "mesh.data=1 mesh.tensor=2": dict(mesh=dict(data=1, tensor=2)),
-    "train.compute_dtype=float32": dict(train=dict(compute_dtype="float32")),
     WHOLE: {},
 }
 

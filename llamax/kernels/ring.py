@@ -30,8 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from llamax.kernels.attention import MASKED
+from llamax.kernels.attention import ATTENDED, MASKED
 
 
 class Ring(NamedTuple):
@@ -105,8 +106,8 @@ def _forward(ring: Ring, q, k, v, ids):
 
     (sums, visitor), _ = _turns(turn, (sums, visitor), ring)
     m, z, acc = ring.meet(ring.shards - 1, n, partial(look, visitor), sums)
-    o = (acc / z[..., None]).astype(q.dtype)
-    return o, (q, k, v, ids, o, m + jnp.log(z))
+    o, log_z = (checkpoint_name(x, ATTENDED) for x in ((acc / z[..., None]).astype(q.dtype), m + jnp.log(z)))
+    return o, (q, k, v, ids, o, log_z)
 
 
 def _backward(ring: Ring, saved, do):

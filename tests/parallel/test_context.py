@@ -16,6 +16,7 @@ from llamax.kernels.ring import Ring, ring_attention
 from llamax.losses import TERMS
 from llamax.model.attention import Attention, places
 from llamax.model.moe import Routing
+from llamax.model.remat import repeated
 from llamax.model.score import Score
 from llamax.model.seam import make_seam
 from llamax.parallel.context import LocalOrRing, SplitTokens, Tokens
@@ -74,6 +75,23 @@ def test_ring_attention_is_attention(sizes, each, heads):
 
     qkv = normal(B, T, H, 4), normal(B, T, K, 4, seed=1), normal(B, T, K, 4, seed=2)
     agree(lambda qkv: whole(*qkv), lambda qkv: split(*qkv), (qkv,))
+
+
+def test_a_ring_whose_outputs_are_kept_is_not_turned_again():
+    """Remat `attention` keeps what backward needs of a ring: keys and values go round it twice, not three times."""
+    mesh = make_mesh({"data": 2, "context": 4})
+    ring = SplitHeads(LocalOrRing(slow_attention, ring_attention, Ring("context", 4, 2, 4)), mesh)
+    ids = dict.fromkeys(("q_pos", "k_pos", "q_seg", "k_seg"), jnp.ones((B, T), jnp.int32))
+
+    def passes(remat: str) -> int:
+        def layer(x, item):
+            q, k, v = (jnp.sin(x[..., :n, :]) for n in (4, 2, 2))
+            return x + ring(q, k, v, **ids), item
+
+        loss = jax.grad(lambda x: jax.lax.scan(repeated(layer, remat), x, jnp.zeros(2))[0].sum())
+        return str(jax.make_jaxpr(loss)(normal(B, T, 4, 4))).count("ppermute[")
+
+    assert passes("attention") == passes("none") < passes("period")
 
 
 def test_ring_attention_in_bfloat16_is_near():
