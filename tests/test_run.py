@@ -403,3 +403,31 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         train(tiny_run(20), folder)
         CURVE_FILE.write_text(json.dumps({"loss": losses(Path(folder))}, indent=1) + "\n")
+
+
+@pytest.mark.slow
+def test_a_run_whose_rows_are_cut_goes_on_on_one_device(tmp_path):
+    """Four devices, two a row: rows aligned to what they need, evaluations of both kinds. Then one device, which is
+    told the alignment and goes on with the same data to the losses that it would have had alone."""
+
+    def run(steps: int, **sections) -> config.Run:
+        return tiny_run(steps, evals=evals, checkpoint=dict(every_steps=2), **sections)
+
+    evals = {
+        "text": config.Eval(path=str(FIXTURES / "text.toml"), max_docs=8, every_steps=2),
+        "drawings": config.Eval(kind="drawings", path=str(FIXTURES / "pictures.toml"), every_steps=2),
+    }
+    alone = dict(data=dict(align_tokens=32))
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    train(run(2, mesh=dict(data=2, context=2)), cut)
+    assert json.loads(next(cut.glob("checkpoints/2/data/**/*.json")).read_text())["align_tokens"] == 32
+    with pytest.raises(ConfigError, match="data.align_tokens=32"):
+        train(run(4), cut)
+    train(run(4, **alone), cut)
+    train(run(4, **alone), whole)
+    np.testing.assert_allclose(losses(cut), losses(whole), **MESH_CURVE)
+    both = [
+        [line["eval/text/bits_per_byte"] for line in lines(w) if "eval/text/bits_per_byte" in line]
+        for w in (cut, whole)
+    ]
+    np.testing.assert_allclose(*both, **MESH_CURVE)

@@ -332,6 +332,8 @@ class Checkpoints:
         would do better, and nothing is set aside."""
         try:
             return call()
+        except ConfigError:
+            raise  # what has been read does not suit the run
         except Exception as error:
             raise ConfigError(
                 f"Restoring step {step} of {self.folder}",

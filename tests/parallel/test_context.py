@@ -19,8 +19,10 @@ from llamax.model.moe import Routing
 from llamax.model.remat import repeated
 from llamax.model.score import Score
 from llamax.model.seam import make_seam
+from llamax.model.skeleton import skeleton
 from llamax.parallel.context import LocalOrRing, SplitTokens, Tokens
 from llamax.parallel.mesh import make_mesh
+from llamax.parallel.place import batch_shardings
 from llamax.parallel.tensor import SplitHeads
 from llamax.plan import hlo
 from llamax.stripes import Stripes
@@ -143,6 +145,28 @@ def test_local_layers_exchange_nothing_along_context(kind, expected):
     sent = hlo.cost(program.as_text()).calls
     spans = {axis for exchange in sent for axis in hlo.spanned(exchange.groups, dict(mesh.shape))}
     assert spans & {"context"} == expected, sent
+
+
+def test_devices_that_share_rows_share_the_work_on_their_pictures():
+    """Every tile is encoded once: the matmuls of one of four devices."""
+    run = tiny_run()
+    blank = {name: jnp.zeros((2, 128), jnp.int32) for name in Batch._fields}
+    batch = Batch(**blank | {"tiles": jnp.zeros((2, 8, 28, 28, 3), jnp.uint8)})
+
+    def flops(sizes, cut):
+        mesh = make_mesh(sizes, jax.devices()[: cut.shards])
+        bones = skeleton(run.model, make_seam(mesh, stripes=cut), patch_id=1, train=run.train)
+
+        def encode(params, bias, batch):
+            return jax.grad(lambda params: jnp.sum(bones.bind(params, bias).embed_batch(batch)[0] ** 2))(params)[
+                "vision"
+            ]
+
+        places = NamedSharding(mesh, P()), NamedSharding(mesh, P()), batch_shardings(mesh)
+        program = jax.jit(encode, in_shardings=places).lower(*bones.shapes(), batch).compile()
+        return hlo.cost(program.as_text()).flops
+
+    assert flops({"context": 4}, Stripes(4, 1)) / flops({}, Stripes()) == pytest.approx(1 / 4, rel=0.05)
 
 
 SPLIT = SplitTokens(make_mesh({"data": 2, "context": 4}), Stripes(4, 2))
