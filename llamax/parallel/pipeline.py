@@ -7,8 +7,8 @@ without a gap. A step of m micro-batches takes m v + p - 1 ticks, in which a sta
 
     bubble = (p - 1) / (m v + p - 1)
 
-The backward pass is autodiff's: the same ticks in reverse. A stage keeps what
-backward needs of every tick; of ticks with work that is what its v periods keep of all rows.
+The backward pass is autodiff's: the same ticks in reverse. A stage keeps what backward needs of every tick; of those
+with work that is what its v periods keep of all rows.
 
 Here `jax.shard_map` splits by hand along `pipeline` alone. Inside a stage the other axes are what they are elsewhere:
 the compiler's, or split by hand once more (place.py). Outside of the stack the devices along `pipeline` split rows.
@@ -128,16 +128,17 @@ class Pipelined:
         # Weights and rows are picked inside what `remat` wraps, so that none of them is kept for every tick.
         @remat
         def unit(x_bTD: Array, k: Array, i: Array, periods: Any, rows: Any) -> tuple[Array, Any]:
-            return step(x_bTD, jax.tree.map(lambda w: w[k], periods), jax.tree.map(lambda r: r[i], rows))
+            return step(x_bTD, picked(periods, k), picked(rows, i))
 
         def tick(carry: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], Any]:
             came_bTD, ends_mbTD = carry
             work, k, i = plan.at(t, stage)
             # With nothing to do a stage works on embedded tokens, as likely as any, and nobody reads what it makes.
-            x_bTD = jnp.where(work & ~(first & (k == 0)), came_bTD, ends_mbTD[i])
+            end_bTD = picked(ends_mbTD, i)
+            x_bTD = jnp.where(work & ~(first & (k == 0)), came_bTD, end_bTD)
             x_bTD, told = unit(x_bTD, k, i, periods, rows)
-            done = work & last & (k == plan.rounds - 1)
-            ends_mbTD = ends_mbTD.at[i].set(jnp.where(done, x_bTD, ends_mbTD[i]))
+            end_bTD = jnp.where(work & last & (k == plan.rounds - 1), x_bTD, end_bTD)
+            ends_mbTD = jax.lax.dynamic_update_index_in_dim(ends_mbTD, end_bTD, i, 0)
             return (to_the_next(x_bTD, plan), ends_mbTD), told
 
         start = (jnp.zeros_like(ends_mbTD[0]), ends_mbTD)
@@ -184,6 +185,11 @@ def by_period(plan: Schedule, stage: Array, told: Array) -> Array:
     x_vpn = x_vm.reshape(v, p, m // p, *told.shape[1:])  # micro-batches by the stage whose rows they are
     x_vpn = jax.lax.all_to_all(x_vpn, AXIS, 1, 1)  # now p counts the stage that tells
     return whole_rows(x_vpn.reshape(v * p, m // p, *told.shape[1:]), 1)
+
+
+def picked(tree: Any, i: Array) -> Any:
+    """The i-th of every array's first dimension."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
 def to_the_next(x: Array, plan: Schedule) -> Array:
