@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-
 CUMSUM = partial(jnp.cumsum, axis=1)
 
 

@@ -48,7 +48,7 @@ def test_capacity_against_a_loop(top_k, factor):
     np.testing.assert_array_equal(kept, kept_by_loop(index_BTK, factor))
     assert (np.asarray(kept) == REAL_BT[..., None]).all() == (factor == 4.0)
     # Where rows are cut for context parallelism, the order of the row decides, not that of the array.
-    tokens = SplitTokens(make_mesh({"context": 2}, jax.devices()[:2]), Stripes(4, 2))
+    tokens = SplitTokens(make_mesh({"context": 2}, jax.devices()[:2]), Stripes(2, 2))
     moved = tokens.stripes.places(T)
     cut = jax.jit(partial(Capacity(factor), n_experts=E, running=tokens.running))(
         index_BTK[:, moved], REAL_BT[:, moved]
