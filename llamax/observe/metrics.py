@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +145,7 @@ def expert_scalars(got: Experts, layers: Sequence[int]) -> dict[str, float]:
     model; and over all of them the worst max_over_mean and entropy, the sum of dead, the largest logit_norm. With a
     capacity .../dropped too, and its mean."""
     out: dict[str, float] = {}
-    over_all = dict(max_over_mean=np.max, entropy=np.min, dead=np.sum, logit_norm=np.max)
+    over_all: dict[str, Callable] = dict(max_over_mean=np.max, entropy=np.min, dead=np.sum, logit_norm=np.max)
     over_all |= {} if got.dropped is None else dict(dropped=np.mean)
     for name, worst in over_all.items():
         values_L = getattr(got, name)
