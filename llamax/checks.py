@@ -40,7 +40,7 @@ from llamax.config_dict import ConfigError, nearest
 # Every number of the schema is finite and more than 0, but for these ("*" stands for a source's or evaluation's name),
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
-    "data.align_tokens",
+    *("data.align_tokens", "train.expert_capacity"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
     *(

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,8 +102,8 @@ def _train(
     share = place.rows_here(mesh, run.data.rows)
     data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
     bones, sampler = (
-        skeleton(run.model, make_seam(mesh, run.train, cut_into), patch_id=tokenizer.patch, train=run.train)
-        for cut_into in (cut, place.WHOLE)
+        skeleton(run.model, make_seam(mesh, how, cut_into), patch_id=tokenizer.patch, train=how)
+        for how, cut_into in ((run.train, cut), (replace(run.train, expert_capacity=0.0), place.WHOLE))
     )
     if mesh.shape["pipeline"] > 1:
         logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))

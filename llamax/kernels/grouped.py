@@ -202,8 +202,11 @@ _permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, d
 def _run_ragged(ragged_dot: Callable, z_MD, experts: Experts, count_E):
     dot = partial(ragged_dot, group_sizes=count_E, preferred_element_type=jnp.float32)
     gate_EDF, up_EDF, down_EFD = (w.astype(z_MD.dtype) for w in experts)
+    # Rows of no expert come last. Kernels may leave their results, and so their gradients, as memory was.
+    some_M1 = (jnp.arange(len(z_MD)) < count_E.sum())[:, None]
+    z_MD = jnp.where(some_M1, z_MD, 0)
     h_MF = jax.nn.silu(dot(z_MD, gate_EDF)) * dot(z_MD, up_EDF)
-    return dot(h_MF.astype(z_MD.dtype), down_EFD)
+    return jnp.where(some_M1, dot(h_MF.astype(z_MD.dtype), down_EFD), 0)
 
 
 # ------------------------------------------------------------------------------ the gradient of the weights, for TPU

@@ -22,14 +22,19 @@ class Stats(NamedTuple):
 
     loads: Float[Array, "L E"]  # tokens given to each expert
     squares: Float[Array, " L"]  # of the length of a token's router logits
+    dropped: Float[Array, " L"] | None = None  # choices that came to nothing, the expert being full; None: no capacity
 
 
 def stats(
-    logits_LBTE: Float[Array, "L B T E"], index_LBTK: Int[Array, "L B T K"], mask_BT: Bool[Array, "B T"]
+    logits_LBTE: Float[Array, "L B T E"],
+    index_LBTK: Int[Array, "L B T K"],
+    mask_BT: Bool[Array, "B T"],
+    dropped_LBTK: Bool[Array, "L B T K"] | None = None,
 ) -> Stats:
-    """What every step logs of its routing."""
+    """What every step logs of its routing; loads are what was chosen, dropped or not."""
     squares_LBT = jnp.sum(jax.lax.stop_gradient(logits_LBTE) ** 2, axis=-1)
-    return Stats(loads(index_LBTK, mask_BT, logits_LBTE.shape[-1]), _over_tokens(squares_LBT, mask_BT))
+    dropped_L = None if dropped_LBTK is None else _over_tokens(dropped_LBTK.sum(-1, dtype=jnp.float32), mask_BT)
+    return Stats(loads(index_LBTK, mask_BT, logits_LBTE.shape[-1]), _over_tokens(squares_LBT, mask_BT), dropped_L)
 
 
 def _over_tokens(x: Array, mask: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Mixture of experts, dropless, with the routing that the configuration describes.
+"""Mixture of experts, dropless unless told otherwise, with the routing that the configuration describes.
 
 For a token x: logits z = x W_r (no bias); scores s = sigmoid(z) or softmax(z) over all experts. The top k of c + bias
 choose the experts, where c is z or s; with groups, only experts of the best groups are there to be chosen. The gate of
@@ -35,6 +35,7 @@ class Routing(NamedTuple):
 
     logits: Array  # float32 [B, T, E]
     index: Array  # int32 [B, T, top_k]: the experts chosen
+    dropped: Array | None = None  # bool [B, T, top_k]: chosen, and full; None without a capacity
 
 
 class MoE(nnx.Module):
@@ -51,18 +52,28 @@ class MoE(nnx.Module):
         if model.n_shared_experts:
             self.shared = SwiGLU(dim, model.n_shared_experts * ffn_dim, out_gain=out_gain, rngs=rngs)
 
-    def __call__(self, x_BTD: Array) -> tuple[Array, Routing]:
+    def __call__(self, x_BTD: Array, real_BT: Array | None = None) -> tuple[Array, Routing]:
+        """`real_BT`: which tokens are not padding; only a capacity asks."""
         x_ND = self.seam.tokens.flat(x_BTD)
         # HIGHEST: left to themselves, TPUs multiply float32 in bfloat16 passes and GPUs in TF32, which moves choices.
         z_NE = jnp.matmul(x_ND.astype(jnp.float32), self.router[...], precision=jax.lax.Precision.HIGHEST)
         index_NK = choose(jax.lax.stop_gradient(z_NE), self.router_bias[...], self.model)
         gate_NK = gates(z_NE, index_NK, self.model).astype(x_ND.dtype)
         weights = Experts(*(w[...].astype(x_ND.dtype) for w in (self.gate, self.up, self.down)))
-        y_ND = self.seam.run_experts(x_ND, weights, index_NK, gate_NK, gate_on=self.model.gate_on)
-        y_BTD, logits, index = (self.seam.tokens.unflat(x, len(x_BTD)) for x in (y_ND, z_NE, index_NK))
+        taken_NK, dropped_BTK, tokens, B = index_NK, None, self.seam.tokens, len(x_BTD)
+        if self.seam.capacity is not None:
+            assert real_BT is not None
+            index_BTK = tokens.unflat(index_NK, B)
+            kept_BTK = self.seam.capacity(index_BTK, real_BT, self.model.n_experts, tokens.running)
+            dropped_BTK = real_BT[..., None] & ~kept_BTK
+            # No expert, and a gate that gives nothing and learns nothing.
+            kept_NK = tokens.flat(kept_BTK)
+            taken_NK, gate_NK = jnp.where(kept_NK, index_NK, self.model.n_experts), jnp.where(kept_NK, gate_NK, 0)
+        y_ND = self.seam.run_experts(x_ND, weights, taken_NK, gate_NK, gate_on=self.model.gate_on)
+        y_BTD, logits, index = (tokens.unflat(x, B) for x in (y_ND, z_NE, index_NK))
         if self.model.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, Routing(logits, index)
+        return y_BTD, Routing(logits, index, dropped_BTK)
 
 
 def choose(z_NE: Array, bias_E: Array, model: config.Model) -> Array:

@@ -13,6 +13,7 @@ from llamax.kernels.attention import cached_attention, pick_attention, slow_atte
 from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
 from llamax.kernels.ring import Ring, ring_attention
+from llamax.model.capacity import Capacity
 from llamax.model.layers import in_order
 from llamax.parallel import context, embed, expert, pipeline, place, tensor
 from llamax.stripes import Stripes
@@ -39,7 +40,8 @@ class Seam:
 
     attention: Callable = slow_attention  # (q, k, v, *, q_pos, k_pos, q_seg, k_seg, local_len) -> o_BTHDh
     cached_attention: Callable = cached_attention  # (q, past k, past v, k, v, *, the same, past_pos, past_seg)
-    run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK, *, gate_on) -> y_ND
+    run_experts: Callable = slow_experts  # (x_ND, experts, index_NK, gate_NK, *, gate_on) -> y_ND; index E is no expert
+    capacity: Callable | None = None  # (index_BTK, real_BT, n_experts, running) -> bool [B, T, K]
     cross_entropy: Callable = cross_entropy  # (hidden_ND, head_DV, targets_N) -> nll_N, logz_N
     lookup: Callable = embed.lookup  # (table_VD, tokens_BT, dtype) -> x_BTD
     repeat: Callable = in_order  # (step, x, stacked weights, rows, remat) -> x, told
@@ -66,6 +68,7 @@ def make_seam(mesh: Mesh, train: config.Train = PLAIN, stripes: Stripes = place.
         run_experts=expert.SplitExperts(
             pick_experts(platform), mesh, EXPERT_AXES, train.expert_buffer, expert.pick_exchange(platform)
         ),
+        capacity=Capacity(train.expert_capacity) if train.expert_capacity else None,
         cross_entropy=tensor.SplitVocabulary(cross_entropy, mesh, HEAD_AXES),
         lookup=embed.SplitLookup(mesh, TABLE_AXES, embed.WHOLE_ROWS if whole else embed.TOKENS),
         repeat=pipeline.Pipelined(in_order, mesh, train.pipeline_microbatches) if stages > 1 else in_order,

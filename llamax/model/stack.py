@@ -52,7 +52,7 @@ class Block(nnx.Module):
         o_BTD, new = self.attention(self.attention_norm(x_BTD), at, past)
         x_BTD = self.seam.constrain(x_BTD + o_BTD, ROWS)
         h_BTD = self.ffn_norm(x_BTD)
-        y_BTD, routing = self.moe(h_BTD) if hasattr(self, "moe") else (self.dense(h_BTD), None)
+        y_BTD, routing = self.moe(h_BTD, at.segments > 0) if hasattr(self, "moe") else (self.dense(h_BTD), None)
         x_BTD = self.seam.constrain(x_BTD + y_BTD, ROWS)
         return x_BTD, energy(x_BTD, at.segments > 0), routing, new
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,10 +118,14 @@ class Experts(NamedTuple):
     entropy: np.ndarray  # [L]: of the load, over log E; 1 is balance, log K / log E is collapse
     dead: np.ndarray  # [L]: experts that got nothing
     logit_norm: np.ndarray  # [L]: root of the mean squared length of a token's router logits
+    dropped: np.ndarray | None = (
+        None  # [L]: the share of the choices for which a full expert had no room; None: all fit
+    )
 
 
-def experts(loads_LE: np.ndarray, squares_L: np.ndarray, top_k: int) -> Experts:
-    """From the tokens that each expert got, and the sum over tokens of their router logits' squared length."""
+def experts(loads_LE: np.ndarray, squares_L: np.ndarray, top_k: int, dropped_L: np.ndarray | None = None) -> Experts:
+    """From the tokens that chose each expert, the sum over tokens of their router logits' squared length, and the
+    choices that came to nothing."""
     loads_LE, squares_L = np.asarray(loads_LE, np.float64), np.asarray(squares_L, np.float64)
     n_experts, sums_L1 = loads_LE.shape[1], loads_LE.sum(1, keepdims=True)
     share_LE = loads_LE / np.maximum(sums_L1, 1e-30)
@@ -132,14 +136,18 @@ def experts(loads_LE: np.ndarray, squares_L: np.ndarray, top_k: int) -> Experts:
         entropy=-(share_LE * log_LE).sum(1) / np.log(max(n_experts, 2)),
         dead=(loads_LE == 0).sum(1),
         logit_norm=np.sqrt(squares_L / np.maximum(sums_L1[:, 0] / top_k, 1e-30)),
+        dropped=None if dropped_L is None else np.asarray(dropped_L, np.float64) / np.maximum(sums_L1[:, 0], 1e-30),
     )
 
 
 def expert_scalars(got: Experts, layers: Sequence[int]) -> dict[str, float]:
     """experts/layer_07/max_over_mean, .../entropy, .../dead, .../logit_norm for the layers of these numbers in the
-    model; and over all of them the worst max_over_mean and entropy, the sum of dead, the largest logit_norm."""
+    model; and over all of them the worst max_over_mean and entropy, the sum of dead, the largest logit_norm. With a
+    capacity .../dropped too, and its mean."""
     out: dict[str, float] = {}
-    for name, worst in (("max_over_mean", np.max), ("entropy", np.min), ("dead", np.sum), ("logit_norm", np.max)):
+    over_all: dict[str, Callable] = dict(max_over_mean=np.max, entropy=np.min, dead=np.sum, logit_norm=np.max)
+    over_all |= {} if got.dropped is None else dict(dropped=np.mean)
+    for name, worst in over_all.items():
         values_L = getattr(got, name)
         out |= {f"experts/layer_{n:02d}/{name}": float(x) for n, x in zip(layers, values_L, strict=True)}
         out[f"experts/{name}"] = float(worst(values_L))

@@ -22,7 +22,7 @@ from llamax.batch import Batch
 from llamax.model.remat import HOST
 from llamax.model.skeleton import Skeleton
 from llamax.observe.goodput import Ledger
-from llamax.parallel import place, processes, rules
+from llamax.parallel import expert, place, processes, rules
 from llamax.train.loop import StopRequest
 from llamax.train.state import State, init
 from llamax.train.step import make_step
@@ -69,8 +69,15 @@ def build(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation, me
         in_shardings=(shardings, place.batch_shardings(mesh)),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
     return step, jax.tree.map(shape_at, shapes, shardings)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """On TPU, tokens travel to their experts while the shared expert computes; on GPU XLA does so unasked."""
+    several = mesh.shape[expert.AXIS] > 1 and mesh.devices.flat[0].platform == "tpu"
+    return {"xla_tpu_enable_async_ragged_all_to_all": "true"} if several else None
 
 
 def state_shardings(bones: Skeleton, tx: optax.GradientTransformation, run: config.Run, mesh: Mesh) -> State:

@@ -78,7 +78,8 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
         per_source = next_token.by_source(scored.logp, batch.loss_weights, batch.source_ids, n_sources)
         routing = None
         if scored.routing is not None:
-            routing = router.stats(*scored.routing, batch.segment_ids > 0)
+            logits, index, dropped = scored.routing
+            routing = router.stats(logits, index, batch.segment_ids > 0, dropped)
         vision = None if scored.vision_energy is None else scored.vision_energy.sum(axis=1)
         return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1), vision)
 

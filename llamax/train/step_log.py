@@ -3,7 +3,8 @@
     {"step": 7, "time": 1.7e9, "loss": 3.2, "grad_norm": 0.8, "applied": 1.0,
      "load": [[...E] ...L], "max_over_mean": [...L], "entropy": [...L], "dead": [...L], "logit_norm": [...L]}
 
-for L MoE layers of E experts (metrics.Experts says what they are); a model without experts has the first line alone.
+and, with a capacity, "dropped": [...L]; for L MoE layers of E experts (metrics.Experts says what they are). A model
+without experts has the first line alone.
 """
 
 from __future__ import annotations
@@ -70,15 +71,14 @@ class StepLog:
         for step, note in notes:
             values = {"loss": note.loss, "grad_norm": note.grad_norm, "applied": not note.bad_in_row}
             if note.routing is not None:
-                experts = metrics.experts(note.routing.loads, note.routing.squares, self.model.top_k)
+                experts = self._experts(note.routing)
                 self._remember(step, experts.load)
-                values |= {name: np.round(x, DIGITS).tolist() for name, x in experts._asdict().items()}
+                values |= {name: np.round(x, DIGITS).tolist() for name, x in experts._asdict().items() if x is not None}
             self.file.write(step, values)
         stats = [note.routing for _, note in notes if note.routing is not None]
         if not stats:
             return {}
-        loads, squares = (np.sum(parts, axis=0) for parts in zip(*stats, strict=True))
-        window = metrics.experts(loads, squares, self.model.top_k)
+        window = self._experts(jax.tree.map(lambda *parts: np.sum(parts, axis=0), *stats))
         if self.maps % MAP_EVERY == 0 or last:
             self.board.expert_loads(window.load, self.layers, notes[-1][0])
         nth, rest = divmod(self.maps, MAP_EVERY)
@@ -87,6 +87,9 @@ class StepLog:
             self.board.expert_loads_over_time(np.array(history), steps, self.layers)
         self.maps += 1
         return metrics.expert_scalars(window, self.layers)
+
+    def _experts(self, stats: Stats) -> metrics.Experts:
+        return metrics.experts(stats.loads, stats.squares, self.model.top_k, stats.dropped)
 
     def _remember(self, step: int, load_LE: np.ndarray) -> None:
         if (step - 1) % self.stride:

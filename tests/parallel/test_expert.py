@@ -23,6 +23,7 @@ ROUTES = {
     "even": lambda n, k: (n + 3 * k) % E,
     "all to one": lambda n, k: 5 + 0 * n + k,
     "few": lambda n, k: (n * n + k) % 3,
+    "some to none": lambda n, k: jnp.where(n % 3, (n + k) % E, E),  # of no expert: what a capacity leaves out
 }
 
 
@@ -32,7 +33,9 @@ def inputs(route: str, top_k: int, width: int = F, experts: int = E):
     return normal(N, D), weights, index, jax.nn.sigmoid(normal(N, top_k))
 
 
-@pytest.mark.parametrize(("route", "buffer"), [("even", 1.0), ("few", 0.3), ("all to one", 0.3), ("all to one", 8.0)])
+@pytest.mark.parametrize(
+    ("route", "buffer"), [("even", 1.0), ("few", 0.3), ("all to one", 0.3), ("all to one", 8.0), ("some to none", 0.3)]
+)
 def test_no_token_is_lost(route, buffer):
     """As the slow twin has it: values and gradients, in as many passes as the routing needs."""
     kernel = Seen(slow_experts)

@@ -84,6 +84,18 @@ def on_one_device(balanced: bool):
     return gradient_on(RUN if balanced else tiny_run(**UNBALANCED))
 
 
+@pytest.mark.slow
+def test_what_a_capacity_drops_does_not_depend_on_the_mesh():
+    """Loss and every gradient; the loads are those of one device, and drops are counted alike."""
+    tight = dict(train=dict(expert_capacity=0.5))
+    loss, grads, _ = gradient_on(tiny_run(mesh=dict(data=1, fsdp=2, expert=4), **tight))
+    expected_loss, expected, _ = gradient_on(tiny_run(**tight))
+    np.testing.assert_allclose(loss, expected_loss, **MESH_LOSS)
+    far = {path: np.linalg.norm(g - expected[path]) / np.linalg.norm(expected[path]) for path, g in grads.items()}
+    assert {path: d for path, d in far.items() if not d <= MESH_PARAMETER} == {}
+    assert abs(loss - on_one_device(True)[0]) > 1e-4  # something is dropped
+
+
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_loss_routes_and_every_gradient_are_those_of_one_device(split):
     loss, grads, loads = gradient_on(tiny_run(**split))
