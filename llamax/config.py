@@ -22,7 +22,7 @@ from llamax.config_dict import ConfigError as ConfigError  # everyone takes it f
 from llamax.config_dict import from_dict, to_dict
 
 PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds recipes/ and data/, beside the package
-SIZES = ("full", "tiny")  # the sizes that every recipe offers
+SIZES = ("full", "tiny")  # the sizes that every recipe offers; its LAYOUTS are more
 LAYER_KINDS = tuple(f"{a}+{f}" for a in ("rope_chunk", "rope_full", "nope_full") for f in ("dense", "moe"))
 ROPE_SCALINGS = ("none", "llama3")
 SCHEDULES = ("cosine", "wsd")
@@ -343,7 +343,8 @@ def tiny(run: ConfigDict, model: Model) -> ConfigDict:
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The configuration of `"recipes/x.py"` or `"recipes/x.py:tiny"` after `--config.a.b=value` overrides.
+    """The configuration of `"recipes/x.py"`, `"recipes/x.py:tiny"`, or the full size by one of the recipe's LAYOUTS,
+    after `--config.a.b=value` overrides.
 
     Raises:
         ConfigError: no such file or size, or a key or type that the schema does not have.

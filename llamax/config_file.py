@@ -1,6 +1,7 @@
 """Recipe files and command-line overrides: what stands behind `config.load`.
 
-A recipe is a Python file with `get_config(size) -> ConfigDict`. Overrides are parsed by ml_collections' own machinery
+A recipe is a Python file with `get_config(size) -> ConfigDict`, and perhaps LAYOUTS: what its full size changes on a
+kind of cluster, by a name that stands for a size (`recipes/x.py:v5p_256`). Overrides are parsed by ml_collections' own machinery
 (`config_flags`, on a private set of absl flags), so they are typed and locked as its users know them:
 `--config.train.steps=200`, `--config.model.qk_norm`, `--noconfig.model.qk_norm`, `--config.mesh="{'fsdp': 8}"`.
 What this file adds is that every refusal is a three-part `ConfigError` with the nearest right key.
@@ -12,7 +13,7 @@ import contextlib
 import importlib.util
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +35,14 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not colon or "/" in size:
         name, size = spec, SIZES[0]
     recipe = _import(_find(name))
-    if size not in SIZES:
-        close = nearest(size, SIZES) or SIZES[0]
-        raise ConfigError(f"size {size} of {name}", f"its sizes are {', '.join(SIZES)}", f"Use {name}:{close}.")
-    cfg = to_config(from_dict(Run, _get_config(recipe, size)))
+    layouts = getattr(recipe, "LAYOUTS", {})
+    sizes = (*SIZES, *layouts)
+    if size not in sizes:
+        close = nearest(size, sizes) or SIZES[0]
+        raise ConfigError(f"size {size} of {name}", f"its sizes are {', '.join(sizes)}", f"Use {name}:{close}.")
+    cfg = to_config(from_dict(Run, _get_config(recipe, SIZES[0] if size in layouts else size)))
+    if size in layouts:
+        cfg = _laid_out(cfg, layouts[size])
     if overrides:
         cfg = to_config(from_dict(Run, override(cfg, overrides)))  # again, for an override may replace a section
     return cfg
@@ -104,6 +109,15 @@ def _get_config(recipe: ModuleType, size: str) -> ConfigDict:
             f"recipe {recipe.__file__}", true, "End it with `return run`, as in recipes/scout_pretrain.py."
         )
     return cfg
+
+
+def _laid_out(cfg: ConfigDict, layout: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """The full size on one kind of cluster: `layout` holds fields by section. The mesh is the defaults, but for these;
+    other sections are as they were, but for these."""
+    values = cfg.to_dict()
+    for section, fields in layout.items():
+        values[section] = {**({} if section == "mesh" else values.get(section, {})), **fields}
+    return to_config(from_dict(Run, values))
 
 
 def _parse(cfg: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

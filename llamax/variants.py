@@ -93,6 +93,11 @@ def maverick_tiny() -> Model:
     return _tiny(plan=((MAVERICK_PERIOD, 1),), n_experts=8, qk_norm=False)
 
 
+def behemoth_tiny() -> Model:
+    """Behemoth's shape: Scout's layers and routing, RoPE not rescaled."""
+    return _tiny(plan=((SCOUT_PERIOD, 1),), n_experts=4, qk_norm=True)
+
+
 # --------------------------------------------------------------------------------------------------- dense decoders
 
 

@@ -56,7 +56,7 @@ def _compiled(run: config.Run, where: Topology, notes: list[str]) -> Any:
 
     with waiting(f"compiling the step for {where.name}, a few minutes"):
         step = compiled.traced(run, where.devices())
-        got = compiled.compile_step(step, where)
+        got = compiled.compile_step(run, where)
     mesh = dict(step.mesh.shape)
     cost, places = got.cost, compiled.places(step, where)
     if cost is None:

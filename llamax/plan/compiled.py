@@ -19,7 +19,7 @@ from llamax.model.skeleton import Skeleton, skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
-from llamax.plan import hlo
+from llamax.plan import ahead, hlo
 from llamax.plan.topology import Topology
 from llamax.train.programs import abstract_batch, build
 from llamax.train.state import State
@@ -56,18 +56,22 @@ def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
     return skeleton(run.model, seam, patch_id=0, train=run.train)
 
 
-def compile_step(step: Traced, topology: Topology) -> Compiled:
-    with _kernels_for(topology):
-        lowered = step.step.lower(step.state, step.batch)
+def compile_step(run: config.Run, topology: Topology) -> Compiled:
+    """As far as figures need it (ahead.py)."""
     try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
-            true = f"its compiler fails: {str(error).splitlines()[0][:300]}"
-            raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from error
+        program = ahead.program(run, topology)
+    except ahead.Refused as refused:
+        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(refused))
+        if "RESOURCE_EXHAUSTED" not in str(refused) or not needed:
+            true = f"its compiler fails: {str(refused).splitlines()[0][:300]}"
+            raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from refused
         return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
-    return Compiled(peak_of(program), True, hlo.cost(program.as_text()))
+    return Compiled(program.peak_bytes, True, hlo.cost(program.text))
+
+
+def lower(step: Traced, topology: Topology) -> Any:
+    with _kernels_for(topology):
+        return step.step.lower(step.state, step.batch)
 
 
 def peak_of(program: Any) -> int:

@@ -89,8 +89,14 @@ def prepare() -> None:
         # libtpu would ask who it is, and say at length that nobody answers.
         *(("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0"), ("TPU_ACCELERATOR_TYPE", "v5p-8")),
         *(("TF_CPP_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3"), ("TPU_MIN_LOG_LEVEL", "3")),
+        # NVIDIA's libraries are not needed to compile, and their absence would keep the plugin from loading.
+        ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1"),
     ):
         os.environ.setdefault(name, value)
+    import jax
+
+    if not jax.config.jax_platforms:  # jax reads the environment when it is imported, which may have been before
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
 def parse(name: str) -> Topology:
