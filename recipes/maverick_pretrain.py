@@ -10,8 +10,8 @@ write a manifest for each of the sources below (docs/how-to/add-a-dataset.md), a
 instance Llama 4's own tokenizer.model, at data/llama4.model.
 
 The full size asks for 512 devices and more, on several hosts, which launch/README.md starts. LAYOUTS are meshes for
-clusters that it fits, by names that stand for a size: `recipes/maverick_pretrain.py:v5p_512`. What each needs and how fast
-it can be at best is in docs/plans.md; `llamax plan` tells it of yours (docs/how-to/plan.md).
+clusters that it fits, by names that stand for a size: `recipes/maverick_pretrain.py:v5p_512`. What each needs and how
+fast it can be at best is in docs/plans.md; `llamax plan` tells it of yours (docs/how-to/plan.md).
 
 Expected of :tiny: as of Scout's, at about the same cost a step.
 """
