@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llamax import config
 from llamax.model.moe import MoE
 from llamax.model.seam import make_seam
 from llamax.parallel.mesh import make_mesh
@@ -28,7 +29,7 @@ def schedule(options: dict | None) -> list[str]:
     where it waits for one, "shared" for a matmul of the shared expert, "experts" for one of the others."""
     mesh = make_mesh({"expert": 4}, topology.parse("v5e:2x2").devices())
     model = replace(twins.TINY, dim=D, expert_ffn_dim=F, n_experts=E)
-    graph, tree = twins.fresh(partial(MoE, model, make_seam(mesh, expert_buffer=4.0), out_gain=1.0))
+    graph, tree = twins.fresh(partial(MoE, model, make_seam(mesh, config.Train(expert_buffer=4.0)), out_gain=1.0))
 
     def at(x, spec: P, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
