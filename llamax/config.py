@@ -259,9 +259,7 @@ class Train:
     remat: str = "period"  # none | block | period | attention | offload: what backward recomputes (model/remat.py)
     pipeline_microbatches: int = 0  # of each of these, a multiple of mesh.pipeline; 0: as many as that
     expert_buffer: float = 2.0  # tokens that mesh.expert exchanges at once, of an even share; what is over goes after
-    expert_capacity: float = (
-        0.0  # of an even share of a row's tokens: what an expert takes at most; 0: no token is dropped
-    )
+    expert_capacity: float = 0.0  # of an even share of a row: the tokens that an expert takes; the rest drop; 0: none
     log_every_steps: int = 10
 
 

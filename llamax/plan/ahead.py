@@ -58,7 +58,9 @@ def program(run: config.Run, topology: Topology) -> Program:
         if (folder / REFUSED).exists():
             raise Refused((folder / REFUSED).read_text())
         if found is None:
-            last = (folder / SAID).read_text(errors="replace").strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+            last = (folder / SAID).read_text(errors="replace").strip().splitlines()[-1:] or [
+                f"exit code {child.returncode}"
+            ]
             raise Refused(f"its compiler died: {last[0]}")
         return Program(*found)
 
