@@ -151,7 +151,8 @@ class Exchanged:
 
         def further(y_MD: Array, n: Array) -> tuple[Array, None]:
             nothing = lambda n, z_MD, experts: jnp.zeros_like(z_MD)  # noqa: E731
-            rest_MD = jax.lax.cond(longest > n * room, jax.checkpoint(run), nothing, n, z_MD, experts)
+            with jax.named_scope("rarely"):  # for plan/hlo.py
+                rest_MD = jax.lax.cond(longest > n * room, jax.checkpoint(run), nothing, n, z_MD, experts)
             return y_MD + rest_MD, None
 
         first_MD, passes = run(0, z_MD, experts), math.ceil(e * M / room)

@@ -235,16 +235,18 @@ ENTRY %main (m: s32[5], x: bf16[64,16], y: bf16[64,32]) -> bf16[4,16,32] {{
     )
 
 
-def test_of_a_condition_the_branch_with_fewer_flops_counts():
-    """What is over a buffer of tokens, and is not there when routing is even; nested in a loop too."""
+@pytest.mark.parametrize(("scope", "matmuls"), [("often", 2), ("rarely", 1)])
+def test_of_a_condition_the_dear_branch_counts_but_for_what_is_rare(scope, matmuls):
+    """Rare is what is over a buffer of tokens, and is not there when routing is even; nested in a loop too."""
 
     def f(more, x):
         def body(x, _):
-            return jax.lax.cond(more, lambda x: x @ x @ x, lambda x: x @ x, x), None
+            with jax.named_scope(scope):
+                return jax.lax.cond(more, lambda x: x @ x @ x, lambda x: x @ x, x), None
 
         return jax.lax.scan(body, x, None, length=3)[0]
 
-    assert cost_of(f, jax.ShapeDtypeStruct((), jnp.bool), floats(32, 32)).flops == 3 * 2 * 32**3
+    assert cost_of(f, jax.ShapeDtypeStruct((), jnp.bool), floats(32, 32)).flops == matmuls * 3 * 2 * 32**3
 
 
 def test_flops_of_a_model_are_those_of_count_and_of_the_jaxpr():
