@@ -46,7 +46,9 @@ MAX_UNUSABLE_DOCS = 5_000  # in a row, whole windows of them, before the stream 
 WORKER_GRACE_S = 60  # a loader process outlives a SIGTERM by so much, for the run that is ending to be fed
 
 
-def build(data: config.Data, vision: config.Vision | None, seed: int, share: range | None = None) -> grain.IterDataset:
+def build(
+    data: config.Data, vision: config.Vision | None, seed: int, share: Sequence[int] | None = None
+) -> grain.IterDataset:
     """The training stream: an endless IterDataset of Batch (numpy), whose iterator's state is plain integers.
 
     Batches have `data.rows` rows; text-only ones M = 0 tile slots, multimodal ones M = `data.tiles_per_row`. `share`:
@@ -296,7 +298,13 @@ class Stream(grain.IterDataset):
     """Batches from the windows of the text stream and of the multimodal one; either may be None."""
 
     def __init__(
-        self, text, multimodal, multimodal_steps, data: config.Data, vision: config.Vision | None, share: range | None
+        self,
+        text,
+        multimodal,
+        multimodal_steps,
+        data: config.Data,
+        vision: config.Vision | None,
+        share: Sequence[int] | None,
     ):
         super().__init__()
         self.share = range(data.rows) if share is None else share
@@ -321,7 +329,7 @@ class StreamIterator(grain.DatasetIterator):
         streams = {name: windows for name, windows in streams.items() if windows is not None}
         names, n = sorted(stream.data.sources), stream.data.lanes
         self._of_lane = stream.data.rows // n
-        self._lanes = range(stream.share.start // self._of_lane, -(-stream.share.stop // self._of_lane))
+        self._lanes = sorted({row // self._of_lane for row in stream.share})
         workers = -(-stream.data.workers // len(streams))  # two streams share them, and the lanes of each
         self._rows = {
             key_of(name, lane, n): Rows(windows, len(range(i, workers, len(self._lanes))), names, (lane, n))
@@ -337,8 +345,8 @@ class StreamIterator(grain.DatasetIterator):
         for lane in self._lanes:
             source = self._rows[key_of("multimodal" if pictures else "text", lane, data.lanes)]
             rows += itertools.islice(source, self._of_lane)
-        first = self._lanes.start * self._of_lane
-        rows = rows[stream.share.start - first : stream.share.stop - first]
+        first = {lane: i * self._of_lane for i, lane in enumerate(self._lanes)}
+        rows = [rows[first[row // self._of_lane] + row % self._of_lane] for row in stream.share]
         self._step += 1
         return collate(rows, len(stream.share), data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
 

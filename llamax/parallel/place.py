@@ -178,14 +178,15 @@ def batch_shardings(mesh: Mesh) -> Batch:
     return Batch(**{field: text for field in Batch._fields if field != "tiles"}, tiles=tiles)
 
 
-def rows_here(mesh: Mesh, n_rows: int) -> range:
-    """Those of a global batch's rows that this process's devices need: its share. Processes along `context` or
-    `tensor` have the same share; on one process it is all of them."""
+def rows_here(mesh: Mesh, n_rows: int) -> tuple[int, ...]:
+    """Those of a global batch's rows that this process's devices need, ascending: its share. Processes along `context`
+    or `tensor` have the same share; on one process it is all of them.
+
+    They need not stand together: on a torus the chips of one host may be neighbours along several mesh axes.
+    """
     sharding = batch_shardings(mesh).tokens
     where = sharding.addressable_devices_indices_map((n_rows, mesh.shape["context"]))
-    needed = sorted({row for rows, _ in where.values() for row in range(*rows.indices(n_rows))})
-    assert needed == list(range(needed[0], needed[-1] + 1)), f"the rows of one process do not stand together: {needed}"
-    return range(needed[0], needed[-1] + 1)
+    return tuple(sorted({row for rows, _ in where.values() for row in range(*rows.indices(n_rows))}))
 
 
 def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None, stripes: Stripes = WHOLE) -> Batch:
@@ -195,12 +196,20 @@ def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None, stripes: Stri
     `context.SplitTokens.row_order` is the way back.
 
     Args:
-      n_rows: of the global batch; None: as many as its processes read together, no two of them the same. It must divide
-        by the axes of rules.ROWS (`config.check_devices` sees to it).
+      n_rows: of the global batch; None: this process has read them all. It must divide by the axes of rules.ROWS
+        (`config.check_devices` sees to it).
     """
+    n_rows = len(batch.tokens) if n_rows is None else n_rows
+    mine = rows_here(mesh, n_rows)
+    assert len(mine) == len(batch.tokens), f"{len(batch.tokens)} rows where {len(mine)} of {n_rows} are needed"
+    place_of = {row: at for at, row in enumerate(mine)}
 
     def put(sharding: NamedSharding, x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x, None if n_rows is None else (n_rows, *x.shape[1:]))
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            rows = range(*index[0].indices(n_rows))
+            return x[(slice(place_of[rows[0]], place_of[rows[-1]] + 1), *index[1:])]
+
+        return jax.make_array_from_callback((n_rows, *x.shape[1:]), sharding, part)
 
     if stripes.n > 1:
         places = stripes.places(batch.tokens.shape[1])
@@ -214,7 +223,7 @@ def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None, stripes: Stri
 def put_whole_batch(batch: Batch, mesh: Mesh, stripes: Stripes = WHOLE) -> Batch:
     """The same from all rows, which every process has read."""
     mine = rows_here(mesh, len(batch.tokens))
-    return put_batch(jax.tree.map(lambda x: x[mine.start : mine.stop], batch), mesh, len(batch.tokens), stripes)
+    return put_batch(jax.tree.map(lambda x: x[list(mine)], batch), mesh, len(batch.tokens), stripes)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -9,8 +9,8 @@ figures are of one device: the program is what each of them runs.
     attention kernel   2 Dh x (matmuls a tile) x (queries x keys of the tiles that a causal band touches)
 
 Of a condition the branch with the most FLOPs counts, for the slowest device is waited for; but where the program calls
-it `rarely` that with the fewest: tokens over a buffer (parallel/expert.py), which a balanced router has none of. For the
-same reason grouped matmuls over such a buffer count the rows that an even share fills.
+it `rarely` that with the fewest: tokens over a buffer (parallel/expert.py), of which a balanced router has none. For
+the same reason grouped matmuls over such a buffer count the rows that an even share fills.
 
 A collective's bytes are what one device sends when its group of n works in a ring: (n - 1) x its part in an all-gather,
 (n - 1) / n of its operand in a reduce-scatter or all-to-all (of a ragged one, the shorter of operand and result),

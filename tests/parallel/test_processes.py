@@ -300,17 +300,19 @@ text = np.arange(32, dtype=np.int32).reshape(8, 4)
 tiles = np.arange(96, dtype=np.uint8).reshape(8, 1, 2, 2, 3)
 whole = Batch(*[text + i for i in range(6)], tiles=tiles)
 mine = slice(4 * rank, 4 * rank + 4)
-assert rows_here(mesh, 8) == range(4 * rank, 4 * rank + 4)
-batch = put_batch(Batch(*(x[mine] for x in whole)), mesh)
+assert rows_here(mesh, 8) == tuple(range(4 * rank, 4 * rank + 4))
+batch = put_batch(Batch(*(x[mine] for x in whole)), mesh, 8)
 for placed, back, want in zip(batch, fetch(batch), whole):
     assert placed.shape == want.shape, (placed.shape, want.shape)
     assert all(s.data.shape[0] == 2 for s in placed.addressable_shards)
     np.testing.assert_array_equal(back, want)
 across = make_mesh({"fsdp": 2, "context": 2})  # tokens over the devices of a process, rows over processes
-for mesh in (across, make_mesh({"tensor": 2, "data": 2}), make_mesh({"tensor": 4}), make_mesh({"context": 4})):
+apart = make_mesh({"data": 4}, [jax.devices()[i] for i in (0, 2, 1, 3)])  # a process's rows do not stand together
+assert rows_here(apart, 8) == ((0, 1, 4, 5), (2, 3, 6, 7))[rank]
+for mesh in (across, apart, make_mesh({"tensor": 2, "data": 2}), make_mesh({"tensor": 4}), make_mesh({"context": 4})):
     here = rows_here(mesh, 8)
     assert len(here) == (8 if mesh.shape["tensor"] == 4 or mesh.shape["context"] == 4 else 4), (mesh, here)
-    share = Batch(*(x[here.start : here.stop] for x in whole))
+    share = Batch(*(x[list(here)] for x in whole))
     for batch in (put_batch(share, mesh, 8), put_whole_batch(whole, mesh)):
         for back, want in zip(fetch(batch), whole):
             np.testing.assert_array_equal(back, want)
