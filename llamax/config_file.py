@@ -1,8 +1,9 @@
 """Recipe files and command-line overrides: what stands behind `config.load`.
 
 A recipe is a Python file with `get_config(size) -> ConfigDict`, and perhaps LAYOUTS: what its full size changes on a
-kind of cluster, by a name that stands for a size (`recipes/x.py:v5p_256`). Overrides are parsed by ml_collections' own machinery
-(`config_flags`, on a private set of absl flags), so they are typed and locked as its users know them:
+kind of cluster, by a name that stands for a size (`recipes/x.py:v5p_256`).
+Overrides are parsed by ml_collections' own machinery (`config_flags`, on a private set of absl flags), so they are
+typed and locked as its users know them:
 `--config.train.steps=200`, `--config.model.qk_norm`, `--noconfig.model.qk_norm`, `--config.mesh="{'fsdp': 8}"`.
 What this file adds is that every refusal is a three-part `ConfigError` with the nearest right key.
 """

@@ -225,7 +225,7 @@ def mixtral_8x7b() -> Model:
 VARIANTS: dict[str, Callable[[], Model]] = {
     make.__name__: make
     for make in (
-        *(scout, maverick, behemoth, scout_tiny, maverick_tiny),
+        *(scout, maverick, behemoth, scout_tiny, maverick_tiny, behemoth_tiny),
         *(llama1_7b, llama1_13b, llama1_33b, llama1_65b, llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b),
         *(llama31_8b, llama31_70b, llama31_405b, llama32_1b, llama32_3b, llama33_70b, mixtral_8x7b),
     )

@@ -1,9 +1,9 @@
 """Behemoth pretraining: 288B active of 2T parameters, 16 experts, text and pictures, rows of 8,192 tokens.
 
     llamax train recipes/behemoth_pretrain.py:tiny --workdir runs/behemoth   # a laptop; after `llamax data build`
-    llamax show  recipes/behemoth_pretrain.py                                # every setting, parameters, FLOPs
-    llamax train recipes/behemoth_pretrain.py:v5p_2048 --workdir DIR         # 2,048 TPU v5p, on every host; see below
+    llamax show  recipes/behemoth_pretrain.py                   # every setting, parameters, FLOPs
     llamax plan  recipes/behemoth_pretrain.py:v5p_2048 --topology v5p:8x16x16
+    llamax train recipes/behemoth_pretrain.py --workdir DIR     # see below; or a layout, as :v5p_2048
 
 Behemoth was announced and never released: experts, active and total parameters are Meta's figures, every width is our
 own (`llamax/variants.py`). The data of the full size is yours: write a manifest for each of the sources below
@@ -20,8 +20,8 @@ from llamax import config as lx
 from llamax import variants
 
 LAYOUTS = dict(
-    v5p_2048=dict(mesh=dict(fsdp=128, expert=16), train=dict(remat="block")),  # a slice of 8x16x16; an expert a device
-    h200_2048=dict(mesh=dict(fsdp=128, expert=16), train=dict(accumulate=2, remat="block")),  # 256 nodes
+    v5p_2048=dict(mesh=dict(fsdp=128, expert=8, tensor=2), train=dict(accumulate=2, remat="block")),  # 8x16x16
+    h200_2048=dict(mesh=dict(fsdp=64, expert=16, tensor=2), train=dict(accumulate=2, remat="block")),  # 256 nodes
 )
 
 
@@ -32,12 +32,13 @@ def get_config(size: str = "full"):
 
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 8192
-    run.data.batch_tokens = 4096 * 8192
+    run.data.batch_tokens = 2048 * 8192
     run.data.sources = dict(  # weights count tokens, not documents
         web=dict(path="data/web.toml", weight=0.60),
         code=dict(path="data/code.toml", weight=0.25),
         captions=dict(path="data/captions.toml", weight=0.15),
     )
+    run.data.lanes = 256  # up to 256 hosts read a part each
     run.data.workers = 8
     run.mesh = dict(data=-1, fsdp=128, expert=8)  # -1 takes the devices that are left
     run.optim.peak_lr = 1e-4

@@ -1,17 +1,17 @@
 """Maverick pretraining: 17B active of 402B parameters, 128 experts in every second layer, text and pictures.
 
     llamax train recipes/maverick_pretrain.py:tiny --workdir runs/maverick   # a laptop; after `llamax data build`
-    llamax show  recipes/maverick_pretrain.py                                # every setting, parameters, FLOPs
-    llamax train recipes/maverick_pretrain.py:v5p_512 --workdir DIR          # 512 TPU v5p, on every host; see below
+    llamax show  recipes/maverick_pretrain.py                   # every setting, parameters, FLOPs
     llamax plan  recipes/maverick_pretrain.py:v5p_512 --topology v5p:8x8x8
+    llamax train recipes/maverick_pretrain.py --workdir DIR     # see below; or a layout, as :v5p_512
 
 Unlike Scout: dense layers alternate with MoE layers, no RoPE scaling, no QK norm. The data of the full size is yours:
 write a manifest for each of the sources below (docs/how-to/add-a-dataset.md), and put a tokenizer of 202,048 ids, for
 instance Llama 4's own tokenizer.model, at data/llama4.model.
 
-The full size asks for 512 devices and more, on several hosts, which launch/README.md starts. LAYOUTS are meshes for
-clusters that it fits, by names that stand for a size: `recipes/maverick_pretrain.py:v5p_512`. What each needs and how
-fast it can be at best is in docs/plans.md; `llamax plan` tells it of yours (docs/how-to/plan.md).
+The full size asks for 512 devices and more, on several hosts: launch/README.md starts them. LAYOUTS are meshes for
+clusters that it fits, by names that stand for a size: `recipes/maverick_pretrain.py:v5p_512`. What each needs, and
+how fast it can be at best, is in docs/plans.md.
 
 Expected of :tiny: as of Scout's, at about the same cost a step.
 """
@@ -20,8 +20,8 @@ from llamax import config as lx
 from llamax import variants
 
 LAYOUTS = dict(
-    v5p_512=dict(mesh=dict(fsdp=16, expert=32)),  # a slice of 8x8x8; 4 experts a device
-    h100_512=dict(mesh=dict(fsdp=8, expert=64), train=dict(accumulate=2, remat="block")),  # 64 nodes; 2 experts a GPU
+    v5p_512=dict(mesh=dict(fsdp=64, expert=8), train=dict(remat="block")),  # a slice of 8x8x8; 16 experts a device
+    h200_512=dict(mesh=dict(fsdp=32, expert=16), train=dict(remat="block")),  # 64 nodes; 8 experts a GPU
 )
 
 

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pytest
 
 from llamax import config
+from llamax.plan.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+LAYOUTS = [
+    (path.relative_to(ROOT), layout) for path in RECIPES for layout in runpy.run_path(str(path)).get("LAYOUTS", {})
+]
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
 def test_there_are_recipes():
-    assert {"scout_pretrain", "maverick_pretrain"} <= {path.stem for path in RECIPES}
+    assert {"scout_pretrain", "maverick_pretrain", "behemoth_pretrain"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize(("path", "layout"), LAYOUTS, ids=str)
+def test_a_layout_is_the_full_size_on_as_many_devices_as_it_says(path, layout):
+    kind, devices, *_ = layout.split("_")
+    full, laid_out = (config.freeze(config.load(f"{path}:{size}")) for size in ("full", layout))
+    assert kind in CHIPS
+    assert math.prod(config.check_devices(laid_out, int(devices)).axes.values()) == int(devices)
+    assert laid_out.mesh.data in (-1, 1), "the mesh is the layout's alone, not the full size's with changes"
+    assert dataclasses.replace(laid_out, mesh=full.mesh, train=full.train, data=full.data) == full
+    assert laid_out.train.compute_dtype == full.train.compute_dtype, "what a layout leaves out stays"
+
+
+def test_sizes_and_layouts_are_named_when_one_is_asked_for_that_is_none():
+    with pytest.raises(config.ConfigError, match="its sizes are full, tiny, v5p_256"):
+        config.load("recipes/scout_pretrain.py:v5e_256")
+
+
+def test_a_layout_may_not_invent_fields(tmp_path):
+    text = (ROOT / "recipes" / "scout_pretrain.py").read_text()
+    (tmp_path / "bad.py").write_text(f"{text}\nLAYOUTS['bad'] = dict(train=dict(remt='block'))\n")
+    with pytest.raises(config.ConfigError, match=r"Did you mean --config.train.remat\?"):
+        config.load(f"{tmp_path}/bad.py:bad")
 
 
 @every_recipe

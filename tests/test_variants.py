@@ -44,10 +44,10 @@ def test_where_they_differ():
     assert rope.original_len == 8192
 
 
-@pytest.mark.parametrize("name", ["scout", "maverick"])
-def test_a_tiny_variant_has_the_shape_of_its_model(name):
+@pytest.mark.parametrize(("name", "repeats"), [("scout", 12), ("maverick", 12), ("behemoth", 22)])
+def test_a_tiny_variant_has_the_shape_of_its_model(name, repeats):
     full, tiny = variants.VARIANTS[name](), variants.VARIANTS[f"{name}_tiny"]()
-    assert full.plan == ((tiny.layers, 12),)
+    assert full.plan == ((tiny.layers, repeats),)
     for field in ("qk_norm", "top_k", "n_shared_experts", "attn_temperature", "tied_embeddings"):
         assert getattr(tiny, field) == getattr(full, field)
     assert tiny.rope.scaling == full.rope.scaling

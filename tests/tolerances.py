@@ -51,3 +51,6 @@ MESH_PARAMETER = 1e-4
 # of the loss, and ||difference|| / ||gradient|| of every parameter.
 SPLIT_LOSS = dict(rtol=1e-6)
 SPLIT_PARAMETER = 1e-5
+
+# Peak bytes, FLOPs and bytes sent of a step, estimated from formulas, beside its compiler's, at true size.
+ESTIMATE = 0.15

@@ -94,6 +94,9 @@ def _attend(ring: Ring, q, k, v, ids):
 
 
 def _forward(ring: Ring, q, k, v, ids):
+    # Under `jax.checkpoint`, what ids alone decide would be no part of what is computed again: the masks of all tiles
+    # were kept for the backward pass, a byte for every score. Now ids cannot be told from q.
+    q, ids = jax.lax.optimization_barrier((q, ids))
     n, look = len(q), partial(_look, q, ids)
     visitor = ring.pass_on((k, v, ids))
     start = (jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32))

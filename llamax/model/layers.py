@@ -47,6 +47,9 @@ def linear(x: Array, w_DF: Array) -> Array:
 
 def _linear_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w_DF = saved
+    if x.dtype == jnp.bfloat16:  # on accelerators: no split of N would be that of rows and tokens, where both are split
+        lead = tuple(range(x.ndim - 1))
+        return dy @ w_DF.T, jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
     x_ND, dy_NF = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # one sum: two would be copied into one
     return dy @ w_DF.T, jnp.einsum("nd,nf->df", x_ND, dy_NF)
 

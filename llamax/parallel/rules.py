@@ -46,6 +46,11 @@ RESTING: Mapping[str, Table] = {
     "zero": {**PARAMETERS, "embed": ("fsdp", "expert", "context", "data")},
 }
 
+# TPUs keep 16 rows of bfloat16 together. To gather parts that are less, their compiler fills the whole with zeros on
+# every device and sums: twice the bytes. So of a dimension from WIDE on, parts are multiples of TILE, or its first axis
+# alone splits it.
+TILE, WIDE = 16, 1024
+
 ACTIVATIONS: Table = {
     "rows": ROWS,
     "tokens": "context",
@@ -73,10 +78,17 @@ def _granted(name: str | None, table: Table, taken: set[str], size: int = 0, mes
     wanted = None if name is None else table[name]
     granted: tuple[str, ...] = ()
     for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-        if axis not in taken and (mesh is None or size % ways((*granted, axis), mesh) == 0):
+        if axis not in taken and (mesh is None or _splits(size, granted, axis, mesh)):
             granted = (*granted, axis)
     taken.update(granted)
     return granted if len(granted) > 1 else granted[0] if granted else None
+
+
+def _splits(size: int, granted: tuple[str, ...], axis: str, mesh: Mesh) -> bool:
+    """Whether an axis splits a dimension further: evenly and, of a wide one, into whole tiles."""
+    part, rest = divmod(size, ways((*granted, axis), mesh))
+    alone = ways(granted, mesh) == 1 or mesh.shape[axis] == 1
+    return not rest and (alone or size < WIDE or part % TILE == 0)
 
 
 def ways(entry: str | tuple[str, ...] | None, mesh: Mesh) -> int:
@@ -108,7 +120,7 @@ def unsharded(axes: Any, shapes: Any, mesh: Mesh, table: Table = PARAMETERS) -> 
         for name, size, entry, got in zip(
             names, x.shape, spec(names, table), fitting(names, x.shape, table, mesh), strict=True
         ):
-            if ways(got, mesh) < ways(entry, mesh):
+            if ways(got, mesh) < ways(entry, mesh) and size % ways(entry, mesh):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
                 split = f"is split by {_named(got, mesh)}" if ways(got, mesh) > 1 else "stays whole"
                 lines.append(f"{where}: {name}={size} {split}, not divisible by {_named(entry, mesh)}")

@@ -42,26 +42,35 @@ def _estimated(run: config.Run, where: Topology, sizes: Mapping[str, int], notes
 
     mesh = {axis: sizes.get(axis, 1) for axis in AXES}
     state = _state(run, mesh)
-    needs = estimate.memory(run, mesh)
-    cost = estimate.exchanged(run, mesh, estimate.split_of(state.params))
+    beside = _beside(run, mesh, state)
+    cost = estimate.exchanged(run, mesh, _leaves(run, state))
     _estimate_flops(cost, run, where, mesh)
-    return _report(
-        run, where, mesh, "estimated", state, needs.kept + needs.working, cost, where.counted_places(), notes
-    )
+    return _report(run, where, mesh, "estimated", state, beside, cost, where.counted_places(), notes)
+
+
+def least(run: config.Run, where: Topology) -> list[Any]:
+    """The `roofline.Traffic` that the run's mesh cannot do without."""
+    from llamax.parallel.mesh import AXES
+    from llamax.plan import estimate, roofline
+
+    sizes = config.check_devices(run, where.n_devices).axes
+    mesh = {axis: sizes.get(axis, 1) for axis in AXES}
+    leaves = _leaves(run, _state(run, mesh))
+    return roofline.traffic(estimate.exchanged(run, mesh, leaves, least=True), mesh, where.counted_places(), where)
 
 
 def _compiled(run: config.Run, where: Topology, notes: list[str]) -> Any:
     from llamax.observe.progress import waiting
-    from llamax.plan import compiled, estimate
+    from llamax.plan import ahead, compiled, estimate
 
     with waiting(f"compiling the step for {where.name}, a few minutes"):
         step = compiled.traced(run, where.devices())
-        got = compiled.compile_step(run, where)
+        got = ahead.compile_step(run, where)
     mesh = dict(step.mesh.shape)
     cost, places = got.cost, compiled.places(step, where)
     if cost is None:
         notes.append("the compiler refused a program of that size: FLOPs and collectives are estimates")
-        cost = estimate.exchanged(run, mesh, estimate.split_of(step.state.params))
+        cost = estimate.exchanged(run, mesh, _leaves(run, step.state))
         _estimate_flops(cost, run, where, mesh)
     for loop in sorted(cost.endless):
         notes.append(f"the length of a loop is not known when compiling; counted once: {loop}")
@@ -86,7 +95,7 @@ def _report(
     from llamax.plan import estimate, report, roofline
 
     held = _held(state)
-    kept = min(max(0.0, beside), estimate.memory(run, mesh).kept)
+    kept = min(max(0.0, beside), estimate.memory(run, mesh, _tiles(run)).kept)
     peak = sum(held.values()) + beside
     limit = where.chip.hbm_bytes
     sizes = report.Bytes(**held, activations=int(kept), temporary=int(beside - kept), peak=int(peak), limit=limit)
@@ -114,6 +123,20 @@ def _report(
     )
 
 
+def _leaves(run: config.Run, state: Any) -> list[Any]:
+    from llamax.plan import estimate
+
+    return estimate.split_of(state.params, _bones(run.model).axes, pictures=_tiles(run) > 0)
+
+
+def _beside(run: config.Run, mesh: Mapping[str, int], state: Any) -> float:
+    """Estimated bytes of the peak that are neither parameters nor optimizer nor gradients."""
+    from llamax.plan import estimate
+
+    needs = estimate.memory(run, mesh, _tiles(run))
+    return needs.kept + needs.working + estimate.cast(run, _held(state)["parameters"])
+
+
 def _estimate_flops(cost: Any, run: config.Run, where: Topology, mesh: Mapping[str, int]) -> None:
     from llamax.kernels.grouped import fits_tpu
     from llamax.plan import estimate
@@ -121,8 +144,8 @@ def _estimate_flops(cost: Any, run: config.Run, where: Topology, mesh: Mapping[s
     tile = 512 if where.chip.dims else 128  # of the attention kernel
     wide = run.model.expert_ffn_dim // mesh.get("tensor", 1)
     masked = where.platform == "tpu" and not fits_tpu(run.model.dim, wide)
-    bubble = estimate.pipeline_of(run, mesh).bubble
-    got = estimate.flops(run, _tiles(run), tile, every_expert=masked, bubble=bubble)
+    how = dict(every_expert=masked, context=mesh["context"], bubble=estimate.pipeline_of(run, mesh).bubble)
+    got = estimate.flops(run, _tiles(run), tile, **how)
     cost.flops, cost.recomputed = (x / where.n_devices for x in got)
 
 
@@ -194,11 +217,10 @@ def _whole(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
 
 def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: float) -> Iterator[str]:
     """Settings that would make it fit, by the estimate's difference to the setting as it is; the cheapest first."""
-    from llamax.plan import estimate
 
     def needed(changed: config.Run, sizes: Mapping[str, int]) -> float:
-        needs = estimate.memory(changed, sizes)
-        return sum(_held(_state(changed, sizes)).values()) + needs.kept + needs.working
+        state = _state(changed, sizes)
+        return sum(_held(state).values()) + _beside(changed, sizes, state)
 
     now, found = needed(run, mesh), False
     for words, changed in changes(run, mesh):

@@ -1,7 +1,7 @@
 """Compiling as far as figures need: to the compiler's own program and its plan of the memory, not to machine code.
 
-Machine code takes nine tenths of the time (67 of 68 s in a trial with three matmuls and sorts for TPU), and says
-nothing that a plan tells. No compiler offers to stop before it, but all of XLA's write down, when asked, what they have
+Machine code takes nearly all of the time (a trial with three matmuls and sorts for TPU: 67 of 68 s), and says nothing
+that a plan tells. No compiler offers to stop before it, but all of XLA's write down, when asked, what they have
 when they begin with it. So a process of its own compiles with that asked for, and is ended once it is written.
 
 Run as a program, this module is that process: `python -m llamax.plan.ahead FOLDER`.
@@ -19,13 +19,26 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from llamax import config
 from llamax.config import ConfigError
+from llamax.plan import compiled, hlo
 from llamax.plan.topology import Topology, parse, prepare
 
 ASKED, REFUSED, SAID = "asked.pickle", "refused.txt", "said.txt"
 PROGRAM, MEMORY = "*jit_step*after_optimizations.txt", "*jit_step*memory-usage-report.txt"
+CHILD = (sys.executable, "-m", "llamax.plan.ahead")
 POLL_S = 0.5
+
+
+DUMP = {"xla_dump_hlo_as_text": True}
+OPTIONS = {
+    "tpu": {},
+    # Without a card to try them on there are no tile sizes for Triton's matmuls, and for some shapes the compiler finds
+    # none; as calls of cuBLAS they have the same operands.
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
 
 
 class Program(NamedTuple):
@@ -33,8 +46,26 @@ class Program(NamedTuple):
     peak_bytes: int  # of one device: all that is allocated at once, arguments included
 
 
+class Compiled(NamedTuple):
+    peak_bytes: int  # of one device; what the compiler says it needs if that is too much
+    fits: bool  # as far as the compiler knows
+    cost: hlo.Cost | None  # None if it did not fit: then there is no program
+
+
 class Refused(Exception):
     """The compiler's own words."""
+
+
+def compile_step(run: config.Run, topology: Topology) -> Compiled:
+    try:
+        got = program(run, topology)
+    except Refused as refused:
+        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(refused))
+        if "RESOURCE_EXHAUSTED" not in str(refused) or not needed:
+            true = f"its compiler fails: {str(refused).splitlines()[0][:300]}"
+            raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from refused
+        return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
+    return Compiled(got.peak_bytes, True, hlo.cost(got.text))
 
 
 def program(run: config.Run, topology: Topology) -> Program:
@@ -48,8 +79,7 @@ def program(run: config.Run, topology: Topology) -> Program:
         (folder / ASKED).write_bytes(pickle.dumps((run, topology.name)))
         prepare()
         with (folder / SAID).open("w") as said:
-            command = [sys.executable, "-m", "llamax.plan.ahead", name]
-            child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=_environment())
+            child = subprocess.Popen([*CHILD, name], stdout=said, stderr=subprocess.STDOUT, env=_environment())
         try:
             found = _wait(folder, child)
         finally:
@@ -58,10 +88,9 @@ def program(run: config.Run, topology: Topology) -> Program:
         if (folder / REFUSED).exists():
             raise Refused((folder / REFUSED).read_text())
         if found is None:
-            last = (folder / SAID).read_text(errors="replace").strip().splitlines()[-1:] or [
-                f"exit code {child.returncode}"
-            ]
-            raise Refused(f"its compiler died: {last[0]}")
+            words = (folder / SAID).read_text(errors="replace").split("\n")
+            last = next((line for line in reversed(words) if line.strip()), "")
+            raise Refused(f"it ended with exit code {child.returncode}: {last}")
         return Program(*found)
 
 
@@ -96,14 +125,10 @@ def peak_bytes(report: str) -> int:
 def main(folder: Path) -> None:
     run, name = pickle.loads((folder / ASKED).read_bytes())
     prepare()
-    import jax
-
-    from llamax.plan import compiled
-
     topology = parse(name)
     try:
         lowered = compiled.lower(compiled.traced(run, topology.devices()), topology)
-        lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+        lowered.compile(compiler_options={"xla_dump_to": str(folder), **DUMP, **OPTIONS[topology.platform]})
     except jax.errors.JaxRuntimeError as error:
         (folder / REFUSED).write_text(str(error))
     except ConfigError as error:

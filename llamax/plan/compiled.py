@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,13 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llamax import config, stripes
-from llamax.config import ConfigError
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.optim.build import optimizer
 from llamax.parallel import place
 from llamax.parallel.mesh import make_mesh
-from llamax.plan import ahead, hlo
 from llamax.plan.topology import Topology
 from llamax.train.programs import abstract_batch, build
 from llamax.train.state import State
@@ -32,12 +29,6 @@ class Traced(NamedTuple):
     step: Any
     state: State  # shapes, dtypes and places
     batch: Any
-
-
-class Compiled(NamedTuple):
-    peak_bytes: int  # of one device; what the compiler says it needs if that is too much
-    fits: bool  # as far as the compiler knows
-    cost: hlo.Cost | None  # None if it did not fit: then there is no program
 
 
 def traced(run: config.Run, devices: list[Any]) -> Traced:
@@ -54,19 +45,6 @@ def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
     seam = make_seam(mesh, run.train, cut)
     # Any token may stand for the patch: it is a constant that no shape depends on.
     return skeleton(run.model, seam, patch_id=0, train=run.train)
-
-
-def compile_step(run: config.Run, topology: Topology) -> Compiled:
-    """As far as figures need it (ahead.py)."""
-    try:
-        program = ahead.program(run, topology)
-    except ahead.Refused as refused:
-        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(refused))
-        if "RESOURCE_EXHAUSTED" not in str(refused) or not needed:
-            true = f"its compiler fails: {str(refused).splitlines()[0][:300]}"
-            raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from refused
-        return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
-    return Compiled(program.peak_bytes, True, hlo.cost(program.text))
 
 
 def lower(step: Traced, topology: Topology) -> Any:

@@ -49,11 +49,12 @@ NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"\b(calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
-FILLED = re.compile(
-    r"filled_(\d+\.\d+)"
-)  # as parallel/expert.py notes the share of a buffer that balanced routing fills
+CHAINED = re.compile(r"\bchannel_id=(\d+).*\bchain_id=")
+FILLED = re.compile(r"filled_(\d+\.\d+)")  # parallel/expert.py: the share of a buffer that balanced routing fills
 # How jax names what `jax.checkpoint` computes again, and the logits that kernels/cross_entropy.py does in its backward.
 RECOMPUTED = re.compile(r"rematted_computation|transpose\([^\"]*nd,dc->nc")
+# The backward pass of kernels/ring.py: scores, which forward had, and the gradients of what softmax gave.
+HALF_RECOMPUTED = re.compile(r"transpose\([^\"]*bkgtd,bksd->bkgts")
 
 
 class Shape(NamedTuple):
@@ -102,7 +103,12 @@ class Cost:
     recomputed: float = 0.0  # of these, what was computed before: by rematerialisation, or in attention's backward
     sent: dict[Exchange, float] = field(default_factory=partial(defaultdict, float))  # bytes
     calls: Counter[Exchange] = field(default_factory=Counter)
+    by_name: dict[str, float] = field(default_factory=partial(defaultdict, float))  # flops, by jax's names
     endless: set[str] = field(default_factory=set)  # loops whose length the text does not tell; counted once
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(self.sent.values())
 
     def add(self, other: Cost, times: int = 1) -> None:
         self.flops += times * other.flops
@@ -110,12 +116,15 @@ class Cost:
         for exchange, n in other.sent.items():
             self.sent[exchange] += times * n
             self.calls[exchange] += times * other.calls[exchange]
+        for name, n in other.by_name.items():
+            self.by_name[name] += times * n
         self.endless |= other.endless
 
 
 def cost(text: str) -> Cost:
     """Walks a program's text, `compiled.as_text()`."""
     computations, entry = parse(text)
+    later = _later_parts(computations)
     known: dict[str, Cost] = {}
 
     def of(name: str) -> Cost:
@@ -123,7 +132,8 @@ def cost(text: str) -> Cost:
             known[name] = total = Cost()
             here = computations[name]
             for instruction in here.instructions.values():
-                _add(total, instruction, here)
+                if instruction.name not in later:
+                    _add(total, instruction, here)
                 times = 1
                 if instruction.op == "while":
                     trips = _trips(instruction, here, computations)
@@ -133,12 +143,27 @@ def cost(text: str) -> Cost:
                 parts = [of(called) for called in _called(instruction)]
                 if instruction.op == "conditional":
                     choose = min if "rarely" in _op_name(instruction) else max
-                    parts = [choose(parts, key=lambda part: part.flops)]
+                    parts = [choose(parts, key=lambda part: (part.flops, part.sent_bytes))]
                 for part in parts:
                     total.add(part, times)
         return known[name]
 
     return of(entry)
+
+
+def _later_parts(computations: dict[str, Computation]) -> set[str]:
+    """TPUs spread a collective over several fusions, in each of which it stands whole, on one channel: all but the
+    first of each."""
+    seen: set[str] = set()
+    later = set()
+    for here in computations.values():
+        for instruction in here.instructions.values():
+            chained = CHAINED.search(instruction.text)
+            if chained:
+                if chained[1] in seen:
+                    later.add(instruction.name)
+                seen.add(chained[1])
+    return later
 
 
 # ----------------------------------------------------------------------------------------------------------- parsing
@@ -272,6 +297,8 @@ def _add(total: Cost, instruction: Instruction, here: Computation) -> None:
     flops, again = _flops(instruction, here)
     if flops:
         total.flops += flops
+        total.by_name[_op_name(instruction)] += flops
+        again = flops / 2 if HALF_RECOMPUTED.search(instruction.text) else again
         total.recomputed += flops if RECOMPUTED.search(instruction.text) else again
     kind = instruction.op.removesuffix("-start")
     if kind in COLLECTIVES:

@@ -54,19 +54,27 @@ def over_links(exchange: hlo.Exchange, sent: float, places: np.ndarray, topology
     A ring of n devices, r of them in every node, leaves a node r times less often than it has members there: with an
     adapter for each GPU, one sends 1/r of what it would alone. On a torus a group uses the links of every side along
     which its members differ, in both directions.
+
+    An all-to-all is no ring: of n - 1 messages, those to members elsewhere leave the node, each by itself; on a torus a
+    message passes a quarter of every side on its way.
     """
     chip = topology.chip
     worst = (0.0, 0.0)
     for group in exchange.groups:
         at = places[list(group)]
+        direct = exchange.kind.endswith("all-to-all")
         if chip.dims:
-            sides = int((at[:, : chip.dims] != at[:1, : chip.dims]).any(axis=0).sum())
+            lengths = [len(np.unique(at[:, side])) for side in range(chip.dims)]
+            sides = sum(n > 1 for n in lengths)
+            hops = max(1.0, max(lengths) / 4 * sides) if direct else 1.0
             # Devices of one chip share its memory and exchange through it.
-            seconds = sent / (2 * sides * chip.link_bandwidth) if sides else sent / chip.hbm_bandwidth
+            seconds = sent * hops / (2 * sides * chip.link_bandwidth) if sides else sent / chip.hbm_bandwidth
             worst = max(worst, (0.0, seconds), key=lambda w: w[1])
             continue
         nodes, members = np.unique(at[:, 0], return_counts=True)
-        slow = 0.0 if len(nodes) == 1 else sent / int(members.min())
+        n, here = len(group), int(members.min())
+        share = (n - here) / (n - 1) if direct else 1 / here
+        slow = 0.0 if len(nodes) == 1 else sent * share
         worst = max(worst, (slow, max(slow / chip.slow_bandwidth, sent / chip.link_bandwidth)), key=lambda w: w[1])
     return worst
 

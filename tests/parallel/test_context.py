@@ -96,6 +96,28 @@ def test_a_ring_whose_outputs_are_kept_is_not_turned_again():
     assert passes("attention") == passes("none") < passes("period")
 
 
+def test_rematted_ring_attention_keeps_no_masks():
+    """Of 4 shards of 8 tokens in tiles of 2: no truth values are more than a tile's output, 4 heads of 4."""
+    mesh, ring = make_mesh({"data": 2, "context": 4}), Ring("context", 4, 2, 2)
+    rows = P("data", "context")
+
+    def f(q, ids):
+        @jax.checkpoint
+        def attended(q):
+            split = jax.shard_map(
+                lambda q, ids: ring_attention(q, q, q, q_pos=ids, k_pos=ids, q_seg=ids, k_seg=ids, ring=ring),
+                **dict(mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False),
+            )
+            return split(q, ids)
+
+        return jnp.sum(jnp.sin(jax.lax.scan(lambda q, _: (attended(q), None), q, None, length=2)[0]))
+
+    shapes = jax.ShapeDtypeStruct((2, 32, 4, 4), jnp.float32), jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    text = jax.jit(jax.grad(f)).lower(*shapes).compile().as_text()
+    masks = [shape.size for shape in hlo.shapes_of(text) if shape.dtype == "pred"]
+    assert masks and max(masks) <= 4 * 2 * 4
+
+
 def test_ring_attention_in_bfloat16_is_near():
     """Sums and the softmax in float32; outputs and gradients of the inputs' dtype."""
     cut, (positions, _) = Stripes(4, 2), packed()

@@ -35,6 +35,11 @@ def cost_of(f, *shapes, **options) -> hlo.Cost:
     return hlo.cost(jax.jit(f, **options).lower(*shapes).compile().as_text())
 
 
+def cost_of_text(text: str) -> dict:
+    got = hlo.cost(text)
+    return {exchange.kind: (sent, got.calls[exchange]) for exchange, sent in got.sent.items()}
+
+
 def on_mesh(f, in_specs, out_specs, *shapes) -> dict:
     """(kind, axes) -> (bytes sent by a device, calls) of f run by every device on its own part."""
     split = jax.shard_map(f, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -235,9 +240,24 @@ ENTRY %main (m: s32[5], x: bf16[64,16], y: bf16[64,32]) -> bf16[4,16,32] {{
     )
 
 
-@pytest.mark.parametrize(("scope", "matmuls"), [("often", 2), ("rarely", 1)])
-def test_of_a_condition_the_dear_branch_counts_but_for_what_is_rare(scope, matmuls):
-    """Rare is what is over a buffer of tokens, and is not there when routing is even; nested in a loop too."""
+def test_a_collective_that_is_spread_over_fusions_counts_once():
+    """As TPUs write it: begun in one, worked on in a loop in another, ended in a third; each names its channel."""
+    chain = 'channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}'
+    other = "channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}"
+    part = "(x: f32[4,8]) -> f32[16,8] {{\n  %x = f32[4,8]{{1,0}} parameter(0)\n"
+    gather = "  ROOT %all-gather.{} = f32[16,8]{{1,0}} all-gather(%x), {}\n}}\n"
+    names = ("begin", "async_collective_fusion.1", "end")
+    text = "\n".join(f"%{name} {part.format()}{gather.format(i, chain)}" for i, name in enumerate(names))
+    calls = "\n".join(f"  %f.{i} = f32[16,8]{{1,0}} fusion(%x), kind=kCustom, calls=%{n}" for i, n in enumerate(names))
+    text += f"\nENTRY %main {part.format()}{calls}\n{gather.format(9, other)}"
+    got = cost_of_text(text)
+    assert got == {"all-gather": (2 * 3 * 4 * 8 * 4, 2)}
+
+
+@pytest.mark.parametrize(("scope", "n", "matmuls"), [("often", 32, 2), ("rarely", 48, 1)])
+def test_of_a_condition_the_dear_branch_counts_but_for_what_is_rare(scope, n, matmuls):
+    """Rare is what is over a buffer of tokens, and is not there when routing is even; nested in a loop too. Of another
+    size each time: a cache of programs does not tell them apart by their names."""
 
     def f(more, x):
         def body(x, _):
@@ -246,7 +266,7 @@ def test_of_a_condition_the_dear_branch_counts_but_for_what_is_rare(scope, matmu
 
         return jax.lax.scan(body, x, None, length=3)[0]
 
-    assert cost_of(f, jax.ShapeDtypeStruct((), jnp.bool), floats(32, 32)).flops == matmuls * 3 * 2 * 32**3
+    assert cost_of(f, jax.ShapeDtypeStruct((), jnp.bool), floats(n, n)).flops == matmuls * 3 * 2 * n**3
 
 
 def test_flops_of_a_model_are_those_of_count_and_of_the_jaxpr():

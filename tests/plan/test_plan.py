@@ -145,12 +145,47 @@ def test_an_estimate_counts_what_the_arrays_have():
 
 
 def test_exchanged_bytes_by_hand():
-    """A matrix of 1000 numbers in quarters over fsdp, two copies; bfloat16 on the wire, gathered again with remat."""
+    """A matrix of 1000 numbers in quarters over fsdp, two copies; bfloat16 on the wire, gathered again with remat, and
+    once more by the compiler."""
     run = tiny(4, train=dict(compute_dtype="bfloat16", remat="period"))
     mesh = {"data": 2, "fsdp": 4}
-    got = estimate.exchanged(run, mesh, [(1000, ("fsdp",))])
+    got = estimate.exchanged(run, mesh, [estimate.Leaf(1000, ("fsdp",))])
     by_kind = {exchange.kind: sent for exchange, sent in got.sent.items()}
-    assert by_kind == {"all-gather": 2 * 3 * 500, "reduce-scatter": 3 * 500, "all-reduce": 2 * (1 / 2) * 500}
+    embedded = 2 * (8 / 8 * 128) * 32 * 2 * 3 / 4  # one row a device there and back, 3 of 4 parts from others
+    want = {"all-gather": 3 * 3 * 500, "reduce-scatter": 3 * 500, "all-reduce": 2 * (1 / 2) * 500}
+    assert by_kind == {**want, "all-to-all": embedded}
+
+
+def test_tokens_travel_instead_of_their_experts_by_hand():
+    """8 tokens of width 4 in bfloat16 a device, 2 layers of which one has experts: 4 trips, and 1 again; experts'
+    weights are gathered over fsdp only."""
+    run = tiny(2, train=dict(compute_dtype="bfloat16", remat="period"))
+    mesh = {"data": 1, "fsdp": 2, "expert": 4}
+    experts, other = estimate.Leaf(800, ("expert", "fsdp"), stays=("expert",)), estimate.Leaf(800, ("fsdp", "expert"))
+    by_axes = {}
+    for leaf in (experts, other):
+        got = estimate.exchanged(run, mesh, [leaf])
+        by_axes[leaf] = {
+            (e.kind, hlo.spanned(e.groups, {"data": 1, "fsdp": 2, "expert": 4})): sent for e, sent in got.sent.items()
+        }
+    stream = 128 * 32 * 2
+    for sums in by_axes.values():
+        assert sums["all-to-all", ("expert",)] == 2 * (4 + 1) * stream * 3 / 4  # of 2 repeats
+    assert by_axes[experts]["all-gather", ("fsdp",)] == 2 * 100 * 2
+    assert by_axes[other]["all-gather", ("fsdp", "expert")] == 3 * 7 * 100 * 2
+    least = estimate.exchanged(run, mesh, [other], least=True)
+    by_kind = {exchange.kind: sent for exchange, sent in least.sent.items() if exchange.kind == "all-gather"}
+    assert by_kind == {"all-gather": 2 * 7 * 100 * 2}
+
+
+def test_all_to_alls_take_their_own_way():
+    """Of 7 messages 4 leave a node of 4 GPUs, each by itself; along a side of 16 chips they pass 4 on average."""
+    nodes = parse("h100:2x4")
+    everyone = hlo.Exchange("all-to-all", (tuple(range(8)),))
+    assert roofline.over_links(everyone, 7e9, nodes.counted_places(), nodes)[0] == pytest.approx(4e9)
+    torus = parse("v5e:1x16")
+    side = hlo.Exchange("ragged-all-to-all", (tuple(range(16)),))
+    assert roofline.over_links(side, 1e9, torus.counted_places(), torus)[1] == pytest.approx(4e9 / 100e9)
 
 
 def test_a_pipeline_by_hand():
@@ -158,10 +193,12 @@ def test_a_pipeline_by_hand():
     the layers are gathered for every micro-batch."""
     run = tiny(8, train=dict(compute_dtype="bfloat16", remat="period", pipeline_microbatches=4))
     mesh = {"pipeline": 2, "data": 1, "fsdp": 2, "tensor": 1}
-    got = estimate.exchanged(run, mesh, [(1000, ("pipeline", "fsdp"))])
+    got = estimate.exchanged(run, mesh, [estimate.Leaf(1000, ("pipeline", "fsdp"))])
     by_kind = {exchange.kind: sent for exchange, sent in got.sent.items()}
     handed = run.data.batch_tokens / 4 / 2 * run.model.dim * 2
-    assert by_kind == {"all-gather": 4 * 2 * 500, "reduce-scatter": 4 * 500, "collective-permute": 2 * 5 * handed}
+    embedded = 2 * run.data.batch_tokens / 4 * run.model.dim * 2 / 2  # as of `test_exchanged_bytes_by_hand`
+    sent = {"all-gather": 4 * 3 * 500, "reduce-scatter": 4 * 500, "collective-permute": 2 * 5 * handed}
+    assert by_kind == {**sent, "all-to-all": embedded}
     pairs = next(exchange.groups for exchange in got.sent if exchange.kind == "collective-permute")
     assert sorted(pairs) == [(0, 2), (1, 3), (2, 0), (3, 1)]
     assert estimate.pipeline_of(run, mesh).bubble == 1 / 5
@@ -183,7 +220,8 @@ def test_estimates_move_the_right_way():
 
 def test_what_would_make_it_fit(monkeypatch):
     """A chip with room for the step in two parts but not for it whole."""
-    run = tiny(1, data=dict(batch_tokens=64 * 128), train=dict(compute_dtype="bfloat16"))
+    bfloat16 = dict(train=dict(compute_dtype="bfloat16"), optim=dict(moments_dtype="bfloat16"))
+    run = tiny(1, data=dict(batch_tokens=64 * 128), **bfloat16)
     whole = plan(run, "v5e:1x1", estimate=True).bytes
     small = dataclasses.replace(CHIPS["v5e"], hbm_bytes=whole.peak - whole.activations // 3)
     monkeypatch.setitem(CHIPS, "v5e", small)
@@ -217,14 +255,14 @@ def test_exchanged_bytes_of_masters_over_data_by_hand():
     run = tiny_run(mesh=dict(rules="zero"), train=dict(compute_dtype="bfloat16", remat="period", accumulate=2))
     mesh = {"data": 2, "fsdp": 4, "expert": 2}
 
-    def sent(split):
-        got = estimate.exchanged(run, mesh, [(1000, split)])
+    def sent(split, *stays):
+        got = estimate.exchanged(run, mesh, [estimate.Leaf(1000, split, stays)])
         return {(e.kind, hlo.spanned(e.groups, mesh)): n for e, n in got.sent.items()}
 
-    dense, experts = sent(("fsdp", "expert", "data")), sent(("expert", "fsdp", "data"))
+    dense, experts = sent(("fsdp", "expert", "data")), sent(("expert", "fsdp", "data"), "expert")
     assert dense["all-gather", ("data",)] == experts["all-gather", ("data",)] == 125
     assert dense["reduce-scatter", ("data",)] == 2 * 125
-    assert dense["all-gather", ("fsdp", "expert")] == 2 * 2 * 7 * 250
+    assert dense["all-gather", ("fsdp", "expert")] == 2 * 3 * 7 * 250
     assert experts["all-gather", ("fsdp",)] == 2 * 2 * 3 * 250
 
 
