@@ -39,7 +39,6 @@ def get_config(size: str = "full"):
         captions=dict(path="data/captions.toml", weight=0.15),
     )
     run.data.lanes = 256  # up to 256 hosts read a part each
-    run.data.lanes = 64  # up to so many processes read their own share
     run.data.workers = 8
     run.mesh = dict(data=-1, fsdp=128, expert=8)  # -1 takes the devices that are left
     run.optim.peak_lr = 1e-4
