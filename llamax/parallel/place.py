@@ -214,8 +214,6 @@ def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None, stripes: Stri
     if stripes.n > 1:
         places = stripes.places(batch.tokens.shape[1])
         batch = batch._replace(**{name: x[:, places] for name, x in batch._asdict().items() if name != "tiles"})
-    if jax.process_count() == 1:
-        return jax.tree.map(put, batch_shardings(mesh), batch)
     with jax.transfer_guard_host_to_device("allow"):  # it counts this way of putting, by name, as none by name
         return jax.tree.map(put, batch_shardings(mesh), batch)
 
