@@ -32,6 +32,15 @@ def test_spec():
     assert rules.spec((), rules.PARAMETERS) == P()
 
 
+def test_parts_of_wide_dimensions_are_whole_tiles():
+    """5,120 numbers over 32 devices are 160 each; over 32 x 8 they would be 20, no multiple of 16."""
+    for n, finer, want in ((32, 8, "fsdp"), (32, 2, ("fsdp", "expert")), (512, 2, "fsdp")):
+        mesh = jax.sharding.AbstractMesh((1, 1, n, finer, 1, 1), AXES)
+        assert rules.fitting(("embed",), (5120,), rules.PARAMETERS, mesh) == P(want), (n, finer)
+    mesh = jax.sharding.AbstractMesh((1, 1, 8, 4, 1, 1), AXES)
+    assert rules.fitting(("embed",), (128,), rules.PARAMETERS, mesh) == P(("fsdp", "expert")), "narrow ones split anyhow"
+
+
 def test_an_axis_is_used_once():
     assert rules.spec(("heads", "ffn"), rules.PARAMETERS) == P("tensor", None)
     table = {"a": ("data", "fsdp"), "b": ("fsdp", "expert"), "c": "expert"}
