@@ -33,12 +33,12 @@ def test_spec():
 
 
 def test_parts_of_wide_dimensions_are_whole_tiles():
-    """5,120 numbers over 32 devices are 160 each; over 32 x 8 they would be 20, no multiple of 16."""
-    for n, finer, want in ((32, 8, "fsdp"), (32, 2, ("fsdp", "expert")), (512, 2, "fsdp")):
-        mesh = jax.sharding.AbstractMesh((1, 1, n, finer, 1, 1), AXES)
-        assert rules.fitting(("embed",), (5120,), rules.PARAMETERS, mesh) == P(want), (n, finer)
-    mesh = jax.sharding.AbstractMesh((1, 1, 8, 4, 1, 1), AXES)
-    assert rules.fitting(("embed",), (128,), rules.PARAMETERS, mesh) == P(("fsdp", "expert")), "narrow ones split anyhow"
+    """5,120 numbers over 32 devices are 160 each; over 32 x 8 they would be 20, no multiple of 16. The first
+    axis splits at any rate, and a narrow dimension by all of them."""
+    for size, fsdp, expert, want in ((5120, 32, 8, 32), (5120, 32, 2, 64), (5120, 512, 2, 512), (128, 8, 4, 32)):
+        mesh = jax.sharding.AbstractMesh((1, 1, fsdp, expert, 1, 1), AXES)
+        (split,) = rules.fitting(("embed",), (size,), rules.PARAMETERS, mesh)
+        assert rules.ways(split, mesh) == want, (size, fsdp, expert)
 
 
 def test_an_axis_is_used_once():
