@@ -102,8 +102,8 @@ def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
     by_check_devices = {"Run.mesh"} | sizes  # it resolves the mesh that the run takes
     fields = {f"{c.__name__}.{f.name}" for c in SECTIONS for f in dataclasses.fields(c)}
     assert len(SECTIONS) == 14 and "Mesh.data" in fields
-    # tests/optim/test_schedules.py, below, tests/model/test_moe.py
-    read_elsewhere = {"Optim.decay_steps", "Health.max_roll_backs", "Model.group_best"}
+    # tests/optim/test_schedules.py, below, tests/model/test_moe.py, tests/train/test_pipeline.py
+    read_elsewhere = {"Optim.decay_steps", "Health.max_roll_backs", "Model.group_best", "Train.pipeline_microbatches"}
     assert sorted(fields - READ - by_check_devices - read_elsewhere) == []
 
 

@@ -239,7 +239,7 @@ def test_loading_onto_eight_devices_equals_one(tmp_path, kind):
     one, eight = llamax.load(folder), llamax.load(folder, mesh=make_mesh({"data": 2, "fsdp": 4}))
     jax.tree.map(np.testing.assert_array_equal, one.params, eight.params)
     embed = eight.params["embed"]
-    assert len(embed.sharding.device_set) == 8 and embed.sharding.spec[1] == "fsdp"
+    assert len(embed.sharding.device_set) == 8 and "fsdp" in embed.sharding.spec[1]
     assert {shard.data.shape for shard in embed.addressable_shards} == {(embed.shape[0], embed.shape[1] // 4)}
     assert one.params["embed"].dtype == jnp.float32
     half = llamax.load(folder, dtype="bfloat16")

@@ -50,12 +50,12 @@ def note(seen: list, x, names):
     return x
 
 
-def loop(stacked, x, *args, remat, each=()):
+def loop(stacked, x, *args, remat, each=(), run=None, **how):
     """`layers.scan` as a loop, which keeps every layer's output in sight."""
     graph, state = nnx.split(stacked)
     results = []
     for repeat in range(len(jax.tree.leaves(state)[0])):
-        x, result = nnx.merge(graph, jax.tree.map(lambda w: w[repeat], state))(x, *args)  # noqa: B023
+        x, result = nnx.merge(graph, jax.tree.map(lambda w: w[repeat], state))(x, *args, **how)  # noqa: B023
         results.append(result)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
@@ -108,7 +108,7 @@ def test_every_step_of_the_encoder_matches(monkeypatch):
     for module in ("Linear", "LayerNorm", "VisionBlock", "VisionEncoder"):
         note(getattr(vision, module), "__call__", module)
     note(vision, "pixel_shuffle", "pixel_shuffle")
-    monkeypatch.setattr(llama, "fuse", lambda x, features, is_patch: made.setdefault("fuse", features))
+    monkeypatch.setattr(llama, "fuse", lambda x, features, is_patch, running: made.setdefault("fuse", features))
     skel, params, bias = goldens.build(golden)
 
     def program(params):

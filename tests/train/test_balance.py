@@ -158,7 +158,7 @@ def test_activation_norms_are_those_of_the_residual_stream():
         seen.clear()
         model = skel.bind(params, bias)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stack, "scan", lambda module, x, *args, remat, each: one_repeat(module, x, *args))
+            patch.setattr(stack, "scan", one_repeat)
             _, trace = model(ROWS)
         return trace.energy, seen[2]
 
@@ -167,9 +167,9 @@ def test_activation_norms_are_those_of_the_residual_stream():
     np.testing.assert_allclose(energy, [square.sum(axis=1)], rtol=1e-5)
 
 
-def one_repeat(stacked, x, *args):
+def one_repeat(stacked, x, *args, remat, each, run, **how):
     graph, state = nnx.split(stacked)
-    x, told = nnx.merge(graph, jax.tree.map(lambda w: w[0], state))(x, *args)
+    x, told = nnx.merge(graph, jax.tree.map(lambda w: w[0], state))(x, *args, **how)
     return x, jax.tree.map(lambda a: a[None], told)
 
 
