@@ -24,7 +24,7 @@ the worst of all parameters.
 said. The tests demand: loss 1e-5, no route that differs, gradients 1e-4, and for five steps losses,
 gradients and parameters 1e-4.
 
-| layers | mesh | loss | routes that differ | worst gradient | of | losses of five steps | gradients of the fifth | parameters after it |
+| layers | mesh | loss | routes off | worst gradient | of | five losses | gradients of the fifth | parameters after |
 |---|---|---|---|---|---|---|---|---|
 """
 
