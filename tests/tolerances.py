@@ -47,9 +47,6 @@ MOMENTS_CURVE = dict(rtol=5e-3)
 # ||difference|| / ||gradient|| of one parameter, the whole model's gradient on a mesh beside one device, float32.
 MESH_PARAMETER = 1e-4
 
-# The same of the fifth step: the rounding of four updates goes through up to 32 layers. 1.4e-4 was measured.
-MESH_FIFTH = 1e-3
-
 # The same batch split, padded, packed or ordered in another way, on one mesh or several: a few units in the last place
 # of the loss, and ||difference|| / ||gradient|| of every parameter.
 SPLIT_LOSS = dict(rtol=1e-6)

@@ -62,7 +62,6 @@ class Outcome(NamedTuple):
     routes: np.ndarray  # int32 [L, B, T, K]
     gradients: dict[str, np.ndarray]
     losses: list[float]  # of the five steps
-    last: dict[str, np.ndarray]  # gradients of the fifth
     params: dict[str, np.ndarray]  # after the five
 
 
@@ -96,7 +95,7 @@ def outcome(run: config.Run, batch: Batch) -> Outcome:
         if n == 0:
             gradients = by_path(state.opt[0].trace)
     assert step._cache_size() == 1, "compiled twice"
-    return Outcome(losses[0], routes, gradients, losses, by_path(state.opt[0].trace), by_path(state.params))
+    return Outcome(losses[0], routes, gradients, losses, by_path(state.params))
 
 
 def _routes(bones: Skeleton, params: Any, router_bias: Any, batch: Batch) -> jax.Array:
