@@ -72,7 +72,9 @@ class MoE(nnx.Module):
         y_ND = self.seam.run_experts(x_ND, weights, taken_NK, gate_NK, gate_on=self.model.gate_on)
         y_BTD, logits, index = (tokens.unflat(x, B) for x in (y_ND, z_NE, index_NK))
         if self.model.n_shared_experts:
-            y_BTD = y_BTD + self.shared(x_BTD)
+            # Apart: folded into this sum, the shared expert's last product would wait for what travels.
+            y_BTD, shared_BTD = jax.lax.optimization_barrier((y_BTD, self.shared(x_BTD)))
+            y_BTD = y_BTD + shared_BTD
         return y_BTD, Routing(logits, index, dropped_BTK)
 
 

@@ -31,6 +31,8 @@ PROGRAM, MEMORY = "*jit_step*after_optimizations.txt", "*jit_step*memory-usage-r
 CHILD = (sys.executable, "-m", "llamax.plan.ahead")
 POLL_S = 0.5
 
+# How compilers say what a program needs that is too large: of its first estimate, or of the arrays as they were placed.
+NEEDED = re.compile(r"(?:Used |memory required for HLO temporaries \()(?P<n>[\d.]+)(?P<unit>[KMGT])")
 
 DUMP = {"xla_dump_hlo_as_text": True}
 OPTIONS = {
@@ -60,11 +62,11 @@ def compile_step(run: config.Run, topology: Topology) -> Compiled:
     try:
         got = program(run, topology)
     except Refused as refused:
-        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(refused))
+        needed = NEEDED.search(str(refused))
         if "RESOURCE_EXHAUSTED" not in str(refused) or not needed:
             true = f"its compiler fails: {str(refused).splitlines()[0][:300]}"
             raise ConfigError(f"--topology {topology.name}", true, "Use --estimate, which needs none.") from refused
-        return Compiled(int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2]))), False, None)
+        return Compiled(int(float(needed["n"]) * 1024 ** (1 + "KMGT".index(needed["unit"]))), False, None)
     return Compiled(got.peak_bytes, True, hlo.cost(got.text))
 
 

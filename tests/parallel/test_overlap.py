@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -24,10 +25,10 @@ from tests.model import twins
 D, F, E, T = 1024, 2048, 16, 4096
 
 
-def schedule(options: dict | None) -> list[str]:
-    """What one MoE layer's forward pass on four v5e does, in its order: "start", "done" of an exchange, "exchange"
+def schedule(chips: str, options: Callable) -> list[str]:
+    """What one MoE layer's forward pass on four chips does, in its order: "start", "done" of an exchange, "exchange"
     where it waits for one, "shared" for a matmul of the shared expert, "experts" for one of the others."""
-    mesh = make_mesh({"expert": 4}, topology.parse("v5e:2x2").devices())
+    mesh = make_mesh({"expert": 4}, topology.parse(chips).devices())
     model = replace(twins.TINY, dim=D, expert_ffn_dim=F, n_experts=E)
     graph, tree = twins.fresh(partial(MoE, model, make_seam(mesh, config.Train(expert_buffer=4.0)), out_gain=1.0))
 
@@ -38,7 +39,7 @@ def schedule(options: dict | None) -> list[str]:
     tree["router_bias"] = at(tree["router_bias"], P(), jnp.float32)
     x_BTD = at(jnp.zeros((4, T, 1)).repeat(D, 2), P("expert"))
 
-    forward = jax.jit(lambda tree, x_BTD: twins.bind(graph, tree)(x_BTD)[0], compiler_options=options)
+    forward = jax.jit(lambda tree, x_BTD: twins.bind(graph, tree)(x_BTD)[0], compiler_options=options(mesh))
     text = forward.lower(tree, x_BTD).compile().as_text()
     assert "is_scheduled=true" in text  # its instructions stand in the order in which they are run
     computations, entry = hlo.parse(text)
@@ -58,10 +59,11 @@ def schedule(options: dict | None) -> list[str]:
 @pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="compiles for TPU: libtpu comes with the extra `tpu`"
 )
-def test_the_shared_expert_computes_while_tokens_travel():
-    mesh = make_mesh({"expert": 4}, topology.parse("v5e:2x2").devices())
-    found = schedule(compiler_options(mesh))
-    under_way = [sum((x == "start") - (x == "done") for x in found[:i]) for i in range(len(found))]
-    assert found.count("start") == 2 and "exchange" not in found
-    assert sum(x == "shared" and n > 0 for x, n in zip(found, under_way, strict=True)) >= 2
-    assert "exchange" in schedule(None)  # what the option is for
+@pytest.mark.parametrize("chips", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_shared_expert_computes_while_tokens_travel(chips):
+    found = schedule(chips, compiler_options)
+    assert found.count("start") == found.count("done") == 2 and "exchange" not in found
+    under_way = [found[:i].count("start") - found[:i].count("done") for i in range(len(found))]
+    shared = [n > 0 for x, n in zip(found, under_way, strict=True) if x == "shared"]
+    assert len(shared) >= 2 and all(shared)  # its three matmuls, of which some are one operation
+    assert "exchange" in schedule(chips, lambda mesh: None)  # what the options are for

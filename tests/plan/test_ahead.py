@@ -63,8 +63,15 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, text, says):
         ahead.compile_step(tiny_run(), WHERE)
 
 
-def test_too_much_memory_is_told_in_bytes(monkeypatch, tmp_path):
-    words = "RESOURCE_EXHAUSTED: Ran out of memory. Used 48.5G of 15.75G hbm."
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory. Used 48.5G of 15.75G hbm.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (48.5G) exceeds "
+        "available HBM (15.75G).",
+    ],
+)
+def test_too_much_memory_is_told_in_bytes(monkeypatch, tmp_path, words):
     child(
         monkeypatch, tmp_path, f"import sys, pathlib; (pathlib.Path(sys.argv[1]) / 'refused.txt').write_text({words!r})"
     )
