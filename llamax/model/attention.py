@@ -8,7 +8,7 @@ rotates by position mod C: the same in exact arithmetic, because RoPE is relativ
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -63,6 +63,9 @@ def temperature(positions_BT: Array, model: config.Model) -> Array:
     return 1.0 + model.attn_temperature * jnp.log1p(steps)
 
 
+QUERY, KEY, OUT = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim"), ("heads", "head_dim", "embed")
+
+
 class Attention(nnx.Module):
     """q, k, v, o projections around the seam's attention; no biases; QK norm has no weight and follows the rotation."""
 
@@ -71,15 +74,18 @@ class Attention(nnx.Module):
         dim, heads, kv_heads, head_dim = model.dim, model.n_heads, model.n_kv_heads, model.head_dim
         wide = dict(fan_in=dim, fan_out=heads * head_dim)
         narrow = dict(fan_in=dim, fan_out=kv_heads * head_dim)
-        self.query = matrix(rngs, (dim, heads, head_dim), ("embed", "heads", "head_dim"), **wide)
-        self.key = matrix(rngs, (dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **narrow)
-        self.value = matrix(rngs, (dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), **narrow)
+        self.query = matrix(rngs, (dim, heads, head_dim), QUERY, **wide)
+        self.key = matrix(rngs, (dim, kv_heads, head_dim), KEY, **narrow)
+        self.value = matrix(rngs, (dim, kv_heads, head_dim), KEY, **narrow)
         out = dict(fan_in=heads * head_dim, fan_out=dim, gain=out_gain)
-        self.out = matrix(rngs, (heads, head_dim, dim), ("heads", "head_dim", "embed"), **out)
+        self.out = matrix(rngs, (heads, head_dim, dim), OUT, **out)
 
     def __call__(self, x_BTD: Array, at: Places, past: KV | None = None) -> tuple[Array, KV]:
         """The layer's output, and the keys and values of these tokens as a cache keeps them: rotated and normed."""
-        q_BTHDh, k_BTKDh, v_BTKDh = (heads(x_BTD, w[...]) for w in (self.query, self.key, self.value))
+        q_BTHDh, k_BTKDh, v_BTKDh = (
+            heads(x_BTD, self.gathered(w, names, x_BTD.dtype))
+            for w, names in ((self.query, QUERY), (self.key, KEY), (self.value, KEY))
+        )
         if self.kind == "nope_full":
             if self.model.attn_temperature:
                 q_BTHDh = (q_BTHDh * at.temperature[..., None, None]).astype(x_BTD.dtype)
@@ -101,11 +107,14 @@ class Attention(nnx.Module):
             window = at.before[self.kind]
             here |= dict(past_pos=window.positions, past_seg=window.segments)
             o_BTHDh = self.seam.cached_attention(q_BTHDh, *past, *new, **here)
-        out_FD = self.out[...].astype(x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
+        out_FD = self.gathered(self.out, OUT, x_BTD.dtype).reshape(-1, x_BTD.shape[-1])
         return linear(o_BTHDh.reshape(*x_BTD.shape[:2], -1), out_FD), new
+
+    def gathered(self, w: nnx.Param, names: tuple[str, ...], dtype: Any) -> Array:
+        return self.seam.gathered(w[...].astype(dtype), names)
 
 
 def heads(x_BTD: Array, w_DHDh: Array) -> Array:
     """x projected to heads: [B, T, H, Dh]."""
-    y_BTF = linear(x_BTD, w_DHDh.astype(x_BTD.dtype).reshape(x_BTD.shape[-1], -1))
+    y_BTF = linear(x_BTD, w_DHDh.reshape(x_BTD.shape[-1], -1))
     return y_BTF.reshape(*x_BTD.shape[:2], *w_DHDh.shape[1:])

@@ -57,6 +57,12 @@ def _linear_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arra
 linear.defvjp(lambda x, w_DF: (x @ w_DF, (x, w_DF)), _linear_backward)
 
 
+def as_it_is(w: Array, names: tuple[str | None, ...]) -> Array:
+    """A weight on one device."""
+    del names
+    return w
+
+
 def rms(x: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32."""
     x32 = x.astype(jnp.float32)
@@ -97,13 +103,17 @@ class LayerNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate x) * up x), no biases."""
 
-    def __init__(self, dim: int, ffn_dim: int, *, out_gain: float, rngs: nnx.Rngs):
-        self.gate = matrix(rngs, (dim, ffn_dim), ("embed", "ffn"), fan_in=dim, fan_out=ffn_dim)
-        self.up = matrix(rngs, (dim, ffn_dim), ("embed", "ffn"), fan_in=dim, fan_out=ffn_dim)
-        self.down = matrix(rngs, (ffn_dim, dim), ("ffn", "embed"), fan_in=ffn_dim, fan_out=dim, gain=out_gain)
+    WIDE, NARROW = ("embed", "ffn"), ("ffn", "embed")
+
+    def __init__(self, dim: int, ffn_dim: int, gathered: Callable, *, out_gain: float, rngs: nnx.Rngs):
+        self.gathered = gathered
+        self.gate = matrix(rngs, (dim, ffn_dim), self.WIDE, fan_in=dim, fan_out=ffn_dim)
+        self.up = matrix(rngs, (dim, ffn_dim), self.WIDE, fan_in=dim, fan_out=ffn_dim)
+        self.down = matrix(rngs, (ffn_dim, dim), self.NARROW, fan_in=ffn_dim, fan_out=dim, gain=out_gain)
 
     def __call__(self, x: Array) -> Array:
-        gate_DF, up_DF, down_FD = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        gate_DF, up_DF = (self.gathered(w[...].astype(x.dtype), self.WIDE) for w in (self.gate, self.up))
+        down_FD = self.gathered(self.down[...].astype(x.dtype), self.NARROW)
         return linear(jax.nn.silu(linear(x, gate_DF)) * linear(x, up_DF), down_FD)
 
 

@@ -50,7 +50,7 @@ class MoE(nnx.Module):
         narrow = dict(fan_in=ffn_dim, fan_out=dim, gain=out_gain)
         self.down = matrix(rngs, (experts, ffn_dim, dim), ("experts", "ffn", "embed"), **narrow)
         if model.n_shared_experts:
-            self.shared = SwiGLU(dim, model.n_shared_experts * ffn_dim, out_gain=out_gain, rngs=rngs)
+            self.shared = SwiGLU(dim, model.n_shared_experts * ffn_dim, seam.gathered, out_gain=out_gain, rngs=rngs)
 
     def __call__(self, x_BTD: Array, real_BT: Array | None = None) -> tuple[Array, Routing]:
         """`real_BT`: which tokens are not padding; only a capacity asks."""
@@ -83,11 +83,23 @@ def choose(z_NE: Array, bias_E: Array, model: config.Model) -> Array:
     worth_NE = bias_E + (SCORES[model.router_score](z_NE) if model.choose_by == "scores" else z_NE)
     if model.top_groups < model.n_groups:
         worth_NGe = worth_NE.reshape(len(worth_NE), model.n_groups, -1)
-        group_NG = jax.lax.top_k(worth_NGe, model.group_best)[0].sum(-1)
-        best_NG = jax.lax.top_k(group_NG, model.top_groups)[1]
-        open_NG = jax.nn.one_hot(best_NG, model.n_groups, dtype=bool).any(1)
+        group_NG = jnp.take_along_axis(worth_NGe, best(worth_NGe, model.group_best), axis=-1).sum(-1)
+        open_NG = jax.nn.one_hot(best(group_NG, model.top_groups), model.n_groups, dtype=bool).any(1)
         worth_NE = jnp.where(open_NG[..., None], worth_NGe, -jnp.inf).reshape(worth_NE.shape)
-    return jax.lax.top_k(worth_NE, model.top_k)[1]
+    return best(worth_NE, model.top_k)
+
+
+def best(x: Array, k: int) -> Array:
+    """int32 [..., k]: where the k largest are along the last dimension, best first; of equals, the first.
+
+    `jax.lax.top_k` tells the same, but on some meshes the compiler gathers all tokens on every device for it.
+    """
+    x = jnp.maximum(x, jnp.finfo(x.dtype).min)  # what is taken is less than all others
+    taken = []
+    for _ in range(k):
+        taken.append(jnp.argmax(x, axis=-1).astype(jnp.int32))
+        x = jnp.where(jnp.arange(x.shape[-1]) == taken[-1][..., None], -jnp.inf, x)
+    return jnp.stack(taken, axis=-1)
 
 
 def gates(z_NE: Array, index_NK: Array, model: config.Model) -> Array:

@@ -14,7 +14,7 @@ from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, pick_experts, slow_experts
 from llamax.kernels.ring import Ring, ring_attention
 from llamax.model.capacity import Capacity
-from llamax.model.layers import in_order
+from llamax.model.layers import as_it_is, in_order
 from llamax.parallel import context, embed, expert, pipeline, place, tensor
 from llamax.stripes import Stripes
 
@@ -46,6 +46,7 @@ class Seam:
     lookup: Callable = embed.lookup  # (table_VD, tokens_BT, dtype) -> x_BTD
     repeat: Callable = in_order  # (step, x, stacked weights, rows, remat) -> x, told
     constrain: Callable = unconstrained  # (x, logical names of its dimensions) -> x
+    gathered: Callable = as_it_is  # (w, logical names of its dimensions) -> w, for a product
     tokens: context.Tokens = context.Tokens()
 
 
@@ -73,5 +74,6 @@ def make_seam(mesh: Mesh, train: config.Train = PLAIN, stripes: Stripes = place.
         lookup=embed.SplitLookup(mesh, TABLE_AXES, embed.WHOLE_ROWS if whole else embed.TOKENS),
         repeat=pipeline.Pipelined(in_order, mesh, train.pipeline_microbatches) if stages > 1 else in_order,
         constrain=place.Constrain(mesh, whole),
+        gathered=place.Gathered(mesh),
         tokens=context.Tokens() if whole else context.SplitTokens(mesh, stripes),
     )

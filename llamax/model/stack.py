@@ -45,7 +45,7 @@ class Block(nnx.Module):
         if ffn == "moe":
             self.moe = MoE(model, seam, out_gain=gain, rngs=rngs)
         else:
-            self.dense = SwiGLU(model.dim, model.dense_ffn_dim, out_gain=gain, rngs=rngs)
+            self.dense = SwiGLU(model.dim, model.dense_ffn_dim, seam.gathered, out_gain=gain, rngs=rngs)
 
     def __call__(self, x_BTD: Array, at: Places, past: KV | None = None) -> tuple[Array, Array, Routing | None, KV]:
         """The residual stream after it, its energy [B], the routing of a MoE block, and what a cache keeps."""

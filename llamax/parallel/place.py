@@ -129,6 +129,38 @@ def gather(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> 
     return x
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """`gathered(w, names)`: a weight for the compiler to multiply with, whole but for what `tensor` splits.
+
+    Left to itself the compiler gathers for every product, so where a layer is computed again, once for that and once
+    more for the gradient of what was multiplied. The gradient is summed to where the weight lives.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, w: jax.Array, names: rules.Axes) -> jax.Array:
+        lives = rules.fitting(names, w.shape, rules.PARAMETERS, self.mesh)
+        whole = PartitionSpec(*(entry if entry == "tensor" else None for entry in lives))
+        if self.mesh.size == 1 or lives == whole:
+            return w
+        here = seen_here(self.mesh)
+        return _gathered(NamedSharding(here, left_here(whole)), NamedSharding(here, left_here(lives)), w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(whole: NamedSharding, lives: NamedSharding, w: jax.Array) -> jax.Array:
+    del lives
+    w = jax.lax.optimization_barrier(w)  # else the compiler may cast what it gathered, and gather the wider numbers
+    return jax.lax.with_sharding_constraint(w, whole)
+
+
+_gathered.defvjp(
+    lambda whole, lives, w: (_gathered(whole, lives, w), None),
+    lambda whole, lives, _, dw: (jax.lax.with_sharding_constraint(dw, lives),),
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Copies:
     """What a step computes with, where master weights rest split over more axes than that (rules.RESTING).

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from llamax.kernels.grouped import slow_experts, sorted_experts
-from llamax.model.moe import MoE, choose, gates
+from llamax.model.moe import MoE, best, choose, gates
 from llamax.model.seam import Seam
 from tests.model import twins
 from tests.tolerances import ORACLE, TWIN_GRAD
@@ -56,6 +56,13 @@ def test_layer_matches_the_slow_twin(name):
     np.testing.assert_allclose(y_BTD.reshape(48, 16), slow, **ORACLE)
     np.testing.assert_allclose(routing.logits.reshape(48, -1), logits, **ORACLE)
     np.testing.assert_array_equal(routing.index.reshape(48, -1), chosen)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_the_best_are_those_of_top_k_with_ties_and_infinities(k):
+    x = np.random.default_rng(k).integers(-2, 3, (50, 2, 6)).astype(np.float32)
+    x[x == -2], x[x == 2] = -np.inf, np.inf
+    np.testing.assert_array_equal(best(jnp.asarray(x), k), jax.lax.top_k(x, k)[1])
 
 
 @pytest.mark.parametrize(
