@@ -7,8 +7,8 @@ says how it compares with compiled steps.
                  period or a layer), or, with remat=none, what every matmul and norm of every layer read; the same of
                  the vision encoder's layers
     working set  the largest of: a rematted part's backward pass (all that its layers keep, their weights gathered, the
-                 gradients of the largest layer, and its buffer's second pass), and the cross-entropy (the head and its
-                 gradient, gathered)
+                 gradients of the largest layer, the weights of one more, gathered ahead, and the buffer's second pass),
+                 and the cross-entropy (the head and its gradient, gathered)
 
 Letters as in model/count.py; c bytes of a number in the computation; N tokens of a device and a micro-batch.
 """
@@ -95,7 +95,8 @@ def memory(run: config.Run, mesh: Mapping[str, int], tiles: int = 0) -> Memory:
         if remat == "none":
             kept += repeats * sum(whole)
         now = sum(whole) if remat in ("period", "attention", "offload") else sum(most)
-        working = max(working, now + most[1] + max(part.over for part in layers))
+        ahead = most[1] if math.prod(mesh.get(axis, 1) for axis in ("fsdp", "context")) > 1 else 0.0
+        working = max(working, now + most[1] + ahead + max(part.over for part in layers))
     head = model.vocab_size * model.dim / mesh.get("tensor", 1)
     scored = 2 * c * head + n * (4 * min(CHUNK, model.vocab_size) + 8 * model.dim)
     kept += n * (4 * model.dim + 4 * model.n_experts * sum(kind.endswith("moe") for kind in model.layers))
@@ -204,9 +205,8 @@ def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[Leaf], *, l
             sums["all-gather", ("data",)] += once
             sums["reduce-scatter", ("data",)] += once * run.train.accumulate
         if n > 1:
-            # What the compiler places itself it gathers once more, for the gradient of what it multiplies.
-            times = 2 if least or run.train.remat == "none" or stays else 3
-            sums["all-gather", gathered] += (n - 1) * part * (times if (remat or least) and not alone else 1) * often
+            twice = (remat or least) and not alone
+            sums["all-gather", gathered] += (n - 1) * part * (2 if twice else 1) * often
             sums["reduce-scatter", gathered] += (n - 1) * part * often
         copies = tuple(axis for axis in rows if axis not in split)
         m = math.prod(mesh[axis] for axis in copies)
