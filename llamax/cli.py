@@ -122,6 +122,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, terminated)  # the process that compiles is ended too
     from llamax import config
     from llamax.plan.topology import prepare
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 
@@ -32,6 +34,34 @@ def child(monkeypatch, tmp_path, text: str) -> None:
     script = tmp_path / "child.py"
     script.write_text(text)
     monkeypatch.setattr(ahead, "CHILD", (sys.executable, str(script)))
+
+
+PLAN = """
+import sys
+from llamax import cli, plan
+from llamax.plan import ahead
+from llamax.plan.topology import parse
+ahead.CHILD = ({python!r}, {script!r})
+plan.plan = lambda run, topology, estimate: ahead.program(run, parse(topology))
+sys.exit(cli.main(["plan", "recipes/scout_pretrain.py:tiny", "--topology", "v5e:2x4"]))
+"""
+
+
+def test_a_plan_that_is_told_to_end_ends_its_compile(tmp_path):
+    pid, script = tmp_path / "pid", tmp_path / "child.py"
+    script.write_text(f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)")
+    text = PLAN.format(python=sys.executable, script=str(script))
+    command = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()) and command.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait(30) == 128 + signal.SIGTERM
+    finally:
+        command.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize("then", [60, 0], ids=["goes on to machine code", "is done"])
