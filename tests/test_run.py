@@ -228,7 +228,8 @@ def test_any_mesh_gives_the_numbers_of_one_device(mesh, unbroken, tmp_path):
     result = train(tiny_run(20, mesh=mesh), tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(unbroken[0]), **MESH_CURVE)
     embed = result.state.params["embed"]
-    assert embed.sharding.shard_shape(embed.shape)[1] == embed.shape[1] // mesh.get("fsdp", 1)
+    ways = mesh.get("fsdp", 1) * mesh.get("expert", 1)  # what is no expert is split over both
+    assert embed.sharding.shard_shape(embed.shape)[1] == embed.shape[1] // ways
     moments = [x for x in jax.tree.leaves(result.state.opt) if x.shape == embed.shape]
     assert moments and all(x.sharding == embed.sharding for x in moments)
 
