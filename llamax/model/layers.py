@@ -58,7 +58,7 @@ linear.defvjp(lambda x, w_DF: (x @ w_DF, (x, w_DF)), _linear_backward)
 
 
 def as_it_is(w: Array, names: tuple[str | None, ...]) -> Array:
-    """A weight on one device."""
+    """The seam's `gathered` on one device, where weights are whole."""
     del names
     return w
 

@@ -217,6 +217,14 @@ def test_estimates_move_the_right_way():
     assert estimate.flops(all_kept, 0, 64)[1] < estimate.flops(run, 0, 64)[1]
 
 
+def test_where_weights_are_gathered_those_of_one_more_layer_are_there():
+    """Of the tiny model, with a vocabulary so small that its scores are not the most there is."""
+    run = tiny(4)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=8))
+    split, copied = (estimate.memory(run, mesh).working for mesh in ({"data": 1, "fsdp": 4}, {"data": 4, "fsdp": 1}))
+    assert split - copied == max(estimate.layer(run, {"fsdp": 4}, kind).weights for kind in run.model.layers)
+
+
 def test_what_would_make_it_fit(monkeypatch):
     """A chip with room for the step in two parts but not for it whole."""
     bfloat16 = dict(train=dict(compute_dtype="bfloat16"), optim=dict(moments_dtype="bfloat16"))

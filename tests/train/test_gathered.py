@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from tests.model import twins
 
 B, T = 8, 32
 MESH = {"fsdp": 2, "expert": 2, "tensor": 2}
-# No two weights of a size, so that the size tells which it is.
+# The shared expert's three matrices have one size, queries and output another, and no other array has either.
 MODEL = replace(twins.TINY, dim=24, n_heads=4, n_kv_heads=2, expert_ffn_dim=40, n_experts=4, n_shared_experts=3)
 
 
@@ -31,6 +31,7 @@ def placed(shape, dtype, spec: P, mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
+@cache
 def gathered() -> Counter[int]:
     """How many all-gathers make an array of so many numbers, in a block that is computed again for its gradient."""
     mesh = make_mesh(MESH)
