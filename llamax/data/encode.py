@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from llamax.config import Data, Vision
 from llamax.data.images import PictureError, image_tokens, open_image, tile_image, to_rgb
 from llamax.data.sources import Document, Picture
-from llamax.data.tokenizer import Tokenizer
+from llamax.data.tokenizer import Tokenizer, shared
 from llamax.data.video import each_frame
 
 MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
@@ -28,12 +27,6 @@ class Encoded(NamedTuple):
     skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
     where: str = ""  # the document's record and file, and what is wrong with it
     trained: np.ndarray | None = None  # bool [L]: tokens that are learnt as targets; None: all that are text
-
-
-@functools.cache
-def _tokenizer(path: str) -> Tokenizer:
-    """One tokenizer a file and process: loader processes make their own."""
-    return Tokenizer(path)
 
 
 def picture_blocks(
@@ -62,7 +55,7 @@ class Encoder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return _tokenizer(self.tokenizer_path)
+        return shared(self.tokenizer_path)
 
     def __call__(self, document: Document) -> Encoded:
         """What cannot be trained on has `skip`: a picture where there is no vision encoder, too."""

@@ -31,13 +31,14 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import msgpack
 import numpy as np
 
 from llamax.config import ConfigError
+from llamax.data.document import Document, Picture
 
 KINDS = ("text", "multimodal")
 SKIP_REASONS = {
@@ -57,25 +58,6 @@ MAX_LINE_BYTES = 8 * MAX_TEXT_BYTES  # of a JSONL record; JSON may spell a byte 
 MAX_MANIFEST_BYTES = 2**24
 STORAGE = "See that the file is where it was and can be read, then start again: a run goes on from its checkpoint."
 BLOCK = 2**20  # bytes read at once in the search for the ends of lines
-
-
-class Picture(NamedTuple):
-    """An encoded picture or clip: its bytes, or the path of its file."""
-
-    data: bytes | Path
-    video: bool = False
-
-
-class Document(NamedTuple):
-    """What one record holds: texts and pictures in reading order."""
-
-    pieces: tuple[str | Picture, ...]
-    lang: str = ""
-    id: str = ""
-    meta: dict[str, Any] = {}  # never changed
-    skip: str = ""  # a key of SKIP_REASONS where the record cannot be used
-    where: str = ""  # record and file, for messages
-    detail: str = ""  # what is wrong with it, where `skip` does not say all
 
 
 @dataclass(frozen=True)

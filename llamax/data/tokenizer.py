@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -377,3 +378,9 @@ class Tokenizer:
     @property
     def tile_y_separator(self) -> int:
         return self.special("tile_y_separator")
+
+
+@functools.cache
+def shared(path: str) -> Tokenizer:
+    """One tokenizer a file and process: loader processes make their own."""
+    return Tokenizer(path)

@@ -1,0 +1,28 @@
+"""Tasks with exact answers, of any length and depth: a question on a context that has to be read to answer it.
+
+    TASKS["needle"](rng, filler, length, depth, tokens, split="eval") -> Sample
+    score(sample, text)  -> 0 .. 1
+
+`rng` is a random.Random, `filler` a sequence of texts (filler.Texts of a manifest's documents), `tokens` a
+`Tokens(tokenizer file, vision)`. A new task is a frozen dataclass that makes an `Exam` of an `Ask`, and a line here.
+"""
+
+from __future__ import annotations
+
+from llamax.data.tasks.filler import Texts
+from llamax.data.tasks.lookup import Lookup
+from llamax.data.tasks.needles import Needles
+from llamax.data.tasks.sample import Exam, Question, Sample, Task, score
+from llamax.data.tasks.tokens import Tokens
+
+__all__ = ["TASKS", "Exam", "Question", "Sample", "Task", "Texts", "Tokens", "score"]
+
+MAKERS = {
+    "needle": Needles(),
+    "needle_multikey": Needles(keys=4),
+    "needle_multivalue": Needles(values=4),
+    "needle_multiquery": Needles(keys=4, queries=4),
+    "key_value": Lookup(),
+    "key_value_short": Lookup(records=16, key_kind="short", value_kind="short"),
+}
+TASKS: dict[str, Task] = {name: Task(name, make) for name, make in MAKERS.items()}

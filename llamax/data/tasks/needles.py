@@ -1,0 +1,127 @@
+"""Needles in a haystack: one key or several, one value each or several, one question or several at once.
+
+Among `keys` keys with `values` values each, `queries` keys are asked for together. The other keys are distractors, made
+alike. Where an exam has more questions than there are keys for, there are more keys. Source: RULER, arXiv 2404.06654,
+section 3 (NIAH).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llamax.data.tasks import haystack, words
+from llamax.data.tasks.haystack import NOISE, Needle
+from llamax.data.tasks.sample import Ask, Exam, Question
+
+
+class Wording(NamedTuple):
+    """{noun} and {nouns} are what a value is; {key} is one key, in a question the keys that are asked for."""
+
+    opening: str
+    needle: str
+    asked: str  # for one value
+    asked_all: str  # for several
+
+
+SEEN = (
+    Wording(
+        "",
+        "The secret {noun} of {key} is {value}.",
+        "Question: What is the secret {noun} of {key}? Answer:",
+        "Question: What are the secret {nouns} of {key}? Answer:",
+    ),
+    Wording(
+        "Read the text. It is asked for later.\n",
+        "Remember that {key} has the {noun} {value}.",
+        "Which {noun} does {key} have? It is",
+        "Which {nouns} do {key} have? They are",
+    ),
+    Wording(
+        "",
+        "Note: {key} stands for {value}.",
+        "{key} stands for",
+        "List all that is stood for by {key}:",
+    ),
+)
+HELD_OUT = (
+    Wording(
+        "Some facts are hidden in what follows.\n",
+        "By the way, the {noun} that belongs to {key} is {value}.",
+        "Tell the {noun} that belongs to {key}:",
+        "Tell the {nouns} that belong to {key}:",
+    ),
+    Wording(
+        "",
+        "In the drawer of {key} lies the {noun} {value}.",
+        "Q: Which {noun} lies in the drawer of {key}? A:",
+        "Q: Which {nouns} lie in the drawer of {key}? A:",
+    ),
+)
+HAYSTACKS = ("text", "noise", "needles")
+
+
+@dataclass(frozen=True)
+class Needles:
+    keys: int = 1
+    values: int = 1  # of each key
+    queries: int = 1  # keys of one question
+    key_kind: str = "words"  # of words.KINDS
+    value_kind: str = "numbers"
+    haystack: str = "text"  # | noise: RULER's five sentences | needles: more of them and nothing else
+    seen: tuple[Wording, ...] = SEEN
+    held_out: tuple[Wording, ...] = HELD_OUT
+
+    def __call__(self, ask: Ask) -> Exam:
+        wording = ask.rng.choice(self.seen if ask.templates == "seen" else self.held_out)
+        drawn = [] if self.haystack == "needles" else haystack.draw(ask, NOISE if self.haystack == "noise" else None)
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
+        n_keys = max(self.keys, self.queries * ask.questions)
+        keys = supply.draw(self.key_kind, n_keys)
+        values = [supply.draw(self.value_kind, self.values) for _ in keys]
+        needles = self._needles(ask, wording, keys, values)
+        asked = [
+            self._question(wording, range(q * self.queries, (q + 1) * self.queries), keys, values, needles)
+            for q in range(ask.questions)
+        ]
+        room = ask.room(asked, wording.opening)
+        if self.haystack == "needles":
+            drawn = self._more(ask, wording, supply, room)
+        hay = haystack.hide(ask, drawn, needles, room, wording.opening)
+        depths = [hay.depths[q * self.queries * self.values] for q in range(ask.questions)]
+        questions = [question._replace(depth=depth) for question, depth in zip(asked, depths, strict=True)]
+        return Exam((hay.text,), tuple(questions))
+
+    def _needles(self, ask: Ask, wording: Wording, keys: list[str], values: list[list[str]]) -> list[Needle]:
+        """Key after key. A key's values stand in their order in the text, the first of the first at ask.depth."""
+        depths = ask.depths(len(keys) * self.values)
+        return [
+            Needle(self._say(wording.needle, key, value), depths[k * self.values + v])
+            for k, key in enumerate(keys)
+            for v, value in enumerate(values[k])
+        ]
+
+    def _question(self, wording: Wording, of: range, keys: list[str], values: list[list[str]], needles) -> Question:
+        """A key's values are said in the order in which they stand in the text."""
+        answers = []
+        for k in of:
+            order = sorted(range(self.values), key=lambda v, k=k: needles[k * self.values + v].depth)
+            answers += [values[k][v] for v in order]
+        named = [keys[k] for k in of]
+        said = ", ".join(named[:-1]) + f" and {named[-1]}" if len(named) > 1 else named[0]
+        asked = wording.asked if len(answers) == 1 else wording.asked_all
+        return Question("\n" + self._say(asked, said, ""), f" {', '.join(answers)}\n", tuple(answers))
+
+    def _say(self, template: str, key: str, value: str) -> str:
+        noun = words.NOUNS[self.value_kind]
+        return template.format(key=key, value=value, noun=noun, nouns=f"{noun}s")
+
+    def _more(self, ask: Ask, wording: Wording, supply: words.Supply, room: int) -> list[tuple[str, int]]:
+        """Distractors as units, as many as there is room for."""
+        drawn, total = [], 0
+        while total <= room:
+            key, value = supply.draw(self.key_kind, 1)[0], supply.draw(self.value_kind, 1)[0]
+            unit = self._say(wording.needle, key, value) + "\n"
+            drawn.append((unit, ask.tokens.count(unit)))
+            total += drawn[-1][1]
+        return drawn

@@ -1,0 +1,103 @@
+"""Keys and values: drawn at random, for training and for evaluation from sets that share none.
+
+A hash of its spelling says which of the two a key or value belongs to, so there is no list to keep and any number of
+them; the same spelling is never in both. Kinds:
+
+    short     one word that is one token where a space stands before it (tokens.py): for the smallest models
+    pairs     two of these with a space between, two tokens: "amber fox"
+    words     two of these with a hyphen, as RULER's adjectives and nouns: "amber-fox"
+    digits    three digits
+    numbers   seven digits, as in RULER
+    uuids     as in RULER
+    letters   five capitals: names of variables, as in RULER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+
+from llamax.config import ConfigError
+from llamax.data.tasks.tokens import Tokens
+
+EVAL_EVERY = 4  # a quarter of all keys and values is for evaluation
+MAX_DRAWS = 1_000  # of one that has not been drawn yet
+_WORDS = re.compile(r"\w+")
+
+
+def split_of(spelling: str) -> str:
+    """Whether a key or value belongs to "train" or to "eval"."""
+    return "eval" if hashlib.sha256(spelling.encode()).digest()[0] % EVAL_EVERY == 0 else "train"
+
+
+def _short(rng: random.Random, words: Sequence[str]) -> str:
+    return rng.choice(words)
+
+
+def _pair(rng: random.Random, words: Sequence[str]) -> str:
+    return " ".join(rng.sample(words, 2))
+
+
+def _hyphenated(rng: random.Random, words: Sequence[str]) -> str:
+    return "-".join(rng.sample(words, 2))
+
+
+def _digits(rng: random.Random, words: Sequence[str]) -> str:
+    return str(rng.randrange(100, 1_000))
+
+
+def _number(rng: random.Random, words: Sequence[str]) -> str:
+    return str(rng.randrange(10**6, 10**7))
+
+
+def _uuid(rng: random.Random, words: Sequence[str]) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _letters(rng: random.Random, words: Sequence[str]) -> str:
+    return "".join(rng.choices(string.ascii_uppercase, k=5))
+
+
+KINDS: dict[str, Callable[[random.Random, Sequence[str]], str]] = {
+    "short": _short,
+    "pairs": _pair,
+    "words": _hyphenated,
+    "digits": _digits,
+    "numbers": _number,
+    "uuids": _uuid,
+    "letters": _letters,
+}
+NOUNS = {"short": "word", "pairs": "word", "words": "word", "digits": "number", "numbers": "number", "uuids": "code"}
+
+
+class Supply:
+    """Draws keys and values of one split; none twice, and none that occurs in the text around them."""
+
+    def __init__(self, rng: random.Random, tokens: Tokens, split: str, text: str = ""):
+        self.rng, self.tokens, self.split, self.text = rng, tokens, split, text.lower()
+        self._words_of_text = set(_WORDS.findall(self.text))
+        self._drawn: set[str] = set()
+
+    def draw(self, kind: str, n: int) -> list[str]:
+        """n of a kind. ConfigError if there are not so many."""
+        return [self._one(kind) for _ in range(n)]
+
+    def _one(self, kind: str) -> str:
+        if kind not in KINDS:
+            raise ConfigError(f"keys or values of the kind {kind!r}", "there is none", f"Use one of {list(KINDS)}.")
+        for _ in range(MAX_DRAWS):
+            found = KINDS[kind](self.rng, self.tokens.words)
+            if split_of(found) == self.split and found not in self._drawn and not self._occurs(found):
+                self._drawn.add(found)
+                return found
+        true = f"{len(self._drawn)} are drawn, and no other is left that does not occur in the text"
+        raise ConfigError(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "words".')
+
+    def _occurs(self, spelling: str) -> bool:
+        """Whether it stands in the text as a word, or anywhere if it is more than one."""
+        lower = spelling.lower()
+        return lower in self._words_of_text if _WORDS.fullmatch(spelling) else lower in self.text
