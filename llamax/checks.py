@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from llamax import stripes
+from llamax import stages, stripes
 from llamax.config import (
     BIAS_UPDATES,
     CHOOSE_BY,
@@ -41,6 +41,7 @@ from llamax.config_dict import ConfigError, nearest
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
     *("data.align_tokens", "train.expert_capacity"),
+    *("init.step", "train.steps", "optim.begins"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
     *(
@@ -97,6 +98,9 @@ def check(run: Run) -> None:
             _choice(path, value, CHOICES[pattern])
     if not run.name:
         raise ConfigError("--config.name=''", "a run has a name", "Set --config.name to the recipe's name.")
+    if run.stages:
+        _stages(run)
+        return
     _plan(run.model)
     _heads(run.model)
     _routing(run.model)
@@ -350,13 +354,52 @@ def _evals(run: Run) -> None:
             raise ConfigError(f"{here}.kind={evaluation.kind}", true, f"Set {here}.kind=perplexity.")
 
 
+# -------------------------------------------------------------------------------------------------------- the stages
+
+
+def _stages(run: Run) -> None:
+    """Each stage is a run that works; rows grow from stage to stage, and hold whole chunks."""
+    if run.train.steps:
+        asked, true = f"--config.train.steps={run.train.steps}", "the run has stages, whose tokens say how long it is"
+        raise ConfigError(asked, true, "Set --config.train.steps=0, and --config.stages.NAME.tokens.")
+    for name in run.stages:
+        _named(name, "stage", "stages")
+    before, seq_len, chunk_len = "the run", run.data.seq_len, run.model.chunk_len
+    for part in stages.parts(run):
+        with stages.in_stage(part.name):
+            check(part.run)
+            _grows("data.seq_len", part.run.data.seq_len, seq_len, before)
+            _grows("model.chunk_len", part.run.model.chunk_len, chunk_len, before)
+            _whole_chunks(part.run)
+        before, seq_len, chunk_len = part.name, part.run.data.seq_len, part.run.model.chunk_len
+
+
+def _grows(field: str, here: int, there: int, before: str) -> None:
+    if here < there:
+        asked, true = f"--config.{field}={here}", f"stages do not shrink, and {before}, which comes before, has {there}"
+        change = f"Set --config.{field}={there} or more, or name the stages in the order in which they come."
+        raise ConfigError(asked, true, change)
+
+
+def _whole_chunks(run: Run) -> None:
+    """A row longer than a chunk holds whole chunks: what is left over would be a chunk that is never trained whole."""
+    chunk, seq_len = stripes.chunk_len(run.model), run.data.seq_len
+    if chunk and seq_len > chunk and seq_len % chunk:
+        asked, true = f"--config.data.seq_len={seq_len}", f"local layers see chunks of model.chunk_len={chunk} tokens"
+        raise ConfigError(asked, true, f"Set --config.data.seq_len={_nearest_multiple(chunk, seq_len)}.")
+
+
 # ------------------------------------------------------------------------------------------- the schedule, the mesh
 
 
 def _schedule(run: Run) -> None:
     optim, steps = run.optim, run.train.steps
+    if steps <= optim.begins:
+        asked, true = f"--config.train.steps={steps}", f"the schedule begins after optim.begins={optim.begins} steps"
+        raise ConfigError(asked, true, f"Set --config.train.steps={optim.begins + 1} or more.")
+    steps -= optim.begins
     if optim.warmup_steps >= steps:
-        asked, true = f"--config.optim.warmup_steps={optim.warmup_steps}", f"the run has train.steps={steps}"
+        asked, true = f"--config.optim.warmup_steps={optim.warmup_steps}", f"the schedule has {steps} steps"
         raise ConfigError(asked, true, f"Set --config.optim.warmup_steps={steps // 10}, or raise --config.train.steps.")
     if optim.schedule == "wsd":
         rest = steps - optim.warmup_steps

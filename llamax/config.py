@@ -207,6 +207,7 @@ class Optim:
 
     peak_lr: float = 3e-4
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay)
+    begins: int = 0  # steps taken before the schedule begins; of a run's stages each has its own
     warmup_steps: int = 2000
     decay_steps: int = 0  # wsd only: steps of the final linear decay
     end_lr_ratio: float = 0.1  # of peak_lr, reached after the last step
@@ -253,7 +254,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = 100_000
+    steps: int = 100_000  # 0: as many as the stages take
     accumulate: int = 1  # micro-batches a step
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights are float32
     remat: str = "period"  # none | block | period | attention | offload: what backward recomputes (model/remat.py)
@@ -279,9 +280,37 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Init:
+    """What the weights are before the first step: drawn at random, or another model's, with a fresh optimizer."""
+
+    path: str = ""  # a run's workdir, a converted model, or a folder in Hugging Face's format; "": drawn at random
+    step: int = 0  # of a run; 0: its newest sound checkpoint
+    differs: tuple = ()  # fields of model in which it may differ from this run's: ("rope.theta",), ("rope.*",)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with settings of its own. Stages come one after the other, in the order of their names (a number
+    in a name counts as a number); each goes on with the weights and the optimizer of the one before.
+
+    `model`, `data`, `mesh`, `optim` and `train` are sections as the run's, of which they hold what differs. What may
+    differ: stages.MAY_DIFFER.
+    """
+
+    tokens: int = 0  # that it trains on, rounded up to whole steps
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    mesh: dict = field(default_factory=dict)
+    optim: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Run:
     name: str = ""
     seed: int = 0
+    init: Init = field(default_factory=Init)
+    stages: dict[str, Stage] = field(default_factory=dict)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     mesh: Mesh = field(default_factory=Mesh)
@@ -300,17 +329,18 @@ class Run:
 def recipe(name: str, model: Model, **fields: Any) -> ConfigDict:
     """A locked `ConfigDict` with every default of `Run`; `fields` are other fields of `Run` (`seed=17`).
 
-    Only `data.sources` and `evals` accept new keys. A dict assigned to a section (`run.mesh = dict(fsdp=8)`) means "the
-    defaults, but for these": what it leaves out is filled in when the recipe is loaded.
+    Only `data.sources`, `evals` and `stages` accept new keys. A dict assigned to a section (`run.mesh = dict(fsdp=8)`)
+    means "the defaults, but for these": what it leaves out is filled in when the recipe is loaded.
     """
     return to_config(Run(name=name, model=model, **fields))
 
 
 def to_config(run: Run) -> ConfigDict:
-    """A run as a locked `ConfigDict`, open to new `data.sources` and `evals`. `from_dict(Run, cfg)` is the inverse."""
+    """A run as a locked `ConfigDict`, open to new `data.sources`, `evals` and `stages`. `from_dict(Run, cfg)` is the
+    inverse."""
     cfg = ConfigDict(to_dict(run)).lock()
-    cfg.data.sources.unlock()
-    cfg.evals.unlock()
+    for names_of_its_own in (cfg.data.sources, cfg.evals, cfg.stages):
+        names_of_its_own.unlock()
     return cfg
 
 

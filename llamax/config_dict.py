@@ -16,7 +16,14 @@ from ml_collections import ConfigDict
 
 T = TypeVar("T")
 MOST_CHARS = 800  # of one part of an error
-KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", tuple: "a tuple"}
+KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    tuple: "a tuple",
+    dict: "a dict",
+}
 
 
 class ConfigError(ValueError):
@@ -41,6 +48,23 @@ def _printable(text: str) -> str:
 def to_dict(settings: Any) -> dict[str, Any]:
     """A dataclass of the schema as nested dicts: what goes into run.json, and into a recipe's `run.model = ...`."""
     return dataclasses.asdict(settings)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists are values."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts with some of their entries changed, at any depth."""
+    out = dict(values)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
 
 
 def from_dict(cls: type[T], values: Any, where: str = "", schema: type | None = None) -> T:
@@ -80,6 +104,10 @@ def _convert(kind: Any, value: Any, where: str, schema: type) -> Any:
                 raise ConfigError(f"{key!r} in --config.{where}", true, f"Write it as {str(key)!r}.")
         entry = typing.get_args(kind)[1]
         return {key: from_dict(entry, v, _dotted(where, key), schema) for key, v in value.items()}
+    if kind is dict and isinstance(value, Mapping):  # part of a section; whoever merges it into one looks into it
+        return {
+            key: _convert(dict, v, where, schema) if isinstance(v, Mapping) else _tuples(v) for key, v in value.items()
+        }
     if kind is tuple and isinstance(value, list | tuple):
         return _tuples(value)
     if kind is float and type(value) is int:

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from llamax.config import PROJECT, SIZES, Run, resolve_path, to_config
-from llamax.config_dict import KIND_NAMES, ConfigError, from_dict, nearest, unknown_key
+from llamax.config_dict import KIND_NAMES, ConfigError, from_dict, merged, nearest, unknown_key
 
 OVERRIDE = re.compile(r"--(no)?config\.(?P<path>[^=.]+(\.[^=.]+)*)(=.*)?", re.DOTALL)
 REFUSALS = (flags.Error, ValueError, TypeError, LookupError, AttributeError)  # what ml_collections raises
@@ -51,7 +51,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def override(cfg: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A copy of `cfg` with `--config.a.b=value` applied; ml_collections' semantics, ConfigError when it refuses."""
+    cfg = cfg.copy_and_resolve_references()
     for one in overrides:
+        _fill_stage(cfg, one)
         _check_path(cfg, one)
     try:
         return _parse(cfg, overrides)
@@ -116,9 +118,9 @@ def _laid_out(cfg: ConfigDict, layout: Mapping[str, Mapping[str, Any]]) -> Confi
     """The full size on one kind of cluster: `layout` holds fields by section. The mesh is the defaults, but for these;
     other sections are as they were, but for these."""
     values = cfg.to_dict()
-    for section, fields in layout.items():
-        values[section] = {**({} if section == "mesh" else values.get(section, {})), **fields}
-    return to_config(from_dict(Run, values))
+    if "mesh" in layout:
+        values["mesh"] = {}
+    return to_config(from_dict(Run, merged(values, layout)))
 
 
 def _parse(cfg: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -128,6 +130,26 @@ def _parse(cfg: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     config_flags.DEFINE_config_dict("config", cfg, flag_values=values, sys_argv=argv)
     values(argv)
     return values["config"].value
+
+
+def _fill_stage(cfg: ConfigDict, one: str) -> None:
+    """A stage holds only what differs from the run: for an override of something else in it, the run's value first."""
+    match = OVERRIDE.fullmatch(one)
+    first, *path = match["path"].split(".") if match else [""]
+    if first != "stages" or len(path) < 3 or path[0] not in cfg.stages:
+        return
+    stage, run = cfg.stages[path[0]], cfg
+    for key in path[1:-1]:
+        if key not in run or not isinstance(run[key], ConfigDict):
+            return
+        run = run[key]
+        if key not in stage:
+            with stage.unlocked():
+                stage[key] = {}
+        stage = stage[key]
+    if path[-1] in run and path[-1] not in stage:
+        with stage.unlocked():
+            stage[path[-1]] = run[path[-1]]
 
 
 def _check_path(cfg: ConfigDict, one: str) -> None:

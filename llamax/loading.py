@@ -17,6 +17,7 @@ from llamax import config
 from llamax.checkpoint import hf_names, hf_tokenizer, saved
 from llamax.checkpoint.hf_read import CONFIG, Source, Tensor
 from llamax.checkpoint.manager import Checkpoints
+from llamax.checkpoint.saved import Saved
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer, check_size
 from llamax.model.seam import make_seam
@@ -49,24 +50,41 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
     if dtype not in config.COMPUTE_DTYPES:
         true = f"it is one of {', '.join(config.COMPUTE_DTYPES)}"
         raise ConfigError(f"dtype={dtype!r}", true, f"Give {config.COMPUTE_DTYPES[0]!r}.")
-    folder, mesh = Path(folder), mesh or make_mesh({"data": 1}, jax.devices()[:1])
-    ours = saved.find(folder)
+    found, mesh = find(folder, step), mesh or make_mesh({"data": 1}, jax.devices()[:1])
+    tokenizer = tokenizer_of(found)
+    bones, shapes = _bones(found.model, found.patch_id, mesh, dtype)
+    params, bias = read(found, step, *shapes)
+    return Loaded(found.model, bones, params, bias, tokenizer)
+
+
+def find(folder: str | Path, step: int | None = None) -> Saved | Source:
+    """What a folder says of the model in it; errors and `step` as in `load`."""
+    folder = Path(folder)
+    ours = saved.find(folder, step)
     if ours is not None:
-        tokenizer = _tokenizer(ours)
-        bones, shapes = _bones(ours.model, ours.patch_id, mesh, dtype)
-        with Checkpoints(ours.checkpoints) as checkpoints:
-            params, bias = checkpoints.restore_weights(step, params=shapes[0], router_bias=shapes[1])
-        return Loaded(ours.model, bones, params, bias, tokenizer)
+        return ours
     if not (folder / CONFIG).exists():
         true = f"it holds neither a run.json, nor a {saved.MODEL}, nor a {CONFIG}"
         change = "Give the --workdir of a run, a converted model, or a folder in Hugging Face's format."
         raise ConfigError(f"A model in {folder}", true, change)
-    source = Source(folder)
-    hf_tokenizer.check(folder, source.model)
-    bones, shapes = _bones(source.model, source.patch_id, mesh, dtype)
-    params = _read(source, shapes[0])
-    bias = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes[1])
-    return Loaded(source.model, bones, params, bias, hf_tokenizer.opened(hf_tokenizer.find(folder)))
+    return Source(folder)
+
+
+def tokenizer_of(found: Saved | Source) -> Tokenizer | None:
+    """None: the folder has none that we read."""
+    if isinstance(found, Source):
+        hf_tokenizer.check(found.folder, found.model)
+        return hf_tokenizer.opened(hf_tokenizer.find(found.folder))
+    return _tokenizer(found)
+
+
+def read(found: Saved | Source, step: int | None, params: Any, router_bias: Any) -> tuple[Any, Any]:
+    """(params, router_bias) of these shapes, dtypes and places (jax.ShapeDtypeStruct)."""
+    if isinstance(found, Source):
+        values = _read(found, params)
+        return values, jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), router_bias)
+    with Checkpoints(found.checkpoints) as checkpoints:
+        return checkpoints.restore_weights(step, params=params, router_bias=router_bias)
 
 
 def _tokenizer(ours: saved.Saved) -> Tokenizer | None:

@@ -6,17 +6,19 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llamax import config, stripes
 from llamax.checkpoint import sums
 from llamax.config import ConfigError
+from llamax.config_dict import flat
 from llamax.data.sources import open_source, read_manifest
 from llamax.data.tokenizer import Tokenizer, check_size
 from llamax.observe import provenance
 from llamax.parallel import processes
+from llamax.stages import Part
 
 SHOWN = 3  # differing entries that an error names
 
@@ -48,14 +50,17 @@ def aligned(run: config.Run, shards: int) -> config.Run:
     return dataclasses.replace(run, data=dataclasses.replace(run.data, align_tokens=align))
 
 
-def data_files(run: config.Run) -> dict[str, str]:
-    """What tells whether data is still the same: the tokenizer's SHA-256, and each source's hashes or file sizes."""
-    files = {"tokenizer": hashlib.sha256(Path(run.data.tokenizer).read_bytes()).hexdigest()}
-    for name, source in sorted(run.data.sources.items()):
-        manifest = read_manifest(source.path)
-        sizes = {path.name: path.stat().st_size for path in manifest.files}
-        content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
-        files[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def data_files(parts: Sequence[Part]) -> dict[str, str]:
+    """What tells whether data is still the same: the tokenizer's SHA-256, and each source's hashes or file sizes. A
+    source that a stage reads from another manifest than the stages before goes by both names."""
+    files = {"tokenizer": hashlib.sha256(Path(parts[0].run.data.tokenizer).read_bytes()).hexdigest()}
+    for part in parts:
+        for name, source in sorted(part.run.data.sources.items()):
+            manifest = read_manifest(source.path)
+            sizes = {path.name: path.stat().st_size for path in manifest.files}
+            content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            files[name if files.get(name, digest) == digest else f"{part.name}.{name}"] = digest
     return files
 
 
@@ -67,15 +72,15 @@ def sound_step(workdir: Path) -> int:
     return sums.newest_sound(workdir / "checkpoints", rename=True)
 
 
-def check_steps_left(run: config.Run, latest: int) -> bool:
-    """Whether all steps are taken. ConfigError if the workdir has gone further than the run asks for."""
-    if latest > run.train.steps:
+def check_steps_left(steps: int, latest: int) -> int:
+    """`latest`, the step to go on from. ConfigError if the workdir has gone further than the run asks for."""
+    if latest > steps:
         raise ConfigError(
-            f"--config.train.steps={run.train.steps}",
+            f"--config.train.steps={steps}",
             f"the run in this workdir has taken {latest} steps already",
             f"Set it to {latest} or more, or choose another --workdir.",
         )
-    return latest == run.train.steps
+    return latest
 
 
 def check_processes(asked: Mapping[str, Any], workdir: Path, devices: int) -> None:
@@ -92,7 +97,7 @@ def check_processes(asked: Mapping[str, Any], workdir: Path, devices: int) -> No
             "its code": code_hashes(),
             "its versions": provenance.versions(),
             "its devices": devices,
-            "its recipe and settings": provenance.flat(json.loads(json.dumps(asked))),
+            "its recipe and settings": flat(json.loads(json.dumps(asked))),
             "its --workdir": str(workdir.absolute()),
         }
     )

@@ -9,18 +9,19 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import jax
-import numpy as np
+from jax.sharding import Mesh
 from rich.table import Table
 
-from llamax import config, preflight, stripes
+from llamax import config, preflight, stages, starting, stripes
 from llamax.checkpoint.manager import Checkpoints
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
@@ -38,11 +39,12 @@ from llamax.optim.build import optimizer
 from llamax.parallel import place, processes, rules
 from llamax.parallel.mesh import make_mesh
 from llamax.parallel.pipeline import Schedule
+from llamax.stages import Part
 from llamax.train import hooks
 from llamax.train.health import Health
 from llamax.train.loop import RollBack, StopRequest, fit
 from llamax.train.programs import Programs, abstract_batch, build
-from llamax.train.state import COUNTS, State, init
+from llamax.train.state import State, init
 from llamax.train.step_log import StepLog
 
 logger = logging.getLogger("llamax")
@@ -94,13 +96,38 @@ def _train(
 ) -> Result:
     asked, devices = config.to_dict(run), list(devices or jax.devices())
     preflight.check_processes(asked, workdir, jax.local_device_count())
-    tokenizer, run, files = processes.together(partial(look, run, workdir, asked))
+    tokenizer, parts, files = processes.together(partial(look, stages.parts(run), workdir, asked))
     preflight.check_same({"its data": files})
-    mesh = make_mesh(config.check_devices(run, len(devices)), devices)
-    cut = stripes.of(run.model, run.data.seq_len, mesh.shape["context"])
-    run = preflight.aligned(run, mesh.shape["context"])
-    share = place.rows_here(mesh, run.data.rows)
-    data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
+    ready = [make_ready(part, devices) for part in parts]
+    weights = processes.together(partial(starting.find, run, workdir, tokenizer))
+    peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
+    with ExitStack() as open_things:
+        first = take_workdir(parts, workdir, asked, overrides, files, weights, open_things)
+        ends = [part.end for part in parts]
+        checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint, ends[:-1]))
+        goodput = Goodput(workdir / "goodput.json", ledger, first, written=processes.is_first())
+        open_things.callback(goodput.write, now=True)
+        written = open_written(workdir, asked, first, ends[-1], open_things)
+        clock = metrics.Clock(peak.flops_per_s, ledger)
+        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop)
+        for one in ready:
+            if first <= one.part.end:
+                result = train_part(one, house, weights)
+                if not result.finished:
+                    break
+        with ledger.during("save"):
+            checkpoints.wait()
+        ledger.enter("idle")
+    if processes.is_first():
+        report(run, workdir, result.reports, result.finished, goodput)
+    goodput.write(now=True)
+    return result
+
+
+def train_part(ready: Ready, house: House, weights: starting.Weights | None) -> Result:
+    """The steps that are left of a part of a run."""
+    part, mesh, cut, data = ready
+    run, tokenizer, stop = part.run, house.tokenizer, house.stop
     bones, sampler = (
         skeleton(run.model, make_seam(mesh, how, cut_into), patch_id=tokenizer.patch, train=how)
         for how, cut_into in ((run.train, cut), (replace(run.train, expert_capacity=0.0), place.WHOLE))
@@ -109,25 +136,19 @@ def _train(
         logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
     step, shapes = build(run, bones, tx, mesh)
-    processes.together(partial(preflight.check_evals, run))
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
-    peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
+    done = house.checkpoints.latest() == part.end
     with ExitStack() as open_things:
-        done = take_workdir(run, workdir, asked, overrides, files, open_things)
-        checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint))
-        programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, ledger, stop))
+        programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, house.ledger, stop))
         batches = iter(data)
         open_things.callback(batches.close)
-        state, first = start(fresh, shapes, checkpoints, batches)
+        state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights)
         put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
         row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
-        clock = metrics.Clock(peak.flops_per_s, ledger)
-        goodput = Goodput(workdir / "goodput.json", ledger, first, written=processes.is_first())
-        open_things.callback(goodput.write, now=True)
         put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
         context = Context(run, bones, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
-        around = make_hooks(run, workdir, context, checkpoints, batches, first, clock, goodput, open_things)
+        around = make_hooks(run, house, context, batches)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)
         if finished:
@@ -137,98 +158,107 @@ def _train(
                 batches,
                 first=first,
                 steps=run.train.steps,
-                ledger=ledger,
+                ledger=house.ledger,
                 stop=stop,
                 hooks=around,
                 leave=partial(leave, around),
-                go_back=partial(go_back, shapes, checkpoints, around.log, ledger),
+                go_back=partial(starting.go_back, shapes, house.checkpoints, around.log, house.ledger),
             )
-        with ledger.during("save"):
-            checkpoints.wait()
-        ledger.enter("idle")
-    if processes.is_first():
-        report(run, workdir, around.evaluate.reports, finished, goodput)
-    goodput.write(now=True)
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
 
 
-def look(run: config.Run, workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, config.Run, dict[str, str]]:
-    """What this machine's files have to say: the tokenizer, the run with its paths resolved, hashes of the data."""
+def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, list[Part], dict[str, str]]:
+    """What this machine's files have to say: the tokenizer, the parts with their paths resolved, hashes of the data."""
     provenance.check_same_run(workdir, asked)
-    tokenizer = preflight.check_tokenizer(run)
-    run = preflight.with_paths(run)
-    files = preflight.data_files(run)
+    tokenizer = preflight.check_tokenizer(parts[0].run)
+    parts = [part._replace(run=preflight.with_paths(part.run)) for part in parts]
+    files = preflight.data_files(parts)
     provenance.check_same_files(workdir, files)
-    return tokenizer, run, files
+    for part in parts:
+        preflight.check_evals(part.run)
+    return tokenizer, parts, files
+
+
+class Ready(NamedTuple):
+    """A part of a run that has been found fit for the devices and for its data."""
+
+    part: Part
+    mesh: Mesh
+    cut: stripes.Stripes
+    data: grain.IterDataset
+
+
+def make_ready(part: Part, devices: Sequence[jax.Device]) -> Ready:
+    with stages.in_stage(part.name):
+        mesh = make_mesh(config.check_devices(part.run, len(devices)), devices)
+    cut = stripes.of(part.run.model, part.run.data.seq_len, mesh.shape["context"])
+    run = preflight.aligned(part.run, mesh.shape["context"])
+    share = place.rows_here(mesh, run.data.rows)
+    data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
+    return Ready(part._replace(run=run), mesh, cut, data)
 
 
 def take_workdir(
-    run: config.Run,
+    parts: Sequence[Part],
     workdir: Path,
     asked: dict[str, Any],
     overrides: Sequence[str],
     files: dict[str, str],
+    weights: starting.Weights | None,
     open_things: ExitStack,
-) -> bool:
-    """Whether all steps are taken. The first process holds the workdir, looks at its checkpoints, writes run.json."""
+) -> int:
+    """The step to go on from. The first process holds the workdir, looks at its checkpoints, writes run.json."""
 
-    def take() -> bool:
+    def take() -> int:
         open_things.enter_context(provenance.alone(workdir))
-        done = preflight.check_steps_left(run, preflight.sound_step(workdir))
-        provenance.record(workdir, asked, overrides, files)
-        return done
+        latest = preflight.check_steps_left(parts[-1].end, preflight.sound_step(workdir))
+        provenance.record(workdir, asked, overrides, files, weights and weights.about)
+        return latest
 
     return processes.from_first(take)
 
 
-def start(fresh: Callable[[], State], shapes: State, checkpoints: Checkpoints, batches: Any) -> tuple[State, int]:
-    """The newest checkpoint's state, and the data iterator moved to it; a fresh state where there is none."""
-    latest = checkpoints.latest()  # preflight.sound_step has compared its files with their sums
-    if latest is None:
-        # Random numbers take long to compile well, and this program runs once.
-        shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        platform = next(iter(shapes.step.sharding.device_set)).platform
-        options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
-        return jax.jit(fresh, out_shardings=shardings, compiler_options=options)(), 0
-    state = restore(shapes, checkpoints, latest, batches, checked=True)
-    logger.info("resumed from step %d in %s", latest, checkpoints.folder)
-    return state, latest
+class Written(NamedTuple):
+    """The files that a run writes for people while it goes on; a process that is not the first keeps nothing."""
+
+    metrics: log.MetricsFile
+    steps: log.MetricsFile
+    board: TensorBoard
+    progress: Progress
 
 
-def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: Any, *, checked: bool = False) -> State:
-    """The state of a step's checkpoint; the data iterator is moved to where it stood, if there is one.
+def open_written(workdir: Path, asked: dict[str, Any], first: int, steps: int, open_things: ExitStack) -> Written:
+    """Closed with `open_things`."""
+    writes = processes.is_first()
 
-    `step` None and `checked` are those of `Checkpoints.restore`.
-    """
-    found = checkpoints.restore(
-        step,
-        params=shapes.params,
-        router_bias=shapes.router_bias,
-        opt=shapes.opt,
-        rng={"key": shapes.rng, "recent": shapes.recent},
-        data_iterator=batches,
-        checked=checked,
+    def named(name: str) -> Path | None:
+        return workdir / name if writes else None
+
+    written = Written(
+        log.MetricsFile(named("metrics.jsonl"), first),
+        log.MetricsFile(named("steps.jsonl"), first),
+        TensorBoard(named("tensorboard"), first),
+        Progress(steps, first, shown=writes),
     )
-    counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
-    trees = {name: found[name] for name in ("params", "router_bias", "opt")}
-    return State(rng=found["rng"]["key"], recent=found["rng"]["recent"], **trees, **counts)
+    for one in written:
+        open_things.enter_context(one)
+    written.board.config(asked, first)
+    return written
 
 
-def go_back(shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack) -> State:
-    """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
-    logger.log(logging.WARNING if processes.is_first() else logging.DEBUG, "%s, past the batches in between", back)
-    for step in reversed(checkpoints.steps()):  # the newest first: a death in between leaves no gap
-        if step > back.to:
-            checkpoints.set_aside(step, "rolled-back")
-    state = restore(shapes, checkpoints, None, None)  # the one before, should its files be damaged by now
-    to = int(jax.device_get(state.step))
-    written.rewind(to)
-    ledger.lose_steps_after(to)
-    written.file.write(to, {"health/rolled_back_from": back.now, "health/bad_step": back.bad})
-    return state
+class House(NamedTuple):
+    """What all parts of a run share."""
+
+    tokenizer: Tokenizer
+    checkpoints: Checkpoints
+    written: Written
+    goodput: Goodput
+    clock: metrics.Clock
+    ledger: Ledger
+    stop: StopRequest
 
 
 def leave(around: Hooks, step: int, state: State) -> None:
@@ -250,28 +280,9 @@ class Hooks(NamedTuple):
     evaluate: hooks.Evaluate
 
 
-def make_hooks(
-    run: config.Run,
-    workdir: Path,
-    context: Context,
-    checkpoints: Checkpoints,
-    batches: Any,
-    first: int,
-    clock: metrics.Clock,
-    goodput: Goodput,
-    open_things: ExitStack,
-) -> Hooks:
-    """The files that the hooks write are closed with `open_things`. Only the first process writes them, and warns of
-    what all of them see."""
-    writes = processes.is_first()
-
-    def written(name: str) -> Path | None:
-        return workdir / name if writes else None
-
-    file = open_things.enter_context(log.MetricsFile(written("metrics.jsonl"), first))
-    board = open_things.enter_context(TensorBoard(written("tensorboard"), first))
-    progress = open_things.enter_context(Progress(run.train.steps, first, shown=writes))
-    board.config(config.to_dict(run), first)
+def make_hooks(run: config.Run, house: House, context: Context, batches: Any) -> Hooks:
+    """Only the first process writes files, and warns of what all of them see."""
+    checkpoints, goodput, (file, steps, board, progress) = house.checkpoints, house.goodput, house.written
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
 
     def newest_before(step: int) -> int | None:
@@ -279,14 +290,14 @@ def make_hooks(
 
     combine = processes.largest if run.data.lanes > 1 else None  # else each process has seen all
     left_out, patch_id = partial(pipeline.skipped, batches, run.data, combine), context.tokenizer.patch
-    each_step = StepLog(run.model, open_things.enter_context(log.MetricsFile(written("steps.jsonl"), first)), board)
-    warn, ledger = logger.warning if writes else logger.debug, goodput.ledger
+    each_step = StepLog(run.model, steps, board)
+    warn = logger.warning if processes.is_first() else logger.debug
     every = (run.train.log_every_steps, run.checkpoint.every_steps, run.health.norms_every_steps)
     return Hooks(
-        hooks.Log(run, langs, patch_id, clock, goodput, progress, file, board, each_step, left_out, warn, every),
+        hooks.Log(run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, warn, every),
         Health(run.health, every, newest_before, f"{checkpoints.folder}", warn),
-        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, ledger),
-        hooks.Evaluate(run, context, ledger, file, board, logger.info),
+        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
+        hooks.Evaluate(run, context, house.ledger, file, board, logger.info),
     )
 
 

@@ -136,7 +136,7 @@ def to_hf(
     Raises:
       ConfigError: as `from_hf`; or no format of theirs can express the model, or its router has a bias.
     """
-    out, model = Path(out), _ours(Path(folder))
+    out, model = Path(out), _ours(Path(folder), step)
     if not max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb {max_shard_gb:g}", "a file has more than 0 GB", "Leave it out for 5.")
     form = hf_config_write.format_of(model.model)
@@ -156,8 +156,8 @@ def to_hf(
     return out
 
 
-def _ours(folder: Path) -> saved.Saved:
-    found = saved.find(folder)
+def _ours(folder: Path, step: int | None) -> saved.Saved:
+    found = saved.find(folder, step)
     if found is None:
         true = f"it holds neither a run.json nor a {saved.MODEL}"
         raise ConfigError(f"A model in {folder}", true, "Give the --workdir of a run, or a converted model.")

@@ -20,7 +20,7 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,9 @@ class Checkpoints:
     by the next `save`, `wait` or `close`; a full disk is none of these errors, but for the last save: see `save`.
     """
 
-    def __init__(self, folder: str | Path, cfg: config.Checkpoint | None = None):
-        """Opens FOLDER; creates it, and clears what killed saves left there, unless reading only.
+    def __init__(self, folder: str | Path, cfg: config.Checkpoint | None = None, for_good: Collection[int] = ()):
+        """Opens FOLDER; creates it, and clears what killed saves left there, unless reading only. `for_good`: steps
+        whose checkpoints are kept, beside those that `cfg` keeps.
 
         Raises:
           ConfigError: reading only, and there is no such folder.
@@ -118,16 +119,16 @@ class Checkpoints:
         else:
             self._clear_unfinished()
             space.quiet()
-            kept = _kept(cfg)
+            kept = _kept(cfg, for_good)
             self._options = ocp.CheckpointManagerOptions(preservation_policy=kept, temporary_path_class=Summed, **light)
         self._manager = self._open()
         if cfg is not None:
-            self._delete_old(cfg)
+            self._delete_old(cfg, for_good)
 
-    def _delete_old(self, cfg: config.Checkpoint) -> None:
+    def _delete_old(self, cfg: config.Checkpoint, for_good: Collection[int]) -> None:
         """A kill in the middle of deleting the oldest leaves part of it, which Orbax would count as a checkpoint."""
         for step in self.steps()[: -cfg.keep]:
-            if not cfg.keep_every_steps or step % cfg.keep_every_steps:
+            if step not in for_good and (not cfg.keep_every_steps or step % cfg.keep_every_steps):
                 self._manager.delete(step)
 
     def _open(self) -> ocp.CheckpointManager:
@@ -217,7 +218,7 @@ class Checkpoints:
           ConfigError: no such step; its files are damaged; or its leaves differ in name, shape or dtype from those
             asked for.
         """
-        step = self._existing(step) if checked else self._sound(step)
+        step = self._existing(step) if checked else self.sound(step)
         asked = dict(zip(ARRAYS, (params, router_bias, opt, rng), strict=True))
         self._check(step, asked, dtypes=True)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}
@@ -232,7 +233,7 @@ class Checkpoints:
 
         Step, shapes, shardings and errors as in `restore`; opened for reading only, nothing is set aside.
         """
-        step = self._sound(step)
+        step = self.sound(step)
         asked = {"params": params, "router_bias": router_bias}
         self._check(step, asked, dtypes=False)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}
@@ -244,7 +245,7 @@ class Checkpoints:
 
         Step and errors as in `restore_weights`.
         """
-        step = self._sound(step)
+        step = self.sound(step)
         self._check(step, {"params": params, "router_bias": router_bias}, dtypes=False)
         return self.folder / str(step)
 
@@ -311,7 +312,7 @@ class Checkpoints:
             raise ConfigError(f"Checkpoint of step {step}", true, "Name one of these, or none for the newest.")
         return steps[-1] if step is None else step
 
-    def _sound(self, step: int | None) -> int:
+    def sound(self, step: int | None) -> int:
         """The step itself, or the newest one, with files that are what was written."""
         if step is None:
             self.wait()
@@ -361,9 +362,9 @@ class Checkpoints:
             )
 
 
-def _kept(cfg: config.Checkpoint) -> Any:
-    """The newest `keep`, and for good every step that is a multiple of `keep_every_steps`."""
-    policies = [ocp.checkpoint_managers.LatestN(cfg.keep)]
+def _kept(cfg: config.Checkpoint, for_good: Collection[int]) -> Any:
+    """The newest `keep`, and for good these steps and every one that is a multiple of `keep_every_steps`."""
+    policies = [ocp.checkpoint_managers.LatestN(cfg.keep), ocp.checkpoint_managers.CustomSteps(sorted(for_good))]
     if cfg.keep_every_steps:
         policies.append(ocp.checkpoint_managers.EveryNSteps(cfg.keep_every_steps))
     return ocp.checkpoint_managers.AnyPreservationPolicy(policies)

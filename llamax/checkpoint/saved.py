@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamax import config
+from llamax import config, stages
+from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
 from llamax.observe import provenance
@@ -37,8 +38,10 @@ class Saved(NamedTuple):
         return self.folder / CHECKPOINTS
 
 
-def find(folder: str | Path) -> Saved | None:
+def find(folder: str | Path, step: int | None = None) -> Saved | None:
     """The model of ours in `folder`; None if it holds neither run.json nor model.json.
+
+    `step`: of a run in stages, whose settings change; None takes its newest sound checkpoint.
 
     Raises:
       ConfigError: what is there cannot be read.
@@ -46,7 +49,7 @@ def find(folder: str | Path) -> Saved | None:
     folder = Path(folder)
     run = provenance.read(folder)
     if run is not None:
-        return _of_run(folder, config.from_dict(config.Run, run["config"]))
+        return _of_run(folder, config.from_dict(config.Run, run["config"]), step)
     if not (folder / MODEL).exists():
         return None
     try:
@@ -61,7 +64,10 @@ def find(folder: str | Path) -> Saved | None:
     return Saved(folder, config.from_dict(config.Model, model), patch_id, tokenizer, hf, dtypes, None)
 
 
-def _of_run(folder: Path, run: config.Run) -> Saved:
+def _of_run(folder: Path, run: config.Run, step: int | None) -> Saved:
+    if run.stages:
+        step = sums.newest_sound(folder / CHECKPOINTS, rename=False) if step is None else step
+        run = stages.at(run, step).run
     tokenizer = config.resolve_path(run.data.tokenizer)
     patch_id = Tokenizer(tokenizer).patch if run.model.vision is not None else -1
     return Saved(folder, run.model, patch_id, tokenizer, None, {}, run.data.seq_len)

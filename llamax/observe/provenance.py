@@ -1,7 +1,7 @@
 """Where a run came from: `run.json` in its workdir, and the check that a workdir belongs to the run that asks for it.
 
-    {"config": {...}, "overrides": [...], "files": {name: hash}, "git": {"commit", "dirty"}, "versions": {...},
-     "devices": {...}, "started": ["2026-11-21T08:26:23+00:00", ...]}
+    {"config": {...}, "overrides": [...], "files": {name: hash}, "init": {"path", "step"} | null,
+     "git": {"commit", "dirty"}, "versions": {...}, "devices": {...}, "started": ["2026-11-21T08:26:23+00:00", ...]}
 
 Everything but `started` is of the latest start. jax is imported late: the check comes before the backend starts.
 """
@@ -9,6 +9,7 @@ Everything but `started` is of the latest start. jax is imported late: the check
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import fnmatch
@@ -22,7 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamax.config import ConfigError
+from llamax import stages
+from llamax.config import ConfigError, Run
+from llamax.config_dict import flat, from_dict, to_dict
 
 PACKAGES = ("llamax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
@@ -81,10 +84,8 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
             "Bring it back, or choose another --workdir.",
         )
         raise ConfigError(f"Training {config.get('name')} in {workdir}", true, change)
-    old = flat(found["config"])
-    new = flat(json.loads(json.dumps(config)))
+    old, new = (taken(values, latest_step(workdir)) for values in (found["config"], config))
     keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
-    keys = [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)]
     if keys:
         lines = [f"{key}: {_show(old, key)} → {_show(new, key)}" for key in keys[:SHOWN]]
         more = [f"and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
@@ -94,6 +95,26 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
             "Choose another --workdir, or change these back; between starts of one run only "
             f"{', '.join(MAY_CHANGE)} may change.",
         )
+
+
+def taken(config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The settings, by dotted key, with which a run took its first `step` steps, but for those that may change. Later
+    stages do not count yet, nor how long the stage goes on in which that step is."""
+    with contextlib.suppress(ConfigError):  # fields that the schema had not when they were written have their defaults
+        config = to_dict(from_dict(Run, config))
+    whole = flat({key: value for key, value in config.items() if key != "stages"})
+    parts = stages.parts(from_dict(Run, config)) if config.get("stages") else []
+    for part in parts:
+        if part.first < step:
+            train = dataclasses.replace(part.run.train, steps=0)
+            settings = flat(to_dict(dataclasses.replace(part.run, train=train)))
+            settings["stages.end"] = min(part.end, step)
+            whole |= {f"stages.{part.name}.{key}": value for key, value in settings.items() if not _may_change(key)}
+    return {key: value for key, value in json.loads(json.dumps(whole)).items() if not _may_change(key)}
+
+
+def _may_change(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
 def check_same_files(workdir: str | Path, files: Mapping[str, str]) -> None:
@@ -149,8 +170,11 @@ def record(
     config: Mapping[str, Any],
     overrides: Sequence[str] = (),
     files: Mapping[str, str] | None = None,
+    init: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes `run.json`, or adds this start to it; returns its content. Starts jax's backend.
+
+    `init`: which model's weights the run begins with; None leaves what an earlier start has written.
 
     Clears what a killed `write_whole` left in the workdir.
     """
@@ -162,12 +186,14 @@ def record(
         if LEFT_OVER.fullmatch(left.name):
             left.unlink(missing_ok=True)
     path = folder / "run.json"
-    started = (read(folder) or {}).get("started", [])
+    before = read(folder) or {}
+    started = before.get("started", [])
     devices = jax.devices()
     run = {
         "config": config,
         "overrides": list(overrides),
         "files": dict(files or {}),
+        "init": dict(init) if init else before.get("init"),
         "git": git_state(Path(__file__).parent),
         "versions": versions(),
         "devices": {
@@ -202,14 +228,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys; lists are values."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
 
 
 def write_whole(path: Path, text: str) -> None:

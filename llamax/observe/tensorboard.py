@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
 
+from llamax.config_dict import flat
 from llamax.observe.log import FULL
-from llamax.observe.provenance import flat
 
 CELL_PX = 18  # of the heat map
 TIME_PX, MAP_PX = 600, 2000  # width of the heat map over time, and its height where many experts are a pixel each

@@ -8,11 +8,16 @@ from llamax import config
 
 
 def schedule(optim: config.Optim, steps: int) -> optax.Schedule:
-    """The learning rate at every step: linear warm-up from 0, then
+    """The learning rate at every step, from `optim.begins` on until `steps`: linear warm-up from 0, then
 
     cosine: down to end_lr_ratio x peak at the last step;
     wsd: constant, then linear over the last `decay_steps` (warm-up, stable, decay: MiniCPM, arXiv 2404.06395, 4.2).
     """
+    from_its_start = _from_its_start(optim, steps - optim.begins)
+    return lambda count: from_its_start(count - optim.begins)
+
+
+def _from_its_start(optim: config.Optim, steps: int) -> optax.Schedule:
     end = optim.peak_lr * optim.end_lr_ratio
     warmup = optax.linear_schedule(0.0, optim.peak_lr, optim.warmup_steps)
     if optim.schedule == "cosine":

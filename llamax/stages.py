@@ -1,0 +1,105 @@
+"""A run in stages: parts with settings of their own, one after the other, each with the weights of the one before.
+
+A stage is written as what differs from the run (`config.Stage`); here each becomes a whole `config.Run`, so that
+little else knows of stages: the steps go on counting, the schedule of the learning rate begins anew, and so do the data,
+whose rows have another length now. A stage of S tokens takes ceil(S / data.batch_tokens) steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from llamax.config import Run, Stage
+from llamax.config_dict import ConfigError, flat, from_dict, merged, to_dict
+
+MAY_DIFFER = (  # of a stage; all else belongs to the run: shapes, what a step counts, tokenizer, seed
+    *("model.rope.*", "model.chunk_len", "model.attn_*"),
+    *("data.seq_len", "data.sources.*", "data.multimodal_steps", "data.tiles_per_row", "data.video_frames"),
+    *("data.window_docs", "data.lanes", "data.align_tokens", "data.workers", "data.prefetch_batches"),
+    "mesh.*",
+    *("optim.peak_lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio"),
+    *("optim.vision_lr_ratio", "optim.b1", "optim.b2", "optim.eps", "optim.weight_decay", "optim.clip_norm"),
+    *("train.accumulate", "train.remat", "train.pipeline_microbatches"),
+    *("train.expert_buffer", "train.expert_capacity"),
+)
+SECTIONS = tuple(f.name for f in dataclasses.fields(Stage) if f.name != "tokens")
+
+
+class Part(NamedTuple):
+    """The steps after `first`, up to `run.train.steps`, of a run: all of them, or a stage's."""
+
+    name: str  # of the stage; "" of a run without any
+    first: int
+    run: Run
+
+    @property
+    def end(self) -> int:
+        return self.run.train.steps
+
+
+def parts(run: Run) -> list[Part]:
+    """The parts of a run, in order; the run itself where it has no stages.
+
+    Raises:
+        ConfigError: a stage changes what it may not, or something that the schema does not have; or its `tokens` are no
+            number of steps.
+    """
+    if not run.stages:
+        return [Part("", 0, run)]
+    found: list[Part] = []
+    for name in sorted(run.stages, key=in_order):
+        first = found[-1].end if found else 0
+        found.append(Part(name, first, _resolved(run, name, first)))
+    return found
+
+
+def in_order(name: str) -> list[Any]:
+    """What names are sorted by: to_32k comes before to_256k."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name) if piece]
+
+
+def at(run: Run, step: int) -> Part:
+    """The part that a checkpoint of this step was written in: that of the last step taken."""
+    found = parts(run)
+    return next((part for part in found if step <= part.end), found[-1])
+
+
+def left(found: list[Part], step: int) -> list[Part]:
+    """The parts that still have steps to take after `step`; the last one if none has."""
+    return [part for part in found if step < part.end] or found[-1:]
+
+
+def _resolved(run: Run, name: str, first: int) -> Run:
+    stage, asked = run.stages[name], f"--config.stages.{name}"
+    if stage.tokens < 1:
+        change = f"Set {asked}.tokens to a number of tokens."
+        raise ConfigError(f"{asked}.tokens={stage.tokens}", "a stage trains on some", change)
+    changes = {section: getattr(stage, section) for section in SECTIONS}
+    for key in flat(changes):
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_DIFFER):
+            true = "it is the same in all stages, or no setting at all: a stage may set " + ", ".join(MAY_DIFFER)
+            raise ConfigError(f"{asked}.{key}", true, f"Set --config.{key} for the whole run, or take it out.")
+    values = merged(to_dict(run), changes) | {"stages": {}}
+    steps = -(-stage.tokens // run.data.batch_tokens)
+    values["train"] = values["train"] | {"steps": first + steps}
+    values["optim"] = values["optim"] | {"begins": first}
+    with in_stage(name):
+        return from_dict(Run, values)
+
+
+@contextlib.contextmanager
+def in_stage(name: str) -> Iterator[None]:
+    """ConfigErrors that are raised inside speak of the stage's settings; "" changes nothing."""
+    try:
+        yield
+    except ConfigError as error:
+        if not name:
+            raise
+        here = f"--config.stages.{name}."
+        said = (text.replace("--config.", here) for text in (error.asked, error.true, error.change))
+        raise type(error)(*said) from None

@@ -1,0 +1,172 @@
+"""Where a run's state comes from: drawn at random, another model's weights, or a checkpoint of the run itself."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llamax import config, loading
+from llamax.checkpoint.hf_read import Source
+from llamax.checkpoint.manager import Checkpoints
+from llamax.checkpoint.saved import Saved
+from llamax.config import ConfigError
+from llamax.config_dict import flat
+from llamax.data.tokenizer import Tokenizer
+from llamax.observe import provenance
+from llamax.observe.goodput import Ledger
+from llamax.parallel import processes
+from llamax.stages import Part
+from llamax.train import hooks
+from llamax.train.health import Diverged
+from llamax.train.loop import RollBack
+from llamax.train.state import COUNTS, State
+
+logger = logging.getLogger("llamax")
+
+NO_FUNCTION = ("init_std",)  # fields of a model that say nothing of what trained weights compute
+# Fields that say where tokens stand: the same weights can be read with others, and are then another function.
+POSITIONS = ("rope.*", "chunk_len", "attn_*")
+SHOWN = 4  # differing fields that an error names
+SAMPLE = "The quick brown fox: 12,345 != 0x3f; naïve façade 東京\n\tdef f(x):\n        return x**2\n"
+
+
+class Weights(NamedTuple):
+    """Another model's, to start from."""
+
+    found: Saved | Source
+    step: int | None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For run.json: which they are."""
+        return {"path": str(self.found.folder.absolute()), "step": self.step}
+
+
+def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Weights | None:
+    """What `run.init` names; None where the run starts from nothing, or goes on from a checkpoint of its own.
+
+    Raises:
+        ConfigError: no model is there; it is another model, or reads positions in another way, and `init.differs` does
+            not say that this is meant; its tokenizer is another one.
+    """
+    if not run.init.path or provenance.latest_step(workdir):
+        return None
+    step = run.init.step or None
+    found = loading.find(config.resolve_path(run.init.path), step)
+    check_same_function(found.model, run)
+    check_same_tokens(run, loading.tokenizer_of(found), tokenizer)
+    if isinstance(found, Saved):
+        with Checkpoints(found.checkpoints) as checkpoints:
+            step = checkpoints.sound(step)
+    return Weights(found, step)
+
+
+def check_same_function(theirs: config.Model, run: config.Run) -> None:
+    """ConfigError if the weights were trained as another model than `run.model`, but for what `init.differs` names."""
+    old, new = flat(config.to_dict(theirs)), flat(config.to_dict(run.model))
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key) and key not in NO_FUNCTION]
+    keys = [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in run.init.differs)]
+    if not keys:
+        return
+    shown = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} in the recipe" for key in keys[:SHOWN])
+    more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    asked, true = f"--config.init.path={run.init.path}", f"that model differs from this recipe's ({shown}{more})"
+    change = f"Set --config.model.{keys[0]}={old.get(keys[0])}"
+    if all(any(fnmatch.fnmatchcase(key, pattern) for pattern in POSITIONS) for key in keys):
+        meant = ", ".join(f"'{key}'" for key in keys)
+        change += f', or, if the change is meant, --config.init.differs="({meant},)"'
+    raise ConfigError(asked, true, f"{change}.")
+
+
+def check_same_tokens(run: config.Run, theirs: Tokenizer | None, ours: Tokenizer) -> None:
+    """ConfigError if the two tokenizers cut or number a text in different ways."""
+    if theirs is None or theirs.encode(SAMPLE) == ours.encode(SAMPLE):
+        return
+    true = f"its tokenizer ({theirs.path}) reads text as other ids than data.tokenizer={run.data.tokenizer}"
+    raise ConfigError(f"--config.init.path={run.init.path}", true, f"Set --config.data.tokenizer={theirs.path}.")
+
+
+def start(
+    part: Part,
+    fresh: Callable[[], State],
+    shapes: State,
+    checkpoints: Checkpoints,
+    batches: Any,
+    weights: Weights | None,
+) -> tuple[State, int]:
+    """The state to go on from, and its step: the newest checkpoint's, with the data iterator moved to where it stood.
+
+    Where there is none, a fresh one, with another model's weights if there are `weights`. At the beginning of a stage
+    the data is left at its beginning: the checkpoint's is of the stage before.
+    """
+    latest = checkpoints.latest()  # preflight.sound_step has compared its files with their sums
+    if (latest or 0) < part.first:
+        asked, true = f"stage {part.name}", f"the stage before ended with a bad step {part.first}, which is not saved"
+        raise Diverged(asked, true, f"Look at the data; the same command goes on from step {latest or 0}.")
+    if latest is None:
+        return begun(fresh, shapes, weights), 0
+    at_its_beginning = latest == part.first > 0
+    state = restore(shapes, checkpoints, latest, None if at_its_beginning else batches, checked=True)
+    if at_its_beginning:
+        logger.info("stage %s begins after step %d", part.name, latest)
+    else:
+        logger.info("resumed from step %d in %s", latest, checkpoints.folder)
+    return state, latest
+
+
+def begun(fresh: Callable[[], State], shapes: State, weights: Weights | None) -> State:
+    """A state of no steps. Random numbers take long to compile well, and this program runs once."""
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    platform = next(iter(shapes.step.sharding.device_set)).platform
+    options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+    if weights is None:
+        return jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
+    # What is drawn for the weights is left out of the program: they never exist twice.
+    rest = jax.jit(
+        lambda: fresh()._replace(params=None, router_bias=None),
+        out_shardings=shardings._replace(params=None, router_bias=None),
+        compiler_options=options,
+    )()
+    params, router_bias = loading.read(weights.found, weights.step, shapes.params, shapes.router_bias)
+    about = weights.about
+    logger.info("starting from %s%s", about["path"], f", step {about['step']}" if about["step"] else "")
+    return rest._replace(params=params, router_bias=router_bias)
+
+
+def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: Any, *, checked: bool = False) -> State:
+    """The state of a step's checkpoint; the data iterator is moved to where it stood, if there is one.
+
+    `step` None and `checked` are those of `Checkpoints.restore`.
+    """
+    found = checkpoints.restore(
+        step,
+        params=shapes.params,
+        router_bias=shapes.router_bias,
+        opt=shapes.opt,
+        rng={"key": shapes.rng, "recent": shapes.recent},
+        data_iterator=batches,
+        checked=checked,
+    )
+    counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
+    trees = {name: found[name] for name in ("params", "router_bias", "opt")}
+    return State(rng=found["rng"]["key"], recent=found["rng"]["recent"], **trees, **counts)
+
+
+def go_back(shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack) -> State:
+    """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
+    logger.log(logging.WARNING if processes.is_first() else logging.DEBUG, "%s, past the batches in between", back)
+    for step in reversed(checkpoints.steps()):  # the newest first: a death in between leaves no gap
+        if step > back.to:
+            checkpoints.set_aside(step, "rolled-back")
+    state = restore(shapes, checkpoints, None, None)  # the one before, should its files be damaged by now
+    to = int(jax.device_get(state.step))
+    written.rewind(to)
+    ledger.lose_steps_after(to)
+    written.file.write(to, {"health/rolled_back_from": back.now, "health/bad_step": back.bad})
+    return state
