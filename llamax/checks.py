@@ -89,7 +89,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 def check(run: Run) -> None:
     """Raises ConfigError at the first setting, or pair of settings, that cannot work."""
-    for path, pattern, value in _fields(run):
+    for path, pattern, value in _fields(dataclasses.replace(run, stages={})):
         if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
             _number(path, pattern, value)
         if isinstance(value, str):
@@ -395,11 +395,15 @@ def _whole_chunks(run: Run) -> None:
 def _schedule(run: Run) -> None:
     optim, steps = run.optim, run.train.steps
     if steps <= optim.begins:
-        asked, true = f"--config.train.steps={steps}", f"the schedule begins after optim.begins={optim.begins} steps"
+        asked, true = (
+            f"--config.train.steps={steps}",
+            f"it is more than {optim.begins}, the steps before the schedule begins",
+        )
         raise ConfigError(asked, true, f"Set --config.train.steps={optim.begins + 1} or more.")
     steps -= optim.begins
     if optim.warmup_steps >= steps:
-        asked, true = f"--config.optim.warmup_steps={optim.warmup_steps}", f"the schedule has {steps} steps"
+        asked, true = f"--config.optim.warmup_steps={optim.warmup_steps}", f"the run has train.steps={run.train.steps}"
+        true += f", {optim.begins} of them before the schedule begins" if optim.begins else ""
         raise ConfigError(asked, true, f"Set --config.optim.warmup_steps={steps // 10}, or raise --config.train.steps.")
     if optim.schedule == "wsd":
         rest = steps - optim.warmup_steps

@@ -26,7 +26,7 @@ ROOMS = (
     {"loading"},
     {"evals"},
     {"train"},
-    {"post", "preflight"},
+    {"post", "preflight", "starting"},
     {"run", "generating", "plan", "show"},
     {"cli", "__main__"},
 )

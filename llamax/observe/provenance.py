@@ -85,6 +85,8 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
         )
         raise ConfigError(f"Training {config.get('name')} in {workdir}", true, change)
     old, new = (taken(values, latest_step(workdir)) for values in (found["config"], config))
+    said = flat(found["config"]) | flat(config)
+    old, new = ({k: v for k, v in of.items() if k in said or k.startswith("stages.")} for of in (old, new))
     keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
     if keys:
         lines = [f"{key}: {_show(old, key)} → {_show(new, key)}" for key in keys[:SHOWN]]
