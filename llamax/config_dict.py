@@ -145,7 +145,10 @@ def unknown_key(asked: str, siblings: Sequence[str], schema: type) -> ConfigErro
     section, _, key = asked.rpartition(".")
     elsewhere = {path.rpartition(".")[2]: path for path in reversed(_paths(schema))}
     sibling, cousin = nearest(key, siblings), nearest(key, elsewhere)
-    path = elsewhere.get(key) or (_dotted(section, sibling) if sibling else elsewhere.get(cousin or ""))
+    slip = difflib.get_close_matches(key, siblings, 1, 0.8)
+    path = (_dotted(section, slip[0]) if slip else elsewhere.get(key)) or (
+        _dotted(section, sibling) if sibling else elsewhere.get(cousin or "")
+    )
     change = f"Did you mean --config.{path}?" if path else f"Known here: {', '.join(siblings) or 'nothing'}."
     return ConfigError(f"--config.{asked}", f"{section or 'a run'} has no {key}", change)
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from llamax import stages
 from llamax.config import Model, Run, to_dict
 from llamax.model import count
 from llamax.observe.progress import size
@@ -21,7 +22,8 @@ def show(run: Run, console: Console | None = None) -> None:
     for path, value in flat(to_dict(run)):
         changed = path not in defaults or defaults[path] != value
         value = plan(run.model) if path == "model.plan" else value
-        _line(console, f"{'*' if changed else ' '} {path}", str(value), "bold" if changed else "")
+        shown = "''" if value == "" else str(value)
+        _line(console, f"{'*' if changed else ' '} {path}", shown, "bold" if changed else "")
     console.print()
     for name, value in facts(run):
         _line(console, f"  {name}", value, "")
@@ -52,7 +54,11 @@ def plan(model: Model) -> str:
 
 
 def facts(run: Run) -> Iterator[tuple[str, str]]:
-    """What follows from the settings: (name, value)."""
+    """What follows from the settings: (name, value); of a run in stages, from those of the last one."""
+    parts = stages.parts(run)
+    for part in parts if run.stages else ():
+        yield f"stage {part.name}", of_stage(part)
+    run = parts[-1].run
     model, data = run.model, run.data
     n = count.parameters(model)
     yield "layers", f"{len(model.layers)} = {plan(model)}"
@@ -79,6 +85,16 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
             f" {model.vision.tokens_per_tile} tokens a tile",
         )
     yield "whole run", f"{run.train.steps * data.batch_tokens:,} tokens in {run.train.steps:,} steps"
+
+
+def of_stage(part: stages.Part) -> str:
+    """One line: when, on what, and what it changes of positions."""
+    run, steps = part.run, part.end - part.first
+    rows = f"steps {part.first + 1:,} to {part.end:,}: {steps * run.data.batch_tokens:,} tokens in rows of "
+    mesh = ", ".join(f"{axis}={n}" for axis, n in run.mesh.axes.items() if n != 1) or "one device"
+    scaling = "" if run.model.rope.scaling == "none" else f" {run.model.rope.scaling}"
+    rope = f"theta {run.model.rope.theta:g}{scaling}, chunks of {run.model.chunk_len:,}"
+    return f"{rows}{run.data.seq_len:,}; {rope}; learning rate {run.optim.peak_lr:g}; {mesh}; remat {run.train.remat}"
 
 
 def cache(model: Model, context: int) -> str:

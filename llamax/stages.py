@@ -1,7 +1,7 @@
 """A run in stages: parts with settings of their own, one after the other, each with the weights of the one before.
 
 A stage is written as what differs from the run (`config.Stage`); here each becomes a whole `config.Run`, so that
-little else knows of stages: the steps go on counting, the schedule of the learning rate begins anew, and so do the data,
+little else knows of stages. Steps go on counting; the schedule of the learning rate begins anew, and so do the data,
 whose rows have another length now. A stage of S tokens takes ceil(S / data.batch_tokens) steps.
 """
 
