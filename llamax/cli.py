@@ -123,10 +123,10 @@ def _show(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, terminated)  # the process that compiles is ended too
-    from llamax import config
+    from llamax import config, stages
     from llamax.plan.topology import prepare
 
-    run = config.freeze(config.load(args.recipe, args.overrides))
+    run = stages.named(config.freeze(config.load(args.recipe, args.overrides)), args.stage)
     prepare()  # before jax is imported
     from llamax.observe import log
     from llamax.plan import plan, report
@@ -304,6 +304,8 @@ def _planned(plan: argparse.ArgumentParser) -> None:
     _recipe(plan)
     cluster = "chips or nodes: v5p:8x8x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200, b200"
     plan.add_argument("--topology", required=True, metavar="T", help=cluster)
+    which = "of a run in stages, the one to plan (the last one)"
+    plan.add_argument("--stage", metavar="NAME", help=which)
     plan.add_argument("--estimate", action="store_true", help="from formulas, in seconds; compiles nothing")
     plan.add_argument("--json", action="store_true", help="one object on stdout, for programs")
 
@@ -377,6 +379,7 @@ SHOW = """
 PLAN = """
     llamax plan recipes/scout_pretrain.py --topology v5p:8x8x4
     llamax plan recipes/scout_pretrain.py --topology h100:64x8 --estimate
+    llamax plan recipes/scout_context.py:v5p_256 --topology v5p:8x8x4 --stage to_64k
     llamax plan recipes/scout_pretrain.py:tiny --topology v5e:2x2 --json
 """
 GENERATE = """

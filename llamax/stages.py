@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llamax.config import Run, Stage
-from llamax.config_dict import ConfigError, flat, from_dict, merged, to_dict
+from llamax.config_dict import ConfigError, flat, from_dict, merged, nearest, to_dict
 
 MAY_DIFFER = (  # of a stage; all else belongs to the run: shapes, what a step counts, tokenizer, seed
     *("model.rope.*", "model.chunk_len", "model.attn_*"),
@@ -69,9 +69,21 @@ def at(run: Run, step: int) -> Part:
     return next((part for part in found if step <= part.end), found[-1])
 
 
-def left(found: list[Part], step: int) -> list[Part]:
-    """The parts that still have steps to take after `step`; the last one if none has."""
-    return [part for part in found if step < part.end] or found[-1:]
+def named(run: Run, name: str | None = None) -> Run:
+    """A stage as a run by itself, to plan it: the last one, whose rows are longest, unless it is named.
+
+    Raises:
+        ConfigError: the run has no such stage.
+    """
+    found = {part.name: part.run for part in parts(run)}
+    if not run.stages and name is None:
+        return run
+    wanted = list(found)[-1] if name is None else name
+    if wanted not in found or not wanted:
+        true = f"its stages are {', '.join(found)}" if run.stages else "it has none"
+        close = nearest(wanted, found)
+        raise ConfigError(f"stage {wanted} of {run.name}", true, f"Name {close}." if close else "Leave it out.")
+    return dataclasses.replace(found[wanted], name=f"{run.name}, stage {wanted}")
 
 
 def _resolved(run: Run, name: str, first: int) -> Run:
