@@ -1,12 +1,13 @@
-"""Seconds of a training step against the length of a row: layers that see chunks beside layers that see everything.
+"""CPU seconds and memory of a training step against the length of a row: local layers, iRoPE, layers that see all.
 
-    python bench/long_rows.py [--longest 16384] [--plot docs/long_rows.png]
+    python bench/long_rows.py [--longest 65536] [--plot docs/long_rows.png]
 
-Two models of 2 dense layers (width 256, 8 query and 2 kv heads of 32) differ in their attention only: rope_chunk with
-chunks of 512 tokens costs O(T C), rope_full costs O(T^2). One row of T tokens, one document, a step: forward, backward
-with each period computed again, AdamW. The two run in turn, at most `--rounds` rounds and no new one after 20 seconds;
-the least time of each counts. The exponent is the slope of log CPU seconds (other work on the machine moves them less)
-over log T, between neighbours and over all T from 2,048 on. The plot needs matplotlib (extra `docs`).
+Three models of 4 dense layers (width 128, 4 query and 2 kv heads of 32) differ in their attention only: rope_chunk with
+chunks of 512 tokens costs O(T C), rope_full costs O(T^2), and Llama 4's period has three of the one and one that sees
+all. One row of T tokens, one document, a step: forward, backward with each period computed again, AdamW. They run in
+turn, at most `--rounds` rounds and no new one after 20 seconds; the least time of each counts. The exponent is the
+slope of log CPU seconds (other work on the machine moves them less) over log T, between neighbours and over all T
+from 2,048 on. Memory is what the compiled step holds beside its arguments (XLA). The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ from llamax.train import state as states
 from llamax.train.step import make_step
 
 CHUNK, VOCAB = 512, 512
-KINDS = {"chunks of 512": "rope_chunk+dense", "whole rows": "rope_full+dense"}
+LOCAL, IROPE, WHOLE = "chunks of 512", "iRoPE", "whole rows"
+KINDS = {  # the kinds of layer of a period, and how often it comes
+    LOCAL: (("rope_chunk+dense",), 4),
+    IROPE: (("rope_chunk+dense",) * 3 + ("nope_full+dense",), 1),
+    WHOLE: (("rope_full+dense",), 4),
+}
 
 
-def stepper(kind: str, T: int) -> Callable[[], np.ndarray]:
-    """A function that takes one step on a row of T tokens and returns its seconds and CPU seconds."""
-    sizes = dict(dim=256, n_heads=8, n_kv_heads=2, head_dim=32, dense_ffn_dim=512, vocab_size=VOCAB)
-    model = config.Model(**sizes, plan=(((kind,), 2),), chunk_len=CHUNK)
+def stepper(segment: tuple, T: int) -> tuple[Callable[[], np.ndarray], int]:
+    """A function that takes one step on a row of T tokens and returns its seconds and CPU seconds; and its bytes."""
+    sizes = dict(dim=128, n_heads=4, n_kv_heads=2, head_dim=32, dense_ffn_dim=256, vocab_size=VOCAB)
+    model = config.Model(**sizes, plan=(segment,), chunk_len=CHUNK)
     data = config.Data(seq_len=T, batch_tokens=T, sources={"random": config.Source()})
     run = config.Run(name="long_rows", model=model, data=data, optim=config.Optim(warmup_steps=1))
     seam = make_seam(make_mesh({"data": 1}, jax.devices()[:1]))
@@ -57,10 +63,10 @@ def stepper(kind: str, T: int) -> Callable[[], np.ndarray]:
         jax.block_until_ready(metrics.loss)
         return np.array([time.perf_counter(), time.process_time()]) - start
 
-    return step
+    return step, program.memory_analysis().temp_size_in_bytes
 
 
-def plot(path: Path, seconds: dict[str, dict[int, float]]) -> None:
+def plot(path: Path, seconds: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -69,51 +75,56 @@ def plot(path: Path, seconds: dict[str, dict[int, float]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, of in seconds.items():
-        axes.loglog(list(of), list(of.values()), "o-", base=2, label=f"{name}: T^{exponent(of):.2f}")
-    axes.set_xticks(list(next(iter(seconds.values()))), [f"{T:,}" for T in next(iter(seconds.values()))])
-    axes.set_xlabel("tokens a row")
-    axes.set_ylabel("CPU seconds a step")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axes, figures, what in zip(both, (seconds, sizes), ("CPU seconds a step", "GiB beside the state"), strict=True):
+        for name, of in figures.items():
+            axes.loglog(list(of), list(of.values()), "o-", base=2, label=f"{name}: T^{exponent(of):.2f}")
+        axes.set_xticks(list(of), [f"{T // 1024}k" for T in of])
+        axes.set_xlabel("tokens a row")
+        axes.set_ylabel(what)
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
 def exponent(seconds: dict[int, float]) -> float:
-    """The slope of log seconds over log T for T of 2,048 and more, by least squares."""
+    """The slope of a figure's log over log T for T of 2,048 and more, by least squares."""
     lengths = [T for T in seconds if T >= 2048]
     return float(np.polyfit(np.log(lengths), np.log([seconds[T] for T in lengths]), 1)[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--longest", type=int, default=16_384)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--longest", type=int, default=65_536)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    lengths = [1024 * 2**n for n in range(6) if 1024 * 2**n <= options.longest]
+    lengths = [1024 * 2**n for n in range(7) if 1024 * 2**n <= options.longest]
     seconds: dict[str, dict[int, float]] = {name: {} for name in KINDS}
-    print("| tokens a row |", " | ".join(f"{name}, s | CPU s | exponent" for name in KINDS), "| ratio |")
+    sizes: dict[str, dict[int, float]] = {name: {} for name in KINDS}
+    print("| tokens a row |", " | ".join(f"{name}, CPU s | exponent | GiB" for name in KINDS), "| whole rows / iRoPE |")
     print("|" + "---|" * (2 + 3 * len(KINDS)))
     for T in lengths:
-        steps = {name: stepper(kind, T) for name, kind in KINDS.items()}
+        steps = {}
+        for name, segment in KINDS.items():
+            steps[name], n_bytes = stepper(segment, T)
+            sizes[name][T] = n_bytes / 2**30
         rounds: list[dict[str, np.ndarray]] = []
         while len(rounds) < options.rounds and sum(taken[name][0] for taken in rounds for name in KINDS) < 20:
             rounds.append({name: step() for name, step in steps.items()})
         cells = []
         for name in KINDS:
             of = seconds[name]
-            wall, of[T] = np.min([taken[name] for taken in rounds], axis=0)
+            of[T] = min(taken[name][1] for taken in rounds)
             slope = f"{np.log2(of[T] / of[T // 2]):.2f}" if T // 2 in of else ""
-            cells.append(f"{wall:.3f} | {of[T]:.3f} | {slope}")
-        local, full = (seconds[name][T] for name in KINDS)
-        print(f"| {T:,} |", " | ".join(cells), f"| {full / local:.1f} |", flush=True)
-    print("over T >= 2,048:", ", ".join(f"{name} T^{exponent(of):.2f}" for name, of in seconds.items()))
+            cells.append(f"{of[T]:.3f} | {slope} | {sizes[name][T]:.3f}")
+        print(f"| {T:,} |", " | ".join(cells), f"| {seconds[WHOLE][T] / seconds[IROPE][T]:.2f} |", flush=True)
+    for what, figures in (("CPU seconds", seconds), ("memory", sizes)):
+        print(f"{what} over T >= 2,048:", ", ".join(f"{name} T^{exponent(of):.2f}" for name, of in figures.items()))
     if options.plot:
-        plot(options.plot, seconds)
+        plot(options.plot, seconds, sizes)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     llamax train recipes/scout_context.py:tiny --workdir runs/context --config.init.path=runs/short   # a laptop
     llamax show  recipes/scout_context.py                       # every setting, every stage
     llamax plan  recipes/scout_context.py:v5p_256 --topology v5p:8x8x4 --stage to_256k
-    llamax train recipes/scout_context.py:v5p_256 --workdir DIR --config.init.path=PRETRAINED
+    llamax train recipes/scout_context.py --workdir DIR --config.init.path=PRETRAINED   # or a layout, as :v5p_256
 
 PRETRAINED is any model: a run's workdir, a converted model, a folder in Hugging Face's format; its parameters are
 taken and the optimizer is fresh. Tokens a step stay what they are, 8.4M, while rows grow. A third of the tokens are
@@ -48,6 +48,8 @@ LAYOUTS = dict(  # rows of 16k to 32k tokens a device
 def get_config(size: str = "full"):
     run = lx.recipe(name="scout_context", model=variants.scout(), seed=17)
     run.train.steps = 0  # as many as the stages take
+    if size == "tiny":
+        return tiny(run)
 
     run.init.path = "runs/scout_pretrain"
     run.data.tokenizer = "data/llama4.model"
@@ -63,20 +65,34 @@ def get_config(size: str = "full"):
     )
     run.data.multimodal_steps = 0.1
     run.data.workers = 8
-    run.mesh = dict(data=-1, fsdp=64, context=16)  # -1 takes the devices that are left
+    run.mesh = dict(data=-1, fsdp=256)  # -1 takes the devices that are left
     run.optim.peak_lr = 2e-5
     run.optim.warmup_steps = 100
     run.optim.end_lr_ratio = 0.1
     run.train.compute_dtype = "bfloat16"
     run.train.remat = "block"
     run.stages = dict(
-        to_64k=dict(tokens=20_000_000_000, data=dict(seq_len=64 * K, lanes=64)),
+        to_64k=dict(tokens=20_000_000_000, data=dict(seq_len=64 * K, lanes=64), mesh=dict(fsdp=32, context=8)),
         to_256k=dict(
             tokens=20_000_000_000,
             data=dict(seq_len=256 * K, lanes=32, sources=dict(tasks=dict(path="data/tasks_256k.toml"))),
             optim=dict(peak_lr=1e-5),
+            mesh=dict(fsdp=8, context=32),
         ),
     )
     run.evals = dict(web=dict(kind="perplexity", path="data/web_heldout.toml", every_steps=200))
     run.checkpoint.every_steps = 200
+    return run
+
+
+def tiny(run):
+    """From rows of 256 tokens to 1,024 and to 2,048."""
+    run = lx.tiny(run, variants.scout_tiny())
+    run.train.steps = 0
+    run.data.seq_len = 256
+    run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+    run.stages = dict(
+        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024)),
+        to_2048=dict(tokens=200 * 4096, data=dict(seq_len=2048)),
+    )
     return run

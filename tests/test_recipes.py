@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llamax import config
+from llamax import config, stages
 from llamax.plan.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,9 @@ every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.st
 
 
 def test_there_are_recipes():
-    assert {"scout_pretrain", "maverick_pretrain", "behemoth_pretrain"} <= {path.stem for path in RECIPES}
+    assert {"scout_pretrain", "maverick_pretrain", "behemoth_pretrain", "scout_context", "maverick_context"} <= {
+        path.stem for path in RECIPES
+    }
 
 
 @pytest.mark.parametrize(("path", "layout"), LAYOUTS, ids=str)
@@ -31,9 +33,11 @@ def test_a_layout_is_the_full_size_on_as_many_devices_as_it_says(path, layout):
     kind, devices, *_ = layout.split("_")
     full, laid_out = (config.freeze(config.load(f"{path}:{size}")) for size in ("full", layout))
     assert kind in CHIPS
-    assert math.prod(config.check_devices(laid_out, int(devices)).axes.values()) == int(devices)
-    assert laid_out.mesh.data in (-1, 1), "the mesh is the layout's alone, not the full size's with changes"
-    assert dataclasses.replace(laid_out, mesh=full.mesh, train=full.train, data=full.data) == full
+    for part in stages.parts(laid_out):
+        assert math.prod(config.check_devices(part.run, int(devices)).axes.values()) == int(devices)
+        assert part.run.mesh.data in (-1, 1), "the mesh is the layout's alone, not the full size's with changes"
+    of_the_layout = dict(mesh=full.mesh, train=full.train, data=full.data, stages=full.stages)
+    assert dataclasses.replace(laid_out, **of_the_layout) == full
     assert laid_out.train.compute_dtype == full.train.compute_dtype, "what a layout leaves out stays"
 
 
@@ -54,7 +58,8 @@ def test_a_layout_may_not_invent_fields(tmp_path):
 def test_freezes(path, size):
     run = config.freeze(config.load(f"{path}:{size}"))
     assert run.name == path.stem
-    assert config.check_devices(run, 1 if size == "tiny" else 1024)
+    for part in stages.parts(run):
+        assert config.check_devices(part.run, 1 if size == "tiny" else 1024)
 
 
 @every_recipe
@@ -94,7 +99,10 @@ def test_tiny_trains_two_steps(path, built, tmp_path):
     cfg.evals = {}
     cfg.data.update(seq_len=128, batch_tokens=8 * 128, multimodal_steps=0.6)  # text first, then pictures
     cfg.optim.update(schedule="cosine", warmup_steps=1)
-    cfg.train.update(steps=2, log_every_steps=1)
+    cfg.train.update(steps=0 if cfg.stages else 2, log_every_steps=1)
+    cfg.init.path = ""
+    for name, longer in zip(sorted(cfg.stages), (128, 256), strict=False):  # a step each
+        cfg.stages[name] = dict(tokens=8 * 128, data=dict(seq_len=longer), optim=dict(warmup_steps=0))
     result = train(config.freeze(cfg), tmp_path)
     assert result.finished
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
