@@ -68,6 +68,8 @@ AT_MOST = {
 }
 MOST_WHOLE = 2**31 - 1  # of every other whole number: steps and sizes are 32 bits on the devices
 MOST_LAYERS = 10_000
+MOST_TOKENS = 1e15  # of a schedule of weights,
+MOST_WEIGHT = 1e100  # and one of these
 # and some strings are names out of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope.scaling": ROPE_SCALINGS,
@@ -324,10 +326,31 @@ def _sources(run: Run) -> None:
         here = f"--config.data.sources.{name}"
         _named(name, "source", "data.sources")
         _manifest(here, source.path)
-    weights = [source.weight for source in run.data.sources.values()]
-    if not 0 < sum(weights) < math.inf:
-        asked, true = f"data.sources with weights {weights}", "no shares of tokens can be made of them"
-        raise ConfigError(asked, true, f"Set {here}.weight=1.")
+        _later(here, source.later)
+    sources = run.data.sources.values()
+    for tokens in sorted({0.0} | {tokens for source in sources for tokens, _ in source.later}):
+        weights = [source.weight_at(tokens) for source in sources]
+        if not 0 < sum(weights) < math.inf:  # in between they are, too, if they are at every point
+            at = f" after {tokens:g} tokens" if tokens else ""
+            asked, true = f"data.sources with weights {weights}{at}", "no shares of tokens can be made of them"
+            raise ConfigError(asked, true, f"Set {here}.weight=1{' and its later=()' if tokens else ''}.")
+
+
+def _later(here: str, later: tuple) -> None:
+    """A schedule is (tokens, weight), ...: more tokens at every point, finite weights."""
+    reached = 0
+    example = f'Write it like {here}.later="((1e9, 0.5), (2e9, 0.1))".'
+    for point in later:
+        if not (isinstance(point, tuple) and len(point) == 2 and all(type(x) in (int, float) for x in point)):
+            raise ConfigError(f"{point!r} in {here}.later", "a point of a schedule is (tokens, weight)", example)
+        tokens, weight = point
+        if not reached < tokens <= MOST_TOKENS:
+            after = f"it is more than {reached:g} tokens, where the point before is, and at most {MOST_TOKENS:g}"
+            raise ConfigError(f"{point!r} in {here}.later", after, example)
+        if not 0 <= weight <= MOST_WEIGHT:
+            true = f"a weight is 0 or more, and at most {MOST_WEIGHT:g}"
+            raise ConfigError(f"{point!r} in {here}.later", true, example)
+        reached = tokens
 
 
 def _named(name: str, what: str, section: str) -> None:

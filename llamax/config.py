@@ -11,6 +11,7 @@ Beside it: config_dict.py (dicts to dataclasses, ConfigError), config_file.py (r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +160,15 @@ def plan_of(kinds: Sequence[str], period: int = 1) -> tuple:
 class Source:
     path: str = ""  # a manifest (*.toml)
     weight: float = 1.0  # share of tokens, relative to the other sources' weights
+    later: tuple = ()  # (tokens of the run, weight then), ...: linear in between, constant after the last
+
+    def weight_at(self, tokens: float) -> float:
+        """The weight after so many tokens of all sources."""
+        points = ((0.0, self.weight), *self.later)
+        for (a, u), (b, v) in itertools.pairwise(points):
+            if tokens < b:
+                return u + (v - u) * ((tokens - a) / (b - a))
+        return points[-1][1]
 
 
 @dataclass(frozen=True)

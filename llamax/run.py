@@ -215,7 +215,11 @@ def take_workdir(
     def take() -> int:
         open_things.enter_context(provenance.alone(workdir))
         latest = preflight.check_steps_left(parts[-1].end, preflight.sound_step(workdir))
-        provenance.record(workdir, asked, overrides, files, weights and weights.about)
+        for change in provenance.changes(workdir, asked, latest):
+            logger.info(
+                "from step %d on, %s is %s and no longer %s", *(change[k] for k in ("step", "key", "new", "old"))
+            )
+        provenance.record(workdir, asked, overrides, files, weights and weights.about, latest)
         return latest
 
     return processes.from_first(take)

@@ -3,7 +3,8 @@
     share of documents of source i  ~  (its token weight) / (its mean tokens a document)
 
 The shares become counts c_i of a cycle of 10,000 to a million documents, in which every source is spread evenly; cycle
-k takes each source's next c_i documents of its own shuffled, endlessly repeated order.
+k takes each source's next c_i documents of its own shuffled, endlessly repeated order. Where weights follow a schedule
+(schedule.py), shorter cycles with counts of their own come first.
 
 When there are pictures, there are two streams. A share f of the steps (`data.multimodal_steps`) is multimodal and draws
 from the picture sources plus just enough text that, with W the picture sources' share of all tokens,
@@ -19,9 +20,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -43,11 +44,14 @@ class Shares(NamedTuple):
     multimodal_steps: Fraction  # share of steps
 
 
-def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimodal_steps: float) -> Shares:
+def two_streams(
+    weights: Mapping[str, float], multimodal: Sequence[str], multimodal_steps: float, ever: Collection[str] = ()
+) -> Shares:
     """Splits token weights (any positive scale) into the two streams; sources of weight 0 are left out.
 
-    With only text sources `multimodal_steps` is ignored; with only pictures all steps are multimodal. ConfigError
-    if the latter is asked to be 0, or if the picture sources weigh more than that share of steps could carry.
+    With only text sources `multimodal_steps` is ignored; with only pictures all steps are multimodal. `ever`: sources
+    that weigh something at another point of a schedule, which has one share of multimodal steps for all of it.
+    ConfigError if pictures are asked to come in none, or weigh more than their share of steps could carry.
     """
     total = sum(weights.values())
     if not weights or min(weights.values()) < 0 or not 0 < total < math.inf:  # nor NaN
@@ -57,27 +61,31 @@ def two_streams(weights: Mapping[str, float], multimodal: Sequence[str], multimo
     share = {name: weight / total for name, weight in sorted(weights.items()) if weight > 0}
     pictures = {name: w for name, w in share.items() if name in multimodal}
     text = {name: w for name, w in share.items() if name not in multimodal}
-    if not pictures:
-        return Shares(text, {}, Fraction(0))
-    if not text:
-        if not multimodal_steps:
-            asked, true = "--config.data.multimodal_steps=0", f"all sources carry pictures ({', '.join(pictures)})"
-            raise ConfigError(asked, true, "Set --config.data.multimodal_steps=1, or add a source of text.")
-        return Shares({}, pictures, Fraction(1))
-    W, f = sum(pictures.values()), Fraction(multimodal_steps).limit_denominator(10_000)
-    if not f or f + 1e-9 < W:  # a share below 1 in 20,000 rounds to none
+    W, f = sum(pictures.values()), _share_of_steps({*share, *ever}, multimodal, multimodal_steps)
+    if (pictures and not f) or f + 1e-9 < W:  # a share below 1 in 20,000 rounds to none
         raise ConfigError(
             f"--config.data.multimodal_steps={multimodal_steps:g}",
             f"the sources with pictures ({', '.join(pictures)}) weigh {W:.3f} of all tokens",
             f"Set --config.data.multimodal_steps={math.ceil(W * 1000) / 1000:g} or more, or lower their weights.",
         )
     mixed = {name: w / float(f) for name, w in pictures.items()}
-    rest = 1 - W / float(f)
+    rest = 1 - W / float(f) if f else 0
     if rest > 1e-6:
         mixed |= {name: w / (1 - W) * rest for name, w in text.items()}
-    if f == 1:
-        return Shares({}, mixed, f)
-    return Shares({name: w / (1 - W) for name, w in text.items()}, mixed, f)
+    return Shares({name: w / (1 - W) for name, w in text.items()} if f < 1 else {}, mixed, f)
+
+
+def _share_of_steps(names: Collection[str], multimodal: Sequence[str], multimodal_steps: float) -> Fraction:
+    """The share of steps that are multimodal where these sources are read."""
+    pictures = sorted(name for name in names if name in multimodal)
+    if not pictures:
+        return Fraction(0)
+    if len(pictures) < len(names):
+        return Fraction(multimodal_steps).limit_denominator(10_000)
+    if not multimodal_steps:
+        asked, true = "--config.data.multimodal_steps=0", f"all sources carry pictures ({', '.join(pictures)})"
+        raise ConfigError(asked, true, "Set --config.data.multimodal_steps=1, or add a source of text.")
+    return Fraction(1)
 
 
 def is_multimodal(step: int, share: Fraction) -> bool:
@@ -112,6 +120,41 @@ def deal_text(shares: Shares) -> tuple[Deal, Deal]:
     return Deal(share), Deal(1 - share, complement=True)
 
 
+class Dealing(Protocol):
+    """Where in a source's order a stream's n-th document of it stands."""
+
+    def position(self, n: int) -> int: ...
+
+
+class Redeal(NamedTuple):
+    """How one of two streams goes on in a source's order after a change: what neither has taken is dealt out anew.
+
+    So no document is left out or comes twice within an epoch, whatever each had taken, and whichever stream is new.
+    """
+
+    old: tuple[Dealing, Dealing]  # of the two streams
+    taken: tuple[int, int]  # documents of the source that each had taken by the change
+    last: tuple[int, int]  # where the last of these stands; -1 where there is none
+    mine: int  # 0 or 1: which stream this is
+    new: Deal  # how the rest is dealt
+
+    def position(self, n: int) -> int:
+        before = self.taken[self.mine]
+        return self.old[self.mine].position(n) if n < before else self._free(self.new.position(n - before))
+
+    def _free(self, n: int) -> int:
+        """The n-th place that neither had taken: those of the stream that was behind, then all after the other's."""
+        place = sum(self.taken) + n
+        behind = self.last.index(min(self.last))
+        return place if place > max(self.last) else self.old[behind].position(self.taken[behind] + n)
+
+
+def redeal(old: tuple[Dealing, Dealing], taken: tuple[int, int], new: tuple[Deal, Deal]) -> tuple[Dealing, Dealing]:
+    """Both streams' dealings from a change on. `taken`: the documents of the source that each had taken by then."""
+    first, second = (deal.position(n - 1) if n else -1 for deal, n in zip(old, taken, strict=True))
+    return Redeal(old, taken, (first, second), 0, new[0]), Redeal(old, taken, (first, second), 1, new[1])
+
+
 class Shuffled(Sequence):
     """A source's documents, epoch after epoch without end, each epoch in its own order."""
 
@@ -143,34 +186,99 @@ def _permutation(n: int, seed: int) -> np.ndarray:
 
 
 class Mixture:
-    """Grain's selection map: n -> (index of the source, position in its order)."""
+    """Grain's selection map: n -> (index of the source, position in its order).
 
-    def __init__(self, token_weights: Sequence[float], mean_tokens: Sequence[float], deals: Sequence[Deal]):
-        documents = np.array(token_weights, float) / np.array(mean_tokens, float)
-        documents /= documents.sum()
-        if documents.min() * MAX_CYCLE < 1:
-            rare = int(documents.argmin())
-            raise ConfigError(
-                f"data sources with token weights {[float(f'{w:.3g}') for w in token_weights]}",
-                f"number {rare + 1} (documents of {mean_tokens[rare]:,.0f} tokens) would come less often than once in "
-                f"{MAX_CYCLE:,} documents",
-                "Raise its weight, or drop it.",
-            )
-        rarest = min(LEAST_COUNT, int(documents.min() * MAX_CYCLE))  # of a cycle in which its count is no fraction
-        cycle = max(CYCLE, rarest / documents.min())
-        self.counts = np.maximum(np.rint(documents * cycle), 1).astype(np.int64)  # a cycle, by source
-        # The k-th of a source's c documents belongs at (k + 1/2) / c of the cycle.
-        source = np.repeat(np.arange(len(self.counts)), self.counts)
-        rank = np.concatenate([np.arange(count) for count in self.counts])
-        order = np.argsort((rank + 0.5) / self.counts[source], kind="stable")
-        self.source, self.rank = source[order], rank[order]
-        self.deals = tuple(deals)
+    The first documents follow `ramp`, cycles of so many tokens with weights of their own, which may be 0; endless
+    cycles of `token_weights` follow. From its document `first` on a mixture takes the place of `before`, and each
+    source goes on where that left it.
+    """
+
+    def __init__(
+        self,
+        token_weights: Sequence[float],
+        mean_tokens: Sequence[float],
+        deals: Sequence[Dealing],
+        ramp: Sequence[tuple[float, Sequence[float]]] = (),
+        before: Mixture | None = None,
+        first: int = 0,
+    ):
+        self.mean_tokens, self.deals, self.before, self.first = tuple(mean_tokens), tuple(deals), before, first
+        self.counts = counts_of_cycle(np.array(token_weights, float), np.array(mean_tokens, float))
+        documents = [tokens * np.array(weights, float) / np.array(mean_tokens, float) for tokens, weights in ramp]
+        # Rounded sums, not sums of what was rounded: a source that comes once in many cycles is still right.
+        sums = np.rint(np.cumsum([np.zeros(len(mean_tokens)), *documents], axis=0)).astype(np.int64)
+        base = before.taken(first) if before else np.zeros(len(mean_tokens), np.int64)
+        self.begins = base + sums  # documents of each source before each cycle of the ramp, and before the endless ones
+        self.numbers = first + sums.sum(1)  # of all sources
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, n: int) -> tuple[int, int]:
-        cycle, place = divmod(n, len(self.source))
-        source = int(self.source[place])
-        taken = cycle * int(self.counts[source]) + int(self.rank[place])
+        source, taken = self._numbered(n)
         return source, self.deals[source].position(taken)
+
+    def taken(self, n: int) -> np.ndarray:
+        """How many of each source the first n documents are: int64 [sources]."""
+        if self.before and n < self.first:
+            return self.before.taken(n)
+        begin, counts, place = self._cycle(n)
+        return begin + np.bincount(spread(tuple(counts.tolist()))[0][:place], minlength=len(counts))
+
+    def tokens(self, n: int) -> float:
+        """About how many tokens the first n documents have, by the sources' means."""
+        return sum(float(k) * mean for k, mean in zip(self.taken(n), self.mean_tokens, strict=True))
+
+    def _numbered(self, n: int) -> tuple[int, int]:
+        """(source of document n, how many came of it before)."""
+        if self.before and n < self.first:
+            return self.before._numbered(n)
+        begin, counts, place = self._cycle(n)
+        sources, ranks = spread(tuple(counts.tolist()))
+        source = int(sources[place])
+        return source, int(begin[source]) + int(ranks[place])
+
+    def _cycle(self, n: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Of the cycle that holds document n: documents by source before it, those in it, and n's place in it."""
+        if n >= self.numbers[-1]:
+            cycle, place = divmod(n - int(self.numbers[-1]), int(self.counts.sum()))
+            return self.begins[-1] + cycle * self.counts, self.counts, place
+        i = int(np.searchsorted(self.numbers, n, side="right")) - 1
+        begin, end, number = self.begins[i], self.begins[i + 1], int(self.numbers[i])
+        while (end - begin).sum() > CYCLE:  # a long one is halved, so that its order stays a short table
+            middle = (begin + end) // 2
+            half = int((middle - begin).sum())
+            begin, end, number = (begin, middle, number) if n < number + half else (middle, end, number + half)
+        return begin, end - begin, n - number
+
+
+def counts_of_cycle(token_weights: np.ndarray, mean_tokens: np.ndarray) -> np.ndarray:
+    """Documents of each source in an endlessly repeated cycle; none of a source of weight 0."""
+    some = token_weights > 0
+    documents = token_weights[some] / mean_tokens[some]
+    documents /= documents.sum()
+    if documents.min() * MAX_CYCLE < 1:
+        rare = int(documents.argmin())
+        raise ConfigError(
+            f"data sources with token weights {[float(f'{w:.3g}') for w in token_weights[some]]}",
+            f"number {rare + 1} (documents of {mean_tokens[some][rare]:,.0f} tokens) would come less often than once "
+            f"in {MAX_CYCLE:,} documents",
+            "Raise its weight, or drop it.",
+        )
+    rarest = min(LEAST_COUNT, int(documents.min() * MAX_CYCLE))  # of a cycle in which its count is no fraction
+    cycle = max(CYCLE, rarest / documents.min())
+    counts = np.zeros(len(token_weights), np.int64)
+    counts[some] = np.maximum(np.rint(documents * cycle), 1).astype(np.int64)
+    return counts
+
+
+@functools.lru_cache(16)
+def spread(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(source, rank among its own) of each document of a cycle, every source spread evenly over it.
+
+    The k-th of a source's c documents belongs at (k + 1/2) / c of the cycle.
+    """
+    source = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((rank + 0.5) / np.array(counts)[source], kind="stable")
+    return source[order], rank[order]

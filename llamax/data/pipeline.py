@@ -1,7 +1,8 @@
 """The data stream: manifests in, THE Batch out, by Grain.
 
     per source   reader -> shuffled epochs -> encode            document n is a pure function of n
-    a stream     mixture -> window of documents -> pack         window n is a pure function of n
+    a stream     mixture -> window of documents -> pack         window n is a pure function of n and of all weights
+                                                                that the run has had (schedule.py)
     a lane       its windows' rows, one after the other         lane l of S has the windows l, l + S, l + 2 S, ...
     build()      R rows: R / S of each lane, in order -> Batch, text-only or multimodal by the step's number
 
@@ -21,6 +22,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +33,9 @@ from absl import flags
 from llamax import config
 from llamax.batch import Batch
 from llamax.config import ConfigError
-from llamax.data import packing
+from llamax.data import packing, schedule
 from llamax.data.encode import Encoded, Encoder
-from llamax.data.mixture import Deal, Mixture, Shuffled, deal_text, is_multimodal, two_streams
+from llamax.data.mixture import Shuffled, is_multimodal
 from llamax.data.packing import Window, collate, pack_window, split
 from llamax.data.sources import SKIP_REASONS, Document, Manifest, open_source, read_manifest
 
@@ -56,53 +58,16 @@ def build(
     its iterator's state has these alone; `merge` makes one of all processes' states.
     ConfigError where a manifest, its files or the weights are wrong.
     """
-    names = sorted(data.sources)
-    manifests = {name: read_manifest(data.sources[name].path) for name in names}
-    pictures = [name for name in names if manifests[name].kind == "multimodal" and data.sources[name].weight]
-    if pictures and vision is None:
+    manifests = {name: read_manifest(source.path) for name, source in data.sources.items()}
+    pictures = [name for name in sorted(manifests) if manifests[name].kind == "multimodal"]
+    carrying = [name for name in pictures if name in schedule.ever_read(data.sources)]
+    if carrying and vision is None:
         raise ConfigError(
-            f"data source {pictures[0]} ({manifests[pictures[0]].path})",
+            f"data source {carrying[0]} ({manifests[carrying[0]].path})",
             "it carries pictures and config.model.vision is None",
             "Take a model with a vision encoder, or drop the source.",
         )
-    shares = two_streams({name: data.sources[name].weight for name in names}, pictures, data.multimodal_steps)
-    readers, encoders, means = {}, {}, {}
-    for source_id, name in enumerate(names):
-        if name in shares.text or name in shares.multimodal:
-            readers[name] = open_source(manifests[name])
-            encoders[name] = Encoder(
-                data.tokenizer,
-                vision if name in pictures else None,
-                source_id,
-                str(manifests[name].path),
-                data.video_frames,
-            )
-            _check_usable(name, readers[name], encoders[name], data)
-            means[name] = _means(manifests[name], readers[name], encoders[name])
-
-    def windows(weights: dict[str, float], deal: Deal, stream: int, tiles_per_row: int) -> grain.MapDataset | None:
-        if not weights:
-            return None
-        parts = []
-        for name in weights:
-            # One order a source, whichever stream reads it.
-            order = np.random.SeedSequence([seed, names.index(name)]).generate_state(1)
-            parts.append(grain.MapDataset.source(Shuffled(readers[name], int(order[0]))).map(encoders[name]))
-        deals = [deal if name in shares.text and name in shares.multimodal else Deal() for name in weights]
-        mixture = Mixture(list(weights.values()), [means[name].tokens for name in weights], deals)
-        mixed = grain.MapDataset.select_from_datasets(parts, mixture)
-        window_docs = _window_docs(weights, means, data, tiles_per_row, vision)
-        return _pack(mixed, window_docs, data, tiles_per_row, (seed, stream))
-
-    to_text, to_mixed = deal_text(shares)
-    stream = Stream(
-        windows(shares.text, to_text, 0, 0),
-        windows(shares.multimodal, to_mixed, 1, data.tiles_per_row),
-        shares.multimodal_steps,
-        data,
-        vision,
-        share,
-    )
+    stream = Stream(Windows(data, vision, seed, manifests, pictures), data, vision, share)
     if not data.prefetch_batches:  # Grain's own 0 would let an endless queue fill after a restore
         return stream
     return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=data.prefetch_batches)
@@ -110,10 +75,75 @@ def build(
 
 def tile_slots(data: config.Data) -> list[int]:
     """Picture slots a row of the kinds of batch that `build` yields: 0, `tiles_per_row`, or both."""
-    weights = {name: source.weight for name, source in data.sources.items()}
     pictures = [name for name, source in data.sources.items() if read_manifest(source.path).kind == "multimodal"]
-    shares = two_streams(weights, pictures, data.multimodal_steps)
-    return [0] * bool(shares.text) + [data.tiles_per_row] * bool(shares.multimodal)
+    steps = schedule.multimodal_steps(data.sources, pictures, data.multimodal_steps)
+    return [0] * (steps < 1) + [data.tiles_per_row] * (steps > 0)
+
+
+class Opened(NamedTuple):
+    """A source that is read."""
+
+    reader: Sequence[Document]
+    encoder: Encoder
+    means: Means
+
+
+class Windows:
+    """Packed windows of the streams, as a history of weights wants them. A source is opened when one first asks for it.
+
+    ConfigError if nothing in it can be used.
+    """
+
+    def __init__(
+        self,
+        data: config.Data,
+        vision: config.Vision | None,
+        seed: int,
+        manifests: Mapping[str, Manifest],
+        pictures: Sequence[str],
+    ):
+        self.data, self.vision, self.seed, self.manifests, self.pictures = data, vision, seed, manifests, pictures
+        self.names, self._opened = sorted(data.sources), dict[str, Opened]()
+
+    def of(self, history: schedule.History) -> tuple[Fraction, dict[str, grain.MapDataset]]:
+        """(share of multimodal steps, windows of each stream) at the end of a history."""
+        steps, streams = schedule.plan(
+            history,
+            self.pictures,
+            self.data.multimodal_steps,
+            lambda name: self._open(name).means.tokens,
+            self._window_docs,
+        )
+        now = {"text": steps < 1, "multimodal": steps > 0}
+        return steps, {stream: self._pack(stream, planned) for stream, planned in streams.items() if now[stream]}
+
+    def _pack(self, stream: str, planned: schedule.Planned) -> grain.MapDataset:
+        parts = []
+        for name in planned.names:
+            # One order a source, whichever stream reads it.
+            order = np.random.SeedSequence([self.seed, self.names.index(name)]).generate_state(1)
+            opened = self._open(name)
+            parts.append(grain.MapDataset.source(Shuffled(opened.reader, int(order[0]))).map(opened.encoder))
+        mixed = grain.MapDataset.select_from_datasets(parts, planned.mixture)
+        seed = (self.seed, schedule.STREAMS.index(stream))
+        return _pack(mixed, planned.window_docs, self.data, self._tiles(stream), seed)
+
+    def _window_docs(self, stream: str, weights: Mapping[str, float]) -> int:
+        means = {name: self._open(name).means for name in weights}
+        return _window_docs(weights, means, self.data, self._tiles(stream), self.vision)
+
+    def _tiles(self, stream: str) -> int:
+        return self.data.tiles_per_row if stream == "multimodal" else 0
+
+    def _open(self, name: str) -> Opened:
+        if name not in self._opened:
+            data, manifest = self.data, self.manifests[name]
+            reader, vision = open_source(manifest), self.vision if name in self.pictures else None
+            source_id = self.names.index(name)
+            encoder = Encoder(data.tokenizer, vision, source_id, str(manifest.path), data.video_frames)
+            _check_usable(name, reader, encoder, data)
+            self._opened[name] = Opened(reader, encoder, _means(manifest, reader, encoder))
+        return self._opened[name]
 
 
 class Means(NamedTuple):
@@ -295,28 +325,20 @@ def attend_parent(worker: int, workers: int) -> None:
 
 
 class Stream(grain.IterDataset):
-    """Batches from the windows of the text stream and of the multimodal one; either may be None."""
+    """Batches from the windows of the text stream and of the multimodal one, or of one of them."""
 
-    def __init__(
-        self,
-        text,
-        multimodal,
-        multimodal_steps,
-        data: config.Data,
-        vision: config.Vision | None,
-        share: Sequence[int] | None,
-    ):
+    def __init__(self, windows: Windows, data: config.Data, vision: config.Vision | None, share: Sequence[int] | None):
         super().__init__()
         self.share = range(data.rows) if share is None else share
-        self.text, self.multimodal, self.multimodal_steps = text, multimodal, multimodal_steps
-        self.data, self.tile_px = data, vision.tile_px if vision else 0
+        self.windows, self.data, self.tile_px = windows, data, vision.tile_px if vision else 0
+        windows.of(schedule.began(data.sources))  # what is wrong with them is met here
 
     def __iter__(self) -> grain.DatasetIterator:
         return StreamIterator(self)
 
 
 class StreamIterator(grain.DatasetIterator):
-    """Walks a Stream; its state is plain integers and the skipped documents' counts.
+    """Walks a Stream; its state is plain integers, the skipped documents' counts and the mixture's history.
 
     {"step": 7, "text": {a lane's state}, "multimodal": {...}}, or with several lanes "text/0", "text/1", ...: those
     that hold rows of the share.
@@ -325,22 +347,29 @@ class StreamIterator(grain.DatasetIterator):
     def __init__(self, stream: Stream):
         super().__init__()
         self._stream, self._step = stream, 0
-        streams = {"multimodal": stream.multimodal, "text": stream.text}
-        streams = {name: windows for name, windows in streams.items() if windows is not None}
-        names, n = sorted(stream.data.sources), stream.data.lanes
-        self._of_lane = stream.data.rows // n
+        self._of_lane = stream.data.rows // stream.data.lanes
         self._lanes = sorted({row // self._of_lane for row in stream.share})
-        workers = -(-stream.data.workers // len(streams))  # two streams share them, and the lanes of each
+        self._rows: dict[str, Rows] = {}
+        self._idle: dict[str, Any] = {}  # states of a stream that the mixture has no steps for now
+        self._follow(schedule.began(stream.data.sources))
+
+    def _follow(self, history: schedule.History) -> None:
+        """Reads on as a history of weights wants it; where, the lanes' states say."""
+        for rows in self._rows.values():
+            rows.close()
+        self._history, (self._multimodal_steps, streams) = history, self._stream.windows.of(history)
+        names, n = sorted(self._stream.data.sources), self._stream.data.lanes
+        workers = -(-self._stream.data.workers // len(streams))  # two streams share them, and the lanes of each
         self._rows = {
             key_of(name, lane, n): Rows(windows, len(range(i, workers, len(self._lanes))), names, (lane, n))
-            for name, windows in streams.items()
+            for name, windows in sorted(streams.items())
             for i, lane in enumerate(self._lanes)
         }
 
     def __next__(self) -> Batch:
         self._assert_not_closed()
         stream, data = self._stream, self._stream.data
-        pictures = is_multimodal(self._step, stream.multimodal_steps)
+        pictures = is_multimodal(self._step, self._multimodal_steps)
         rows: list[tuple[Window, int]] = []
         for lane in self._lanes:
             source = self._rows[key_of("multimodal" if pictures else "text", lane, data.lanes)]
@@ -351,21 +380,33 @@ class StreamIterator(grain.DatasetIterator):
         return collate(rows, len(stream.share), data.seq_len, (data.tiles_per_row if pictures else 0, stream.tile_px))
 
     def get_state(self) -> dict[str, Any]:
-        where = {"step": self._step, "align_tokens": self._stream.data.align_tokens}
-        return where | {name: rows.state for name, rows in self._rows.items()}
+        where = {"step": self._step, "align_tokens": self._stream.data.align_tokens, "mixture": self._history}
+        return where | self._idle | {name: rows.state for name, rows in self._rows.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """ConfigError if the rows were aligned to other stripes: these would be other rows."""
-        was, now = state.get("align_tokens", 0), self._stream.data.align_tokens
+        """All lanes' states have to be in it if the weights are other ones than they were: what is new begins where
+        none has been. ConfigError if the rows were aligned to other stripes: these would be other rows.
+        """
+        data = self._stream.data
+        was, now = state.get("align_tokens", 0), data.align_tokens
         if was != now:
             change = f"Set --config.data.align_tokens={was}, and a --config.mesh.context that it fits."
             if not was:
                 change = "Set --config.mesh.context=1 and --config.data.align_tokens=0, or choose another --workdir."
             true = f"the run's rows so far are aligned to {was} (0: to none), and all after them would be others"
             raise ConfigError(f"Rows aligned to stripes of {now} tokens", true, change)
+        # Without a history it is of a run from before weights could change: they are what they were.
+        history = state.get("mixture") or schedule.began(data.sources)
+        opened = {stream: _unopened(state, stream, data.lanes) for stream in schedule.STREAMS}
+        history = schedule.followed(history, data.sources, state["step"], opened)
+        if history != self._history:
+            self._follow(history)
         self._step = state["step"]
+        lanes = {key_of(stream, lane, data.lanes): stream for stream in schedule.STREAMS for lane in self._lanes}
         for name, rows in self._rows.items():
-            rows.state = state[name]
+            if opened[lanes[name]] or name in state:  # else a stream that the run has not had so far
+                rows.state = state[name]
+        self._idle = {name: state[name] for name in lanes if name in state and name not in self._rows}
 
     def start_prefetch(self) -> None:
         for rows in self._rows.values():
@@ -380,6 +421,12 @@ class StreamIterator(grain.DatasetIterator):
 def key_of(stream: str, lane: int, lanes: int) -> str:
     """Of a lane, in the iterator's state."""
     return stream if lanes == 1 else f"{stream}/{lane}"
+
+
+def _unopened(state: Mapping[str, Any], stream: str, lanes: int) -> int:
+    """The first window of a stream that neither any lane has opened, nor any after it."""
+    places = [state.get(key_of(stream, lane, lanes)) for lane in range(lanes)]
+    return max([0, *(place["window"] + 1 - (0 if place["row"] else lanes) for place in places if place)])
 
 
 def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

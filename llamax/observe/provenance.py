@@ -1,9 +1,11 @@
 """Where a run came from: `run.json` in its workdir, and the check that a workdir belongs to the run that asks for it.
 
     {"config": {...}, "overrides": [...], "files": {name: hash}, "init": {"path", "step"} | null,
-     "git": {"commit", "dirty"}, "versions": {...}, "devices": {...}, "started": ["2026-11-21T08:26:23+00:00", ...]}
+     "git": {"commit", "dirty"}, "versions": {...}, "devices": {...}, "started": ["2026-11-21T08:26:23+00:00", ...],
+     "changes": [{"step": 2000, "key": "data.sources.web.weight", "old": 0.7, "new": 0.5}, ...]}
 
-Everything but `started` is of the latest start. jax is imported late: the check comes before the backend starts.
+Everything but `started` and `changes` is of the latest start. jax is imported late: the check comes before the backend
+starts.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from llamax.config import ConfigError, Run
 from llamax.config_dict import flat, from_dict, to_dict
 
 PACKAGES = ("llamax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+WEIGHTS = ("data.sources.*.weight", "data.sources.*.later")  # of sources that stay
 MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
     "train.steps",
     "train.log_every_steps",
@@ -39,6 +42,7 @@ MAY_CHANGE = (  # between one start of a run and the next: it stays the same run
     "data.align_tokens",  # the data's state knows what the rows are aligned to
     "data.workers",
     "data.prefetch_batches",
+    *WEIGHTS,  # the data's state knows which it has had
 )
 LEFT_OVER = re.compile(r".+\.\d+\.tmp")  # what `write_whole` leaves in a workdir if it is killed
 SHOWN = 8  # differing keys that an error names
@@ -87,7 +91,14 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
     old, new = (taken(values, latest_step(workdir)) for values in (found["config"], config))
     said = flat(found["config"]) | flat(config)
     old, new = ({k: v for k, v in of.items() if k in said or k.startswith("stages.")} for of in (old, new))
-    keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    keys = differing(old, new)
+    weights = [change["key"] for change in changes(workdir, config, 1) if _matches(change["key"], WEIGHTS)]
+    if not keys and weights and "changes" not in found:
+        raise ConfigError(
+            f"Changing {', '.join(weights)} in {workdir}",
+            "its checkpoints are from before weights could change, and do not say with which they were made",
+            "Go on with the old weights until there is a new checkpoint, then change them.",
+        )
     if keys:
         lines = [f"{key}: {_show(old, key)} → {_show(new, key)}" for key in keys[:SHOWN]]
         more = [f"and {len(keys) - SHOWN} more"] if len(keys) > SHOWN else []
@@ -102,8 +113,7 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
 def taken(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The settings, by dotted key, with which a run took its first `step` steps, but for those that may change. Later
     stages do not count yet, nor how long the stage goes on in which that step is."""
-    with contextlib.suppress(ConfigError):  # fields that the schema had not when they were written have their defaults
-        config = to_dict(from_dict(Run, config))
+    config = _whole(config)
     whole = flat({key: value for key, value in config.items() if key != "stages"})
     parts = stages.parts(from_dict(Run, config)) if config.get("stages") else []
     for part in parts:
@@ -111,12 +121,35 @@ def taken(config: Mapping[str, Any], step: int) -> dict[str, Any]:
             train = dataclasses.replace(part.run.train, steps=0)
             settings = flat(to_dict(dataclasses.replace(part.run, train=train)))
             settings["stages.end"] = min(part.end, step)
-            whole |= {f"stages.{part.name}.{key}": value for key, value in settings.items() if not _may_change(key)}
-    return {key: value for key, value in json.loads(json.dumps(whole)).items() if not _may_change(key)}
+            whole |= {
+                f"stages.{part.name}.{key}": value for key, value in settings.items() if not _matches(key, MAY_CHANGE)
+            }
+    return {key: value for key, value in json.loads(json.dumps(whole)).items() if not _matches(key, MAY_CHANGE)}
 
 
-def _may_change(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+def changes(workdir: str | Path, config: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+    """What `config` changes at `step` of the run that `run.json` tells of: {"step", "key", "old", "new"} each."""
+    found = read(workdir)
+    if found is None or not step:
+        return []
+    old, new = (flat(json.loads(json.dumps(_whole(values)))) for values in (found["config"], config))
+    return [{"step": step, "key": key, "old": old.get(key), "new": new.get(key)} for key in differing(old, new)]
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys of flat configurations whose values are not the same."""
+    return [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+
+
+def _whole(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the defaults of fields that the schema had not when it was written."""
+    with contextlib.suppress(ConfigError):
+        return to_dict(from_dict(Run, config))
+    return config
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def check_same_files(workdir: str | Path, files: Mapping[str, str]) -> None:
@@ -173,8 +206,9 @@ def record(
     overrides: Sequence[str] = (),
     files: Mapping[str, str] | None = None,
     init: Mapping[str, Any] | None = None,
+    step: int = 0,
 ) -> dict[str, Any]:
-    """Writes `run.json`, or adds this start to it; returns its content. Starts jax's backend.
+    """Writes `run.json`, or adds this start at `step` to it; returns its content. Starts jax's backend.
 
     `init`: which model's weights the run begins with; None leaves what an earlier start has written.
 
@@ -189,7 +223,6 @@ def record(
             left.unlink(missing_ok=True)
     path = folder / "run.json"
     before = read(folder) or {}
-    started = before.get("started", [])
     devices = jax.devices()
     run = {
         "config": config,
@@ -204,7 +237,8 @@ def record(
             "count": len(devices),
             "processes": jax.process_count(),
         },
-        "started": [*started, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")],
+        "started": [*before.get("started", []), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")],
+        "changes": [*(before.get("changes", []) if step else []), *changes(workdir, config, step)],
     }
     try:
         write_whole(path, json.dumps(run, indent=2) + "\n")

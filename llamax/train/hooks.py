@@ -13,6 +13,7 @@ import numpy as np
 from llamax import config
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
+from llamax.data import schedule
 from llamax.data.sources import SKIP_REASONS
 from llamax.evals import EVALS, Report
 from llamax.evals.report import Context
@@ -47,7 +48,7 @@ class Log:
     every: Sequence[int]  # when it fetches: loop.fetched
     window: metrics.Window = field(default_factory=metrics.Window)
     steps: int = 0
-    tokens: int = 0  # of this process's rows, without padding
+    tokens: np.ndarray | int = 0  # of this process's rows, without padding, by source
     tiles: int = 0  # of this process's rows
     rows: int = 0  # of this process, in one batch
     warned: set[str] = field(default_factory=set)  # "source/reason" of skips that were mentioned
@@ -60,7 +61,7 @@ class Log:
         self.each_step.add(event)
         self.steps += 1
         self.rows = len(event.batch.tokens)
-        self.tokens += int(np.count_nonzero(event.batch.segment_ids))
+        self.tokens = self.tokens + self.by_source(event)
         self.tiles += self.tiles_of(event)
         self.progress.step(event.step)
         self.goodput.reached = event.step
@@ -74,11 +75,24 @@ class Log:
             return 0
         return int((event.batch.tokens == self.patch_id).sum()) // vision.tokens_per_tile
 
+    def by_source(self, event: Event) -> np.ndarray:
+        """Tokens of each source in this process's rows, without padding."""
+        batch, n = event.batch, len(self.run.data.sources)
+        return np.bincount(batch.source_ids[batch.segment_ids > 0], minlength=n)
+
+    def mixture(self, read: Sequence[float], step: int) -> dict[str, float]:
+        """The share of each source in the tokens read since the last log, beside what the schedule asks for by now."""
+        names, data = sorted(self.run.data.sources), self.run.data
+        asked = schedule.shares(data.sources, (step - self.run.optim.begins) * data.batch_tokens)
+        shown = {f"data/share/{name}": n / max(sum(read), 1) for name, n in zip(names, read, strict=True)}
+        return shown | {f"data/share_asked/{name}": asked[name] for name in names}
+
     def log(self, event: Event) -> None:
         values = self.window.fetch()
-        tokens, tiles, of_step, tiles_of_step = self.of_all_rows(
-            self.tokens, self.tiles, np.count_nonzero(event.batch.segment_ids), self.tiles_of(event)
+        tiles, of_step, tiles_of_step, *read = self.of_all_rows(
+            self.tiles, np.count_nonzero(event.batch.segment_ids), self.tiles_of(event), *np.asarray(self.tokens)
         )
+        tokens = sum(read)
         flops = self.steps * count.step_flops(self.run) + tiles * count.tile_flops_of(self.run)
         speed = self.clock.lap(steps=self.steps, tokens=tokens, flops=flops)
         shown = metrics.scalars({name: value for name, value in values.items() if name != "loss"})
@@ -87,7 +101,9 @@ class Log:
         weights = dataclasses.asdict(self.run.losses)
         shown["loss/total"] = sum(weight * shown.get(f"loss/{name}", 0.0) for name, weight in weights.items())
         shown["steps/skipped"] = float(jax.device_get(event.metrics.skipped))
-        shown |= self.documents_left_out(last=event.last) | speed | self.goodput.shares()
+        shown |= (
+            self.mixture(read, event.step) | self.documents_left_out(last=event.last) | speed | self.goodput.shares()
+        )
         if due(event, self.run.health.norms_every_steps):
             shown |= blocks.norms(event.metrics, round(of_step), round(tiles_of_step))
         self.progress.log(event.step, shown)
