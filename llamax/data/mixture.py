@@ -22,7 +22,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -120,39 +120,40 @@ def deal_text(shares: Shares) -> tuple[Deal, Deal]:
     return Deal(share), Deal(1 - share, complement=True)
 
 
-class Dealing(Protocol):
-    """Where in a source's order a stream's n-th document of it stands."""
-
-    def position(self, n: int) -> int: ...
-
-
-class Redeal(NamedTuple):
-    """How one of two streams goes on in a source's order after a change: what neither has taken is dealt out anew.
+class Dealt(NamedTuple):
+    """How a source's order is dealt out to two streams from a change on: what neither had taken is dealt anew.
 
     So no document is left out or comes twice within an epoch, whatever each had taken, and whichever stream is new.
     """
 
-    old: tuple[Dealing, Dealing]  # of the two streams
-    taken: tuple[int, int]  # documents of the source that each had taken by the change
-    last: tuple[int, int]  # where the last of these stands; -1 where there is none
-    mine: int  # 0 or 1: which stream this is
-    new: Deal  # how the rest is dealt
+    deals: tuple[Deal, Deal]  # of what was left
+    taken: tuple[int, int] = (0, 0)  # documents of the source that each stream had taken before
+    before: Dealt | None = None  # how they were dealt; None: from the beginning
+
+    def position(self, stream: int, n: int) -> int:
+        """Where in the source's order the n-th document of the stream stands."""
+        if self.before and n < self.taken[stream]:
+            return self.before.position(stream, n)
+        return self._place(self.deals[stream].position(n - self.taken[stream]))
+
+    def _place(self, n: int) -> int:
+        """The n-th place that was left: those of the stream that was behind, then all after the other's last one."""
+        if self.before is None:
+            return n
+        deals, taken = self.before.deals, [k - j for k, j in zip(self.taken, self.before.taken, strict=True)]
+        last = [deal.position(k - 1) if k else -1 for deal, k in zip(deals, taken, strict=True)]
+        behind, number = last.index(min(last)), sum(taken) + n
+        return self.before._place(number if number > max(last) else deals[behind].position(taken[behind] + n))
+
+
+class Part(NamedTuple):
+    """One stream's part of what is dealt to two."""
+
+    dealt: Dealt
+    stream: int
 
     def position(self, n: int) -> int:
-        before = self.taken[self.mine]
-        return self.old[self.mine].position(n) if n < before else self._free(self.new.position(n - before))
-
-    def _free(self, n: int) -> int:
-        """The n-th place that neither had taken: those of the stream that was behind, then all after the other's."""
-        place = sum(self.taken) + n
-        behind = self.last.index(min(self.last))
-        return place if place > max(self.last) else self.old[behind].position(self.taken[behind] + n)
-
-
-def redeal(old: tuple[Dealing, Dealing], taken: tuple[int, int], new: tuple[Deal, Deal]) -> tuple[Dealing, Dealing]:
-    """Both streams' dealings from a change on. `taken`: the documents of the source that each had taken by then."""
-    first, second = (deal.position(n - 1) if n else -1 for deal, n in zip(old, taken, strict=True))
-    return Redeal(old, taken, (first, second), 0, new[0]), Redeal(old, taken, (first, second), 1, new[1])
+        return self.dealt.position(self.stream, n)
 
 
 class Shuffled(Sequence):
@@ -197,7 +198,7 @@ class Mixture:
         self,
         token_weights: Sequence[float],
         mean_tokens: Sequence[float],
-        deals: Sequence[Dealing],
+        deals: Sequence[Deal | Part],
         ramp: Sequence[tuple[float, Sequence[float]]] = (),
         before: Mixture | None = None,
         first: int = 0,
@@ -210,6 +211,7 @@ class Mixture:
         base = before.taken(first) if before else np.zeros(len(mean_tokens), np.int64)
         self.begins = base + sums  # documents of each source before each cycle of the ramp, and before the endless ones
         self.numbers = first + sums.sum(1)  # of all sources
+        self._last: Cycle | None = None  # found
 
     def __len__(self) -> int:
         return ENDLESS
@@ -222,8 +224,8 @@ class Mixture:
         """How many of each source the first n documents are: int64 [sources]."""
         if self.before and n < self.first:
             return self.before.taken(n)
-        begin, counts, place = self._cycle(n)
-        return begin + np.bincount(spread(tuple(counts.tolist()))[0][:place], minlength=len(counts))
+        cycle = self._cycle(n)
+        return cycle.begin + np.bincount(cycle.source[: n - cycle.first], minlength=len(cycle.begin))
 
     def tokens(self, n: int) -> float:
         """About how many tokens the first n documents have, by the sources' means."""
@@ -233,23 +235,37 @@ class Mixture:
         """(source of document n, how many came of it before)."""
         if self.before and n < self.first:
             return self.before._numbered(n)
-        begin, counts, place = self._cycle(n)
-        sources, ranks = spread(tuple(counts.tolist()))
-        source = int(sources[place])
-        return source, int(begin[source]) + int(ranks[place])
+        cycle = self._cycle(n)
+        source = int(cycle.source[n - cycle.first])
+        return source, int(cycle.begin[source]) + int(cycle.rank[n - cycle.first])
 
-    def _cycle(self, n: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Of the cycle that holds document n: documents by source before it, those in it, and n's place in it."""
+    def _cycle(self, n: int) -> Cycle:
+        """That which holds document n."""
+        last = self._last
+        if last and last.first <= n < last.first + len(last.source):
+            return last
         if n >= self.numbers[-1]:
-            cycle, place = divmod(n - int(self.numbers[-1]), int(self.counts.sum()))
-            return self.begins[-1] + cycle * self.counts, self.counts, place
-        i = int(np.searchsorted(self.numbers, n, side="right")) - 1
-        begin, end, number = self.begins[i], self.begins[i + 1], int(self.numbers[i])
-        while (end - begin).sum() > CYCLE:  # a long one is halved, so that its order stays a short table
-            middle = (begin + end) // 2
-            half = int((middle - begin).sum())
-            begin, end, number = (begin, middle, number) if n < number + half else (middle, end, number + half)
-        return begin, end - begin, n - number
+            k = (n - int(self.numbers[-1])) // int(self.counts.sum())
+            begin, first = self.begins[-1] + k * self.counts, int(self.numbers[-1]) + k * int(self.counts.sum())
+            end = begin + self.counts
+        else:
+            i = int(np.searchsorted(self.numbers, n, side="right")) - 1
+            begin, end, first = self.begins[i], self.begins[i + 1], int(self.numbers[i])
+            while (end - begin).sum() > CYCLE:  # a long one is halved, so that its order stays a short table
+                middle = (begin + end) // 2
+                half = int((middle - begin).sum())
+                begin, end, first = (begin, middle, first) if n < first + half else (middle, end, first + half)
+        self._last = cycle = Cycle(first, begin, *spread(tuple((end - begin).tolist())))
+        return cycle
+
+
+class Cycle(NamedTuple):
+    """Documents from number `first` on."""
+
+    first: int
+    begin: np.ndarray  # int64 [sources]: documents of each that came before
+    source: np.ndarray  # of each document
+    rank: np.ndarray  # of each document among those of its source
 
 
 def counts_of_cycle(token_weights: np.ndarray, mean_tokens: np.ndarray) -> np.ndarray:

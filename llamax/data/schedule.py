@@ -19,7 +19,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from llamax.config import Source
-from llamax.data.mixture import Deal, Dealing, Mixture, Shares, deal_text, redeal, two_streams
+from llamax.data.mixture import Deal, Dealt, Mixture, Part, Shares, deal_text, two_streams
 
 STREAMS = ("text", "multimodal")
 RESOLUTION = 256  # cycles from one point of a schedule to the next
@@ -87,16 +87,15 @@ def plan(
     eras = [_Era(_sources(entry), pictures, asked_steps) for entry in history]
     names = {stream: _names([getattr(s, stream) for era in eras for s in era.probes]) for stream in STREAMS}
     streams: dict[str, Planned] = {}
-    dealt: dict[str, tuple[Dealing, Dealing]] = {}  # of the text sources, to the two streams
+    dealt: dict[str, Dealt] = {}  # of the text sources, to the two streams
     for entry, era in zip(history, eras, strict=True):
         first = {stream: entry[stream] * planned.window_docs for stream, planned in streams.items()}
         tokens = sum(streams[stream].mixture.tokens(n) for stream, n in first.items())
         ramp = era.ramp(tokens)
         taken = {stream: streams[stream].mixture.taken(n).tolist() for stream, n in first.items()}
         for name in (name for name in names["text"] if name in names["multimodal"]):
-            of_both = tuple(taken[s][names[s].index(name)] if s in taken else 0 for s in STREAMS)
-            new = era.deal(name, ramp)
-            dealt[name] = redeal(dealt[name], of_both, new) if name in dealt else new
+            text, multimodal = (taken[s][names[s].index(name)] if s in taken else 0 for s in STREAMS)
+            dealt[name] = Dealt(era.deal(name, ramp), (text, multimodal), dealt.get(name))
         for number, (stream, rate) in enumerate(zip(STREAMS, (1 - era.steps, era.steps), strict=True)):
             if not rate:
                 continue
@@ -105,7 +104,7 @@ def plan(
             mixture = Mixture(
                 _vector(getattr(era.probes[-1], stream), names[stream]),
                 [mean_tokens(name) for name in names[stream]],
-                [dealt[name][number] if name in dealt else Deal() for name in names[stream]],
+                [Part(dealt[name], number) if name in dealt else Deal() for name in names[stream]],
                 [(n * float(rate), _vector(getattr(s, stream), names[stream])) for n, s in ramp],
                 before.mixture if before else None,
                 first.get(stream, 0),
