@@ -327,13 +327,16 @@ def _sources(run: Run) -> None:
         _named(name, "source", "data.sources")
         _manifest(here, source.path)
         _later(here, source.later)
-    sources = run.data.sources.values()
-    for tokens in sorted({0.0} | {tokens for source in sources for tokens, _ in source.later}):
-        weights = [source.weight_at(tokens) for source in sources]
+    sources = run.data.sources
+    for tokens in sorted({0.0} | {tokens for source in sources.values() for tokens, _ in source.later}):
+        weights = [source.weight_at(tokens) for source in sources.values()]
         if not 0 < sum(weights) < math.inf:  # in between they are, too, if they are at every point
-            at = f" after {tokens:g} tokens" if tokens else ""
-            asked, true = f"data.sources with weights {weights}{at}", "no shares of tokens can be made of them"
-            raise ConfigError(asked, true, f"Set {here}.weight=1{' and its later=()' if tokens else ''}.")
+            asked, true = f"data.sources with weights {weights}", "no shares of tokens can be made of them"
+            if not tokens:
+                raise ConfigError(asked, true, f"Set {here}.weight=1.")
+            constant = next(name for name, source in sources.items() if source.weight)
+            change = f"Let one weigh more then, or leave --config.data.sources.{constant}.later out."
+            raise ConfigError(f"{asked} after {tokens:g} tokens", true, change)
 
 
 def _later(here: str, later: tuple) -> None:

@@ -269,11 +269,25 @@ def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):
         train(tiny_run(10), workdir)
 
 
-def test_a_run_with_relative_paths_resumes_from_any_folder(tmp_path, monkeypatch):
+def test_a_run_with_relative_paths_resumes_from_any_folder_with_other_weights(tmp_path, monkeypatch, capsys):
+    """The change of weights is said, stands in run.json, and shows in the shares of every log."""
     monkeypatch.chdir(tmp_path)
-    run = tiny_run(20, data=dict(tokenizer="data/tokenizer.model"))
-    stop_at(4, lambda: train(run, tmp_path / "run"))
-    stop_at(8, lambda: train(run, tmp_path / "run"))
+    before, after = {"text": 0.5, "code": 0.3, "pictures": 0.2}, {"text": 0.1, "code": 0.8, "pictures": 0.1}
+    old = tiny_run(20, data=dict(tokenizer="data/tokenizer.model"))
+    sources = {name: dataclasses.replace(s, weight=after[name]) for name, s in old.data.sources.items()}
+    stop_at(4, lambda: train(old, tmp_path / "run"))
+    changed = dataclasses.replace(old, data=dataclasses.replace(old.data, sources=sources))
+    stop_at(12, lambda: train(changed, tmp_path / "run"))
+    assert "from step 4 on, data.sources.code.weight is 0.8 and no longer 0.3" in capsys.readouterr().err
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["changes"]
+    said = {(c["step"], c["key"], c["old"], c["new"]) for c in recorded}
+    assert said == {(4, f"data.sources.{name}.weight", before[name], after[name]) for name in before}
+    logged = {line["step"]: line for line in lines(tmp_path / "run")}
+    asked, read = ([{name: line[f"data/{kind}/{name}"] for name in before} for line in (logged[4], logged[12])]
+                   for kind in ("share_asked", "share"))  # fmt: skip
+    assert asked == [pytest.approx(before), pytest.approx(after)]
+    assert [sum(shares.values()) for shares in read] == pytest.approx([1, 1])
+    assert read[1]["code"] > 0.6 > 0.5 > read[0]["code"]
 
 
 def test_documents_left_out_are_told_and_other_data_is_refused(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_windows_that_were_opened_stay_what_they_were(config, lanes):  # noqa: F
             same([ours], [theirs])
             kept += 1
         other += not np.array_equal(ours.tokens, theirs.tokens)
-    assert kept > 3 and other > 10
+    assert kept and other > 10
 
 
 def test_no_document_comes_twice_or_is_left_out_by_a_change(small, tokenizer_path):  # noqa: F811

@@ -20,7 +20,7 @@ CONFIG = {
     "optim": {"peak_lr": 3e-4},
     "train": {"steps": 100, "log_every_steps": 10},
     "mesh": {"data": -1},
-    "data": {"workers": 0, "prefetch_batches": 4, "seq_len": 128, "sources": {"web": {"weight": 1.0}}},
+    "data": {"workers": 0, "prefetch_batches": 4, "seq_len": 128, "sources": {"web": {"weight": 1.0, "later": ()}}},
     "evals": {"held_out": {"every_steps": 10}},
     "checkpoint": {"keep": 3},
 }
@@ -80,7 +80,36 @@ def test_the_same_run_and_what_may_change_pass(workdir):
     provenance.check_same_run(workdir, CONFIG)  # tuples against json's lists
     allowed = dict(train__steps=200, train__log_every_steps=1, mesh__data=4, checkpoint__keep=1)
     allowed |= dict(data__workers=2, data__prefetch_batches=1, evals__new={"kind": "perplexity"})
+    allowed |= dict(data__sources__web__weight=0.5, data__sources__web__later=((1e9, 0.2),))
     provenance.check_same_run(workdir, changed(**allowed))
+
+
+def test_what_changes_is_recorded(workdir):
+    """At the step from which it holds; nothing where nothing changed, or before there is a checkpoint."""
+    key, new = "data.sources.web.weight", changed(data__sources__web__weight=0.5)
+    assert provenance.changes(workdir, CONFIG, 5) == [] and provenance.changes(workdir, new, 0) == []
+    change = {"step": 5, "key": key, "old": 1.0, "new": 0.5}
+    assert provenance.changes(workdir, new, 5) == [change]
+    provenance.record(workdir, new, step=5)
+    provenance.record(workdir, new, step=5)
+    run = provenance.record(workdir, changed(train__steps=200), step=8)
+    back = [dict(step=8, key=key, old=0.5, new=1.0), dict(step=8, key="train.steps", old=100, new=200)]
+    assert sorted(run["changes"], key=lambda c: c["key"]) == [change, *back]
+    assert provenance.record(workdir, new, step=0)["changes"] == [], "begun anew"
+
+
+def test_a_run_from_before_weights_could_change_keeps_them_at_first(workdir):
+    """Its run.json knows no schedules and no changes, its checkpoints no history."""
+    run = json.loads((workdir / "run.json").read_text())
+    del run["changes"], run["config"]["data"]["sources"]["web"]["later"]
+    (workdir / "run.json").write_text(json.dumps(run))
+    provenance.check_same_run(workdir, CONFIG)
+    assert provenance.changes(workdir, CONFIG, 5) == []
+    for other in (dict(data__sources__web__weight=0.5), dict(data__sources__web__later=((1e9, 0.2),))):
+        with pytest.raises(ConfigError, match="data.sources.web.* from before weights could change"):
+            provenance.check_same_run(workdir, changed(**other))
+    provenance.record(workdir, CONFIG, step=5)
+    provenance.check_same_run(workdir, changed(data__sources__web__weight=0.5))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +119,8 @@ def test_the_same_run_and_what_may_change_pass(workdir):
         (dict(optim__peak_lr=1e-3), "optim.peak_lr: 0.0003 → 0.001"),
         (dict(model__plan=((("nope_full+moe",), 2),)), 'model.plan: [[["rope_chunk+moe"], 2]] → [[["nope_full+moe"]'),
         (dict(data__sources__code={"weight": 2.0}), "data.sources.code.weight: (absent) → 2.0"),
+        (dict(data__sources={}), "data.sources.web.weight: 1.0 → (absent)"),
+        (dict(data__sources__web__path="b.toml"), 'data.sources.web.path: (absent) → "b.toml"'),
         (dict(model__vision={"dim": 8}), "model.vision: null → (absent); model.vision.dim: (absent) → 8"),
     ],
 )
