@@ -103,6 +103,9 @@ def test_what_weighs_nothing_anywhere_is_no_part_of_it():
     share, streams = planned(sources(a=(0.5, (10, 0.1)), p=(0.0, (10, 0.1))))
     assert share == Fraction(1, 2) and set(streams["multimodal"].names) == {"a", "p"} and streams["text"].names == ["a"]
     assert planned(sources(p=0.5))[0] == 1
+    # While pictures fill their steps, text of a has no place there; when they do not, a is gone. In between it has one.
+    of = sources(p=(1.0, (100, 0.0)), a=(1.0, (100, 0.0)), b=(0.0, (100, 1.0)))
+    assert set(planned(of)[1]["multimodal"].names) == {"p", "a", "b"}
 
 
 def test_pictures_that_weigh_more_than_their_steps_are_refused_wherever_they_do():
