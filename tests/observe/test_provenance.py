@@ -20,7 +20,12 @@ CONFIG = {
     "optim": {"peak_lr": 3e-4},
     "train": {"steps": 100, "log_every_steps": 10},
     "mesh": {"data": -1},
-    "data": {"workers": 0, "prefetch_batches": 4, "seq_len": 128, "sources": {"web": {"weight": 1.0, "later": ()}}},
+    "data": {
+        "workers": 0,
+        "prefetch_batches": 4,
+        "seq_len": 128,
+        "sources": {"web": {"path": "a.toml", "weight": 1.0, "later": ()}},
+    },
     "evals": {"held_out": {"every_steps": 10}},
     "checkpoint": {"keep": 3},
 }
@@ -118,9 +123,9 @@ def test_a_run_from_before_weights_could_change_keeps_them_at_first(workdir):
         (dict(name="maverick_pretrain"), 'name: "scout_pretrain" → "maverick_pretrain"'),
         (dict(optim__peak_lr=1e-3), "optim.peak_lr: 0.0003 → 0.001"),
         (dict(model__plan=((("nope_full+moe",), 2),)), 'model.plan: [[["rope_chunk+moe"], 2]] → [[["nope_full+moe"]'),
-        (dict(data__sources__code={"weight": 2.0}), "data.sources.code.weight: (absent) → 2.0"),
-        (dict(data__sources={}), "data.sources.web.weight: 1.0 → (absent)"),
-        (dict(data__sources__web__path="b.toml"), 'data.sources.web.path: (absent) → "b.toml"'),
+        (dict(data__sources__code={"path": "c.toml", "weight": 2.0}), 'data.sources.code.path: (absent) → "c.toml"'),
+        (dict(data__sources={}), 'data.sources.web.path: "a.toml" → (absent)'),
+        (dict(data__sources__web__path="b.toml"), 'data.sources.web.path: "a.toml" → "b.toml"'),
         (dict(model__vision={"dim": 8}), "model.vision: null → (absent); model.vision.dim: (absent) → 8"),
     ],
 )
