@@ -168,7 +168,7 @@ def test_overrides_that_undo_each_other_are_refused():
 
 def test_unknown_file_and_size_answer_with_the_nearest():
     assert refusal(spec="recipes/scout_pretran.py").change == "Did you mean recipes/scout_pretrain.py?"
-    assert refusal(spec="maverick:tiny").change == "Did you mean recipes/maverick_pretrain.py?"
+    assert refusal(spec="behemoth:tiny").change == "Did you mean recipes/behemoth_pretrain.py?"
     assert "recipes/scout_pretrain.py" in refusal(spec="qqqq").change
     assert refusal(spec="recipes/scout_pretrain.py:tyni").change == "Use recipes/scout_pretrain.py:tiny."
 
