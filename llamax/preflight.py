@@ -15,6 +15,7 @@ from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.config_dict import flat
 from llamax.data.sources import open_source, read_manifest
+from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer, check_size
 from llamax.observe import provenance
 from llamax.parallel import processes
@@ -39,8 +40,11 @@ def with_paths(run: config.Run) -> config.Run:
     evals = {name: dataclasses.replace(e, path=str(config.resolve_path(e.path))) for name, e in run.evals.items()}
     tokenizer = str(config.resolve_path(run.data.tokenizer))
     data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
+    tokens = Tokens(tokenizer, run.model.vision)
     for evaluation in evals.values():
-        open_source(read_manifest(evaluation.path))  # a missing or cut one should not be met after hours of training
+        open_source(
+            read_manifest(evaluation.path), tokens
+        )  # a missing or cut one should not be met after hours of training
     return dataclasses.replace(run, data=data, evals=evals)
 
 
@@ -59,6 +63,7 @@ def data_files(parts: Sequence[Part]) -> dict[str, str]:
             manifest = read_manifest(source.path)
             sizes = {path.name: path.stat().st_size for path in manifest.files}
             content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
+            content += [manifest.tasks] if manifest.tasks else []
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             files[name if files.get(name, digest) == digest else f"{part.name}.{name}"] = digest
     return files

@@ -257,14 +257,14 @@ def encode(
     video_frames: int = Data.video_frames,
     source_id: int = 0,
 ) -> Encoded:
-    """The parts as token ids, with what is learnt (`trained`) and the pictures' tiles, ready to be packed.
+    """The parts as token ids, with what is learnt (`weights`: 1 or 0) and the pictures' tiles, ready to be packed.
 
     A clip becomes at most `video_frames` pictures, spread evenly over its time. ConfigError: a picture that cannot be
     read or that a model without vision would get, sampled ids that the tokenizer does not have, a special token that it
     lacks.
     """
     ids: list[np.ndarray] = []
-    trained: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
     pictures, tiles, length = [], [], 0
     for span in spans:
         if isinstance(span.content, Picture):
@@ -272,13 +272,13 @@ def encode(
                 pictures.append((length, length + len(block), len(picture_tiles)))
                 tiles.append(picture_tiles)
                 ids.append(np.array(block, np.int32))
-                trained.append(np.zeros(len(block), bool))
+                weights.append(np.zeros(len(block), np.float32))
                 length += len(block)
             continue
         ids.append(_ids(span.content, tokenizer))
-        trained.append(np.full(len(ids[-1]), span.trained))
+        weights.append(np.full(len(ids[-1]), span.trained, np.float32))
         if isinstance(span.content, Sampled) and len(ids[-1]) > len(span.content.ids):
-            trained[-1][-1] = False  # the end of turn that was added: no model has said it
+            weights[-1][-1] = 0  # the end of turn that was added: no model has said it
         length += len(ids[-1])
     P = vision.tile_px if vision else 0
     return Encoded(
@@ -286,7 +286,7 @@ def encode(
         np.concatenate(ids),
         np.array(pictures, np.int32).reshape(-1, 3),
         np.concatenate(tiles) if tiles else np.zeros((0, P, P, 3), np.uint8),
-        trained=np.concatenate(trained),
+        weights=np.concatenate(weights),
     )
 
 

@@ -23,3 +23,4 @@ class Document(NamedTuple):
     skip: str = ""  # a key of sources.SKIP_REASONS where the record cannot be used
     where: str = ""  # record and file, for messages
     detail: str = ""  # what is wrong with it, where `skip` does not say all
+    weights: tuple[float, ...] = ()  # of each piece's tokens in the loss; empty: 1. A picture is never learnt

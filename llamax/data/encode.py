@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     tiles: np.ndarray  # uint8 [n, P, P, 3], in the order of the patch tokens
     skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
     where: str = ""  # the document's record and file, and what is wrong with it
-    trained: np.ndarray | None = None  # bool [L]: tokens that are learnt as targets; None: all that are text
+    weights: np.ndarray | None = None  # float32 [L]: of the tokens as targets in the loss; None: 1 for all text
 
 
 def picture_blocks(
@@ -62,8 +62,10 @@ class Encoder:
         if document.skip:
             return self._skipped(document.skip, document)
         ids, pictures, tiles = [self._ids([self.tokenizer.bos])], [], []
+        begins: list[int] = []  # of each piece
         length, tile_bytes = 1, 0
         for piece in document.pieces:
+            begins.append(length)
             if isinstance(piece, str):
                 ids.append(self.tokenizer.encode_array(piece))
                 length += len(ids[-1])
@@ -82,7 +84,12 @@ class Encoder:
                 return self._skipped(error.reason, document)
         ids.append(self._ids([self.tokenizer.eos]))
         spans = np.array(pictures, np.int32).reshape(-1, 3)
-        return Encoded(self.source_id, np.concatenate(ids), spans, self._stack(tiles), where=document.where)
+        encoded = Encoded(self.source_id, np.concatenate(ids), spans, self._stack(tiles), where=document.where)
+        if not document.weights:
+            return encoded
+        # The end of the text weighs as what it ends; its beginning is never a target.
+        lengths = np.diff([0, *begins, length + 1])
+        return encoded._replace(weights=np.repeat(np.array([1, *document.weights], np.float32), lengths))
 
     @staticmethod
     def _ids(ids: list[int]) -> np.ndarray:

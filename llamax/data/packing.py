@@ -6,8 +6,9 @@ positions restart at 0, but whose last target is still the true next token. No c
 pieces go into rows best fit first: largest piece first, into the row that it fills most. A row holds at most seq_len
 tokens and `tiles_per_row` picture tiles; what is left over is padding. At last the window's rows are shuffled.
 
-Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt. Of a
-conversation, only what the assistant says is (`Encoded.trained`).
+Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt. A document
+may say what else each of its tokens weighs (`Encoded.weights`): of a conversation, only what the assistant says is
+learnt, of a task mostly the answers.
 
 A window is held in memory, so there is a most that it may hold. A document that would go beyond it is left out and
 counted, and smaller ones behind it are still taken.
@@ -199,14 +200,14 @@ def _blank(rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3)) -> Ba
 def _place(piece: Piece, batch: Batch, r: int, where: slice, segment: int) -> None:
     """Writes a piece into its place of row r."""
     document = piece.document
-    is_text = np.ones(piece.n_tokens, bool)  # of the targets, which stand one further on
+    weights = np.ones(piece.n_tokens, np.float32)  # of the targets, which stand one further on
+    if document.weights is not None:
+        weights[:] = document.weights[piece.start + 1 : piece.end + 1]
     for begin, stop, _ in document.pictures:
-        is_text[max(0, begin - 1 - piece.start) : max(0, stop - 1 - piece.start)] = False
-    if document.trained is not None:
-        is_text &= document.trained[piece.start + 1 : piece.end + 1]
+        weights[max(0, begin - 1 - piece.start) : max(0, stop - 1 - piece.start)] = 0
     batch.tokens[r, where] = document.tokens[piece.start : piece.end]
     batch.targets[r, where] = document.tokens[piece.start + 1 : piece.end + 1]
-    batch.loss_weights[r, where] = is_text
+    batch.loss_weights[r, where] = weights
     batch.segment_ids[r, where] = segment
     batch.positions[r, where] = np.arange(piece.n_tokens)
     batch.source_ids[r, where] = document.source_id

@@ -38,6 +38,8 @@ from llamax.data.encode import Encoded, Encoder
 from llamax.data.mixture import Shuffled, is_multimodal
 from llamax.data.packing import Window, collate, pack_window, split
 from llamax.data.sources import SKIP_REASONS, Document, Manifest, open_source, read_manifest
+from llamax.data.tasks.source import Exams
+from llamax.data.tasks.tokens import Tokens
 
 logger = logging.getLogger("llamax")
 
@@ -138,10 +140,12 @@ class Windows:
     def _open(self, name: str) -> Opened:
         if name not in self._opened:
             data, manifest = self.data, self.manifests[name]
-            reader, vision = open_source(manifest), self.vision if name in self.pictures else None
+            reader = open_source(manifest, Tokens(data.tokenizer, self.vision))
+            vision = self.vision if name in self.pictures else None
             source_id = self.names.index(name)
             encoder = Encoder(data.tokenizer, vision, source_id, str(manifest.path), data.video_frames)
             _check_usable(name, reader, encoder, data)
+            _check_rows(name, manifest, reader, data.seq_len)
             self._opened[name] = Opened(reader, encoder, _means(manifest, reader, encoder))
         return self._opened[name]
 
@@ -205,6 +209,16 @@ def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data:
         + "; ".join(f"{SKIP_REASONS[reason]} ({where})" for reason, where in skips.items()),
         f"Look at them with `llamax data show {encoder.where}`, and repair them or drop the source.",
     )
+
+
+def _check_rows(name: str, manifest: Manifest, reader: Sequence[Document], seq_len: int) -> None:
+    """ConfigError for tasks that a row does not hold: a question would come apart from its context."""
+    if isinstance(reader, Exams) and reader.table.longest > seq_len:
+        raise ConfigError(
+            f"data source {name} ({manifest.path})",
+            f"its tasks have up to {reader.table.longest:,} tokens and a row {seq_len:,}",
+            f"Set --config.data.seq_len={reader.table.longest} or more, or ask for shorter ones.",
+        )
 
 
 def _pack(
@@ -475,7 +489,7 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[Batch]:
         data, vision = self.data, self.vision
-        reader = open_source(self.manifest)
+        reader = self._reader()
         n = min(self.max_docs or len(reader), len(reader))
         encode = Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path), data.video_frames)
         tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
@@ -493,17 +507,24 @@ class HeldOut:
             yield collate(batch, data.rows, data.seq_len, tiles)
         self.skipped = {key.split("/")[1]: count for key, count in rows.state["skipped"].items()}
 
+    def _reader(self) -> Sequence[Document]:
+        return open_source(self.manifest, Tokens(self.data.tokenizer, self.vision))
+
     def texts(self) -> Iterator[str]:
-        """The texts of the documents in the batches of the last pass, read again: all of them may not fit in memory."""
-        reader = open_source(self.manifest)
+        """The texts that weigh in the batches of the last pass, read again: all of them may not fit in memory."""
+        reader = self._reader()
         for number in self.taken:
-            yield from (piece for piece in reader[number].pieces if isinstance(piece, str))
+            document = reader[number]
+            weights = document.weights or (1.0,) * len(document.pieces)
+            for piece, weight in zip(document.pieces, weights, strict=True):
+                if isinstance(piece, str) and weight:
+                    yield piece
 
 
 def text_bytes(batch: Batch, byte_lengths: np.ndarray, n_sources: int = 1) -> np.ndarray:
-    """Bytes of text that the batch's targets with loss stand for, by source: int64 [n_sources].
+    """Bytes of text that the batch's targets stand for, each as often as it weighs: by source, float64 [n_sources].
 
-    `byte_lengths` is `Tokenizer.byte_lengths`. Bits per byte = summed nll / ln 2 / these.
+    `byte_lengths` is `Tokenizer.byte_lengths`. Bits per byte = summed nll (of the same weights) / ln 2 / these.
     """
-    lengths = np.where(batch.loss_weights > 0, byte_lengths[batch.targets], 0)
-    return np.bincount(batch.source_ids.ravel(), lengths.ravel(), n_sources).astype(np.int64)
+    lengths = batch.loss_weights.astype(np.float64) * byte_lengths[batch.targets]
+    return np.bincount(batch.source_ids.ravel(), lengths.ravel(), n_sources)

@@ -12,6 +12,7 @@ from rich.table import Table
 from llamax import config
 from llamax.data.images import PictureError, open_image, to_rgb
 from llamax.data.sources import SKIP_REASONS, Document, Picture, open_source, read_manifest
+from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import read_frames
 
@@ -35,7 +36,8 @@ def show(
     """
     console = console or Console()
     about = read_manifest(manifest)
-    source, reader = open_source(about), Tokenizer(config.resolve_path(tokenizer))
+    reader = Tokenizer(config.resolve_path(tokenizer))
+    source = open_source(about, Tokens(str(reader.path)))
     _print_manifest(console, about, len(source))
     n = min(n, len(source))
     rows = []
@@ -74,7 +76,9 @@ def _print_manifest(console: Console, about, documents: int) -> None:
     table.add_row("what", escape(about.description))
     table.add_row("kind, language", f"{about.kind}, {escape(about.lang)}")
     table.add_row("licence", escape(about.licence))
-    table.add_row("documents", f"{documents:,} in {len(about.files)} {about.format} files")
+    made = f", made as they are read from {len(about.files)} files of text" if about.tasks else ""
+    files = f" in {len(about.files)} {about.format} files"
+    table.add_row("documents", f"{documents:,}{made or files}")
     stated = [f"{n:,} {what}" for n, what in ((about.bytes, "bytes"), (about.tokens, "tokens")) if n]
     table.add_row("text", ", ".join(stated) or "amount not stated")
     console.print(table)
@@ -89,18 +93,35 @@ def _print_document(console: Console, document: Document, number: int, tokenizer
     texts = [piece for piece in document.pieces if isinstance(piece, str)]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     pictures = len(document.pieces) - len(texts)
-    console.print(f"\n{title}  {tokens} text tokens, {pictures} pictures", highlight=False)
+    console.print(
+        f"\n{title}  {tokens} text tokens, {pictures} pictures{_weighed(document, tokenizer)}", highlight=False
+    )
     for key, value in document.meta.items():
         console.print(f"  {escape(key)}: {escape(str(value))}", style="dim", highlight=False)
-    body = "".join(_shown(piece) for piece in document.pieces)
+    weights = document.weights or (1.0,) * len(document.pieces)
+    body = "".join(_shown(piece, weight) for piece, weight in zip(document.pieces, weights, strict=True))
     console.print(body, highlight=False)
 
 
-def _shown(piece: str | Picture) -> str:
+def _weighed(document: Document, tokenizer: Tokenizer) -> str:
+    """How many tokens weigh how much in the loss, where that is not 1 for all."""
+    counts: dict[float, int] = {}
+    for piece, weight in zip(document.pieces, document.weights, strict=bool(document.weights)):
+        if isinstance(piece, str):
+            counts[weight] = counts.get(weight, 0) + len(tokenizer.encode(piece))
+    said = ", ".join(f"{n} weigh {weight:g}" for weight, n in sorted(counts.items(), reverse=True))
+    return f" ({said})" if said else ""
+
+
+def _shown(piece: str | Picture, weight: float) -> str:
+    """A text that is not learnt is dim; one that weighs something else than 1 is set off, with its weight before it."""
     if isinstance(piece, Picture):
         return "[cyan]<video>[/cyan]" if piece.video else "[cyan]<picture>[/cyan]"
     left_out = len(piece) - MAX_CHARS
-    return escape(piece[:MAX_CHARS]) + (f"[dim] ... {left_out:,} characters more[/dim]" if left_out > 0 else "")
+    text = escape(piece[:MAX_CHARS]) + (f"[dim] ... {left_out:,} characters more[/dim]" if left_out > 0 else "")
+    if weight == 1:
+        return text
+    return f"[dim]{text}[/dim]" if not weight else f"[bold green]\\[x{weight:g}]{text}[/bold green]"
 
 
 def images(picture: Picture) -> list[Image.Image]:

@@ -9,10 +9,13 @@ A manifest is a TOML file that says where a data set lies and what it is:
     documents = 12_345                               # optional, checked against the files
     tokens = 6_789_012                               # optional: BPE tokens of the text; pictures come on top
 
+or a TOML file with a [tasks] table (tasks/source.py): documents that are made as they are read.
+
 A record is `{"pieces": [{"text": str} | {"image": ...} | {"video": ...}, ...], "id": str, "meta": {...}}`, or in short
-`{"text": str}`; "id" and "meta" are optional. In ArrayRecord files a record is a msgpack map and pictures are encoded
-bytes (PNG, ...); in JSONL files it is a line and pictures are paths relative to the file. Text that spells a special
-token is plain text.
+`{"text": str}`; "id" and "meta" are optional. A text may have a weight, `{"text": str, "weight": 0.5}`: what its tokens
+weigh in the loss, 1 if it is not stated, 0 for what is read and not learnt. In ArrayRecord files a record is a msgpack
+map and pictures are encoded bytes (PNG, ...); in JSONL files it is a line and pictures are paths relative to the file.
+Text that spells a special token is plain text.
 
 A record that is damaged, in its content or as a whole, becomes a document with `skip` set to one of `SKIP_REASONS`,
 which the packer leaves out and counts. A manifest that is wrong, a file that cannot be opened and storage that fails
@@ -26,6 +29,7 @@ import difflib
 import glob
 import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +43,8 @@ import numpy as np
 
 from llamax.config import ConfigError
 from llamax.data.document import Document, Picture
+from llamax.data.tasks.source import Exams, read_table
+from llamax.data.tasks.tokens import Tokens
 
 KINDS = ("text", "multimodal")
 SKIP_REASONS = {
@@ -75,6 +81,9 @@ class Manifest:
     bytes: int = 0
     tokens: int = 0
     sha256: dict[str, str] = field(default_factory=dict)  # file name -> hash
+    tasks: dict[str, Any] = field(
+        default_factory=dict
+    )  # the table of a manifest of tasks, whose files are the filler's
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -92,7 +101,11 @@ def read_manifest(path: str | Path) -> Manifest:
         raise ConfigError(asked, f"it cannot be read: {error}", "Correct the file's permissions, or copy it.") from None
     except (ValueError, RecursionError) as error:  # besides TOMLDecodeError: no UTF-8, numbers or nesting without end
         raise ConfigError(asked, f"it is not TOML: {_one_line(error)}", "Correct the file.") from None
-    types = {f.name: f.type for f in fields(Manifest) if f.name != "path"} | {"files": "list", "sha256": "dict"}
+    types = {f.name: f.type for f in fields(Manifest) if f.name != "path"} | {
+        "files": "list",
+        "sha256": "dict",
+        "tasks": "dict",
+    }
     for key, value in table.items():
         if key not in types:
             near = difflib.get_close_matches(key, types, 1)
@@ -103,10 +116,30 @@ def read_manifest(path: str | Path) -> Manifest:
             raise ConfigError(asked, true, f"Give {key} as a {types[key]}.")
         if types[key] == "int" and not 0 <= value < 2**63:
             raise ConfigError(asked, f"its {key} is {_one_line(value)}", f"Correct {key}, or leave it out.")
-    for key, allowed in (("format", tuple(FORMATS)), ("kind", KINDS)):
+    for key, allowed in (("format", (*FORMATS, TASKS)), ("kind", KINDS)):
         if table.get(key, "text") not in allowed:
             raise ConfigError(asked, f"its {key} is {table.get(key)!r}", f"Use one of {', '.join(allowed)}.")
+    if table.get("format") == TASKS:
+        return _of_tasks(path, table)
+    if "tasks" in table:
+        raise ConfigError(asked, "it has a [tasks] table and is of another format", f'Say format = "{TASKS}".')
     return Manifest(path=path, **(table | {"files": _resolve(path, table.get("files", []))}))
+
+
+def _of_tasks(path: Path, table: dict[str, Any]) -> Manifest:
+    """A manifest of tasks: its files are its filler's."""
+    asked = f"data manifest {path}"
+    stray = [key for key in ("files", "sha256", "bytes", "tokens") if key in table]
+    if stray:
+        raise ConfigError(asked, f"it is of tasks and has {stray[0]}", f"Leave {stray[0]} out.")
+    if not table.get("documents"):
+        raise ConfigError(asked, "it does not say how many documents it is of", "Add documents = 10_000.")
+    tasks = read_table(table.get("tasks", {}), asked, table.get("kind", "text"))
+    filler = read_manifest(path.parent / tasks.filler)
+    if filler.format == TASKS:
+        raise ConfigError(asked, f"its filler {tasks.filler} is of tasks too", "Name a manifest of text.")
+    tokens = int(table["documents"] * tasks.mean_tokens)
+    return Manifest(path=path, **(table | {"files": filler.files, "sha256": filler.sha256, "tokens": tokens}))
 
 
 def _is_file(path: Path) -> bool:
@@ -177,14 +210,17 @@ def verify(manifest: Manifest) -> None:
 
 def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Document:
     """A decoded record to a Document; with a folder, pictures are paths in it. ConfigError if it is no such record."""
-    parts = record.get("pieces", [{"text": record.get("text")}]) if isinstance(record, dict) else None
+    parts = record.get("pieces", [_short_form(record)]) if isinstance(record, dict) else None
     if not isinstance(parts, list) or {"text", "pieces"} <= record.keys():
         raise _malformed(record, where)
     if not isinstance(record.get("meta") or {}, dict):
         raise _malformed(record, where)
     pieces: list[str | Picture] = []
+    weights: list[float] = []
     for piece in parts:
-        kind, value = next(iter(piece.items())) if isinstance(piece, dict) and len(piece) == 1 else ("", None)
+        content = {k: v for k, v in piece.items() if k != "weight"} if isinstance(piece, dict) else {}
+        kind, value = next(iter(content.items())) if len(content) == 1 else ("", None)
+        weights.append(_weight(piece, kind, record, where))
         if kind == "text" and isinstance(value, str):
             pieces.append(value)
         elif kind in ("image", "video") and isinstance(value, bytes) and folder is None:
@@ -194,6 +230,8 @@ def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Doc
         else:
             raise _malformed(record, where)
     document = Document(tuple(pieces), lang, str(record.get("id", "")), record.get("meta") or {}, where=where)
+    if any(weight != 1 for weight in weights):
+        document = document._replace(weights=tuple(weights))
     texts = [piece for piece in pieces if isinstance(piece, str)]
     if len(texts) == len(pieces) and not any(text.strip() for text in texts):
         return document._replace(skip="empty")
@@ -202,6 +240,21 @@ def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Doc
     except UnicodeEncodeError:  # a JSON escape can spell half a surrogate pair
         return document._replace(skip="invalid_utf8")
     return document._replace(pieces=(), skip="too_large") if size > MAX_TEXT_BYTES else document
+
+
+def _short_form(record: dict) -> dict:
+    """The one piece of a record that has none."""
+    return {key: record[key] for key in ("text", "weight") if key in record}
+
+
+def _weight(piece: Any, kind: str, record: Any, where: str) -> float:
+    """What a piece weighs in the loss. ConfigError if that is no weight, or a picture has one."""
+    if not isinstance(piece, dict) or "weight" not in piece:
+        return 1.0
+    weight = piece["weight"]
+    if kind != "text" or type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        raise _malformed(record, where)
+    return float(weight)
 
 
 def _malformed(record: Any, where: str) -> ConfigError:
@@ -318,11 +371,17 @@ def _line_spans(path: Path) -> np.ndarray:
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
+TASKS = "tasks"
 FORMATS = {"arrayrecord": ArrayRecord, "jsonl": JsonLines}
 
 
-def open_source(manifest: Manifest) -> Sequence[Document]:
-    """Random access to a manifest's documents. ConfigError if it is empty, or holds another number than stated."""
+def open_source(manifest: Manifest, tokens: Tokens | None = None) -> Sequence[Document]:
+    """Random access to a manifest's documents. ConfigError if it is empty, or holds another number than stated.
+
+    `tokens` counts those of tasks, which are made to a length; other formats do without it.
+    """
+    if manifest.format == TASKS:
+        return _exams(manifest, tokens)
     source = FORMATS[manifest.format](manifest.files, manifest.lang)
     if not len(source) or manifest.documents not in (0, len(source)):
         raise ConfigError(
@@ -331,6 +390,16 @@ def open_source(manifest: Manifest) -> Sequence[Document]:
             "Build or copy the files again, or correct `documents`.",
         )
     return source
+
+
+def _exams(manifest: Manifest, tokens: Tokens | None) -> Exams:
+    asked = f"data manifest {manifest.path}"
+    if tokens is None:
+        true = "it is of tasks, which are made for a tokenizer, and nothing here names one"
+        raise ConfigError(asked, true, "Name a manifest of documents that are written down.")
+    table = read_table(manifest.tasks, asked, manifest.kind)
+    filler = open_source(read_manifest(manifest.path.parent / table.filler))
+    return Exams(table, manifest.documents, manifest.lang, filler, tokens, manifest.path)
 
 
 def write_arrayrecord(path: str | Path, records: Iterable[dict[str, Any]]) -> int:

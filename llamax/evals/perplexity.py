@@ -2,7 +2,8 @@
 
     bits per byte = sum of -log2 p(token) over the text's tokens / bytes of the text
 
-over the documents that the packer takes; those that it leaves out count in neither, and their number is told.
+over the documents that the packer takes; those that it leaves out count in neither, and their number is told. Where
+texts weigh (sources.py), both sums are of what weighs, each as much as it does.
 
 The unigram is fitted on the held-out text itself, which no real one could beat; zlib compresses all of it as one
 stream. The end of a document is predicted too and counts against the model.
@@ -39,7 +40,8 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
     if not size:
         raise ConfigError(f"perplexity evaluation of {cfg.path}", "no document has text", "Name another manifest.")
     bits = nats / math.log(2) / size
-    unigram, packed = unigram_bits(ctx, held_out.texts()) / size, zlib_bits(held_out.texts()) / size
+    n_bytes = sum(len(text.encode()) for text in held_out.texts())
+    unigram, packed = unigram_bits(ctx, held_out.texts()) / n_bytes, zlib_bits(held_out.texts()) / n_bytes
     scalars = {"bits_per_byte": bits, "nats_per_token": nats / tokens}
     scalars |= {"unigram_bits_per_byte": unigram, "zlib_bits_per_byte": packed}
     compared = f"unigram {unigram:.3f} ({bits / unigram - 1:+.0%}), zlib -9 {packed:.3f} ({bits / packed - 1:+.0%})"

@@ -56,7 +56,7 @@ def tokens(tokenizer: Tokenizer, messages, **how) -> list[int]:
 
 def learnt(tokenizer: Tokenizer, messages, **how) -> list[int]:
     encoded = chat.encode(chat.render(messages, **how), tokenizer, VISION)
-    return encoded.tokens[encoded.trained].tolist()
+    return encoded.tokens[encoded.weights > 0].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------- the template
@@ -236,13 +236,13 @@ def test_what_has_been_said_stays_as_it_is(tokenizer):
             spans = chat.render(messages[:k], tools=tools)
             assert spans == chat.render(messages, tools=tools)[: len(spans)]  # so what is new can be encoded alone
             np.testing.assert_array_equal(part.tokens, whole.tokens[:n])
-            np.testing.assert_array_equal(part.trained, whole.trained[:n])
+            np.testing.assert_array_equal(part.weights, whole.weights[:n])
             np.testing.assert_array_equal(part.tiles, whole.tiles[: len(part.tiles)])
             prompt = chat.encode(chat.render(messages[:k], tools=tools, prompt=True), tokenizer, VISION)
             if k < len(messages) and messages[k]["role"] == "assistant":
                 np.testing.assert_array_equal(prompt.tokens, whole.tokens[: len(prompt.tokens)])
                 opens_with_text = isinstance(messages[k].get("content"), str) and "token_ids" not in messages[k]
-                assert whole.trained[len(prompt.tokens)] or not opens_with_text
+                assert whole.weights[len(prompt.tokens)] or not opens_with_text
 
 
 def test_sampled_ids_are_the_turn_as_they_are(tokenizer):
@@ -349,7 +349,7 @@ def test_pictures_stand_in_their_place(tokenizer):
     assert encoded.tokens[at : at + len(middle)].tolist() == middle
     assert [encoded.tokens[a:b].tolist() for a, b, _ in encoded.pictures] == [block, tiled]
     assert encoded.pictures[:, 2].tolist() == [1, 3] and encoded.tiles.shape == (4, 28, 28, 3)
-    assert not encoded.trained.any()
+    assert not encoded.weights.any()
     url = "data:image/png;base64," + base64.b64encode(parts[1]).decode()
     for same in (
         dict(messages=[{"role": "user", "content": "Compare <|image|> with <|image|>?"}], images=[parts[1], parts[3]]),

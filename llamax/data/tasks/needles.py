@@ -105,8 +105,8 @@ class Needles:
         """A key's values are said in the order in which they stand in the text."""
         answers = []
         for k in of:
-            order = sorted(range(self.values), key=lambda v, k=k: needles[k * self.values + v].depth)
-            answers += [values[k][v] for v in order]
+            stand = [needle.depth for needle in needles[k * self.values : (k + 1) * self.values]]
+            answers += [values[k][v] for v in sorted(range(self.values), key=stand.__getitem__)]
         named = [keys[k] for k in of]
         said = ", ".join(named[:-1]) + f" and {named[-1]}" if len(named) > 1 else named[0]
         asked = wording.asked if len(answers) == 1 else wording.asked_all

@@ -12,6 +12,7 @@ sample follows from the state of its random generator.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from llamax.data.tasks.tokens import Tokens
 
 SPLITS = ("train", "eval")
 TEMPLATES = ("seen", "held_out")
+
+
+class TooShort(ConfigError):
+    """A length that does not hold a task."""
 
 
 class Sample(NamedTuple):
@@ -72,7 +77,7 @@ class Ask:
         taken = 1 + self.tokens.count(*context, *spoken)
         if taken > self.length:
             true = f"its questions and what they ask for take {taken} tokens"
-            raise ConfigError(f"task {self.name} at {self.length} tokens", true, "Ask for more tokens.")
+            raise TooShort(f"task {self.name} at {self.length} tokens", true, "Ask for more tokens.")
         return self.length - taken
 
 
@@ -82,6 +87,16 @@ class Task:
 
     name: str
     make: Callable[[Ask], Exam]  # a frozen dataclass with the task's parameters
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its parameters that a manifest may change: numbers and names."""
+        own = {f.name: getattr(self.make, f.name) for f in dataclasses.fields(self.make)}
+        return {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+
+    @property
+    def pictures(self) -> bool:
+        return getattr(self.make, "pictures", False)
 
     def __call__(
         self,
