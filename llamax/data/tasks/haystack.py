@@ -11,23 +11,27 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from llamax.data.tasks.sample import Ask
+from llamax.data.document import Picture
+from llamax.data.tasks.sample import Ask, TooShort
 
 NOISE = ("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n",)  # RULER's
 _UNIT = re.compile(r".+?(?:(?<=[.!?])[ \t]+(?=\S)|\n+|\Z)|\n+", re.DOTALL)
 MAX_UNIT_CHARS = 240  # longer sentences and lines are cut at a space
 LOOK_AHEAD = 24  # units among which the last one is chosen
+TRIES = 4  # of cutting a haystack to its tokens, once it fits
+NEAR = 4  # tokens that may be left over without another try
 
 
 class Needle(NamedTuple):
     text: str  # a sentence, without white space at its ends
     depth: float  # where it should stand
+    picture: Picture | None = None  # behind the text
 
 
 class Haystack(NamedTuple):
     """A context with its needles, and for each needle the share of the haystack's tokens that stands before it."""
 
-    text: str
+    pieces: tuple[str | Picture, ...]
     depths: list[float]
 
 
@@ -47,19 +51,19 @@ def endless(ask: Ask, filler: Sequence[str]) -> Iterator[tuple[str, int]]:
     """(unit, its tokens) without end. A text ends with the end of a line."""
     while True:
         parts = units(filler[ask.rng.randrange(len(filler))])
-        for unit in parts[ask.rng.randrange(len(parts)) if len(parts) > 1 else 0 :]:
+        for unit in parts[0 if filler is NOISE else ask.rng.randrange(max(1, len(parts))) :]:
             yield unit, ask.tokens.count(unit)
         if parts and not parts[-1].endswith("\n"):
             yield "\n", 1
 
 
 def draw(ask: Ask, filler: Sequence[str] | None = None) -> list[tuple[str, int]]:
-    """Units with at least as many tokens as the whole sample may have, and some more to choose the last one from."""
+    """Units with more tokens than the whole sample may have: joined they have fewer, and the last one is chosen."""
     drawn, total, spare = [], 0, LOOK_AHEAD
     for unit, n in endless(ask, ask.filler if filler is None else filler):
         drawn.append((unit, n))
         total += n
-        spare -= total > ask.length
+        spare -= total > 1.25 * ask.length
         if not spare:
             return drawn
     raise AssertionError("endless")
@@ -85,37 +89,51 @@ def hide(ask: Ask, drawn: Sequence[tuple[str, int]], needles: Sequence[Needle], 
     """The opening and the haystack with its needles; `room` tokens are free for all of it but the opening.
 
     A needle stands at the boundary of two units that is nearest to its depth. Counted in one piece, as it is encoded,
-    tokens may be others than those of the units: then the haystack is cut again.
+    tokens are others than those of the units: the haystack is cut again by the difference. ConfigError if the needles
+    alone take more than the room.
     """
-    free = room - sum(ask.tokens.count(f" {needle.text}") + 1 for needle in needles)
-    most = room + ask.tokens.count(opening)
-    while True:
-        kept = fit(drawn, free)
-        text, depths = _put(kept, needles)
-        text = opening + text
-        over = ask.tokens.count(text) - most
-        if over <= 0 or free <= 0:
-            return Haystack(text, depths)
-        free -= over
+    most, taken = room + ask.tokens.count(opening), ask.tokens.count(*(f" {needle.text}\n" for needle in needles))
+    free = room - taken - ask.tokens.count(*(needle.picture for needle in needles if needle.picture))
+    found, left, tries = None, room, TRIES
+    while free >= 0 and (tries or not found):
+        pieces, depths = _put(fit(drawn, free), needles, opening)
+        over = ask.tokens.count(*pieces) - most
+        if 0 <= -over <= left:
+            found, left = Haystack(pieces, depths), -over
+        if found and left <= NEAR:
+            break
+        free, tries = free - over, max(0, tries - 1)
+    if found:
+        return found
+    true = f"{room} are left for what it hides, which takes {room - free}"
+    raise TooShort(f"task {ask.name} at {ask.length} tokens", true, "Ask for more tokens.")
 
 
-def _put(kept: Sequence[tuple[str, int]], needles: Sequence[Needle]) -> tuple[str, list[float]]:
+def _put(kept: Sequence[tuple[str, int]], needles: Sequence[Needle], opening: str) -> tuple[tuple, list[float]]:
+    """(pieces, depths)."""
     total = sum(n for _, n in kept)
-    parts, depths, before, done = [], [0.0] * len(needles), 0, 0
+    pieces: list[str | Picture] = []
+    parts = [opening] if opening else []  # of the text that is open
+    depths, before, done = [0.0] * len(needles), 0, 0
     order = sorted(range(len(needles)), key=[needle.depth for needle in needles].__getitem__)
     for unit, n in [*kept, ("", 0)]:
-        last = not unit
-        while done < len(order) and (last or needles[order[done]].depth * total <= before + n / 2):
+        while done < len(order) and (not unit or needles[order[done]].depth * total <= before + n / 2):
             depths[order[done]] = before / total if total else 0.0
-            parts.append(_spaced(parts, needles[order[done]].text))
+            _add(pieces, parts, needles[order[done]])
             done += 1
         parts.append(unit)
         before += n
-    return "".join(parts), depths
+    return (*pieces, "".join(parts)), depths
 
 
-def _spaced(parts: Sequence[str], needle: str) -> str:
-    """The needle with the white space that it needs behind these parts, and behind it as there is before it."""
-    if not parts or parts[-1].endswith("\n"):
-        return needle + "\n"
-    return f"{needle} " if parts[-1][-1].isspace() else f"\n{needle}\n"
+def _add(pieces: list[str | Picture], parts: list[str], needle: Needle) -> None:
+    """Puts a needle behind the open text, with white space before it, and behind it as there is before it."""
+    begun = not parts or parts[-1].endswith("\n")
+    spaced = begun or parts[-1][-1].isspace()
+    if needle.picture:
+        pieces += ["".join([*parts, needle.text if begun else f"\n{needle.text}"]), needle.picture]
+        parts[:] = ["\n"]
+    elif begun:
+        parts.append(f"{needle.text}\n")
+    else:
+        parts.append(f"{needle.text} " if spaced else f"\n{needle.text}\n")

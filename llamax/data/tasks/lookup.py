@@ -40,7 +40,7 @@ class Lookup:
     held_out: tuple[Wording, ...] = HELD_OUT
 
     def __call__(self, ask: Ask) -> Exam:
-        wording = ask.rng.choice(self.seen if ask.templates == "seen" else self.held_out)
+        wording = ask.choose(self.seen, self.held_out)
         drawn = haystack.draw(ask) if self.records else []
         supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
         records = [self._record(supply) for _ in range(max(self.records, ask.questions))]
@@ -57,7 +57,7 @@ class Lookup:
             drawn = self._fill(ask, wording, supply, room)
         hay = haystack.hide(ask, drawn, needles, room, "")
         questions = [q._replace(depth=depth) for q, depth in zip(questions, hay.depths, strict=False)]
-        return Exam((hay.text,), tuple(questions))
+        return Exam(hay.pieces, tuple(questions))
 
     def _record(self, supply: words.Supply) -> tuple[str, str]:
         (key,), (value,) = supply.draw(self.key_kind, 1), supply.draw(self.value_kind, 1)

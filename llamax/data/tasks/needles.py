@@ -16,7 +16,7 @@ from llamax.data.tasks.sample import Ask, Exam, Question
 
 
 class Wording(NamedTuple):
-    """{noun} and {nouns} are what a value is; {key} is one key, in a question the keys that are asked for."""
+    """{noun} and {nouns} are what a value is; {key} is one key, or in a question the keys that are asked for."""
 
     opening: str
     needle: str
@@ -59,6 +59,17 @@ HELD_OUT = (
     ),
 )
 HAYSTACKS = ("text", "noise", "needles")
+NOUNS = {
+    "short": "word",
+    "pairs": "word",
+    "words": "word",
+    "digits": "number",
+    "five_digits": "number",
+    "numbers": "number",
+    "uuids": "uuid",
+    "letters": "name",
+    "coded": "word",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Needles:
     held_out: tuple[Wording, ...] = HELD_OUT
 
     def __call__(self, ask: Ask) -> Exam:
-        wording = ask.rng.choice(self.seen if ask.templates == "seen" else self.held_out)
+        wording = ask.choose(self.seen, self.held_out)
         drawn = [] if self.haystack == "needles" else haystack.draw(ask, NOISE if self.haystack == "noise" else None)
         supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
         n_keys = max(self.keys, self.queries * ask.questions)
@@ -84,13 +95,14 @@ class Needles:
             self._question(wording, range(q * self.queries, (q + 1) * self.queries), keys, values, needles)
             for q in range(ask.questions)
         ]
-        room = ask.room(asked, wording.opening)
+        opening = self._say(wording.opening, "", "")
+        room = ask.room(asked, opening)
         if self.haystack == "needles":
             drawn = self._more(ask, wording, supply, room)
-        hay = haystack.hide(ask, drawn, needles, room, wording.opening)
+        hay = haystack.hide(ask, drawn, needles, room, opening)
         depths = [hay.depths[q * self.queries * self.values] for q in range(ask.questions)]
         questions = [question._replace(depth=depth) for question, depth in zip(asked, depths, strict=True)]
-        return Exam((hay.text,), tuple(questions))
+        return Exam(hay.pieces, tuple(questions))
 
     def _needles(self, ask: Ask, wording: Wording, keys: list[str], values: list[list[str]]) -> list[Needle]:
         """Key after key. A key's values stand in their order in the text, the first of the first at ask.depth."""
@@ -113,7 +125,7 @@ class Needles:
         return Question("\n" + self._say(asked, said, ""), f" {', '.join(answers)}\n", tuple(answers))
 
     def _say(self, template: str, key: str, value: str) -> str:
-        noun = words.NOUNS[self.value_kind]
+        noun = NOUNS[self.value_kind]
         return template.format(key=key, value=value, noun=noun, nouns=f"{noun}s")
 
     def _more(self, ask: Ask, wording: Wording, supply: words.Supply, room: int) -> list[tuple[str, int]]:

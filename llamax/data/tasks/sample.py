@@ -16,7 +16,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llamax.config import ConfigError
 from llamax.data.document import Picture
@@ -24,6 +24,8 @@ from llamax.data.tasks.tokens import Tokens
 
 SPLITS = ("train", "eval")
 TEMPLATES = ("seen", "held_out")
+
+W = TypeVar("W")
 
 
 class TooShort(ConfigError):
@@ -65,6 +67,10 @@ class Ask:
     templates: str
     questions: int
     name: str
+
+    def choose(self, seen: Sequence[W], held_out: Sequence[W]) -> W:
+        """One of the wordings."""
+        return self.rng.choice(seen if self.templates == "seen" else held_out)
 
     def depths(self, n: int) -> list[float]:
         """Of n needles, the first of which is asked for first."""

@@ -7,8 +7,10 @@ them; the same spelling is never in both. Kinds:
     pairs     two of these with a space between, two tokens: "amber fox"
     words     two of these with a hyphen, as RULER's adjectives and nouns: "amber-fox"
     digits    three digits
+    five_digits
     numbers   seven digits, as in RULER
     uuids     as in RULER
+    coded     six letters, as in RULER's coded text
     letters   five capitals: names of variables, as in RULER
 """
 
@@ -50,12 +52,20 @@ def _digits(rng: random.Random, words: Sequence[str]) -> str:
     return str(rng.randrange(100, 1_000))
 
 
+def _five_digits(rng: random.Random, words: Sequence[str]) -> str:
+    return str(rng.randrange(10**4, 10**5))
+
+
 def _number(rng: random.Random, words: Sequence[str]) -> str:
     return str(rng.randrange(10**6, 10**7))
 
 
 def _uuid(rng: random.Random, words: Sequence[str]) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _coded(rng: random.Random, words: Sequence[str]) -> str:
+    return "".join(rng.choices(string.ascii_lowercase, k=6))
 
 
 def _letters(rng: random.Random, words: Sequence[str]) -> str:
@@ -67,11 +77,12 @@ KINDS: dict[str, Callable[[random.Random, Sequence[str]], str]] = {
     "pairs": _pair,
     "words": _hyphenated,
     "digits": _digits,
+    "five_digits": _five_digits,
     "numbers": _number,
     "uuids": _uuid,
+    "coded": _coded,
     "letters": _letters,
 }
-NOUNS = {"short": "word", "pairs": "word", "words": "word", "digits": "number", "numbers": "number", "uuids": "code"}
 
 
 class Supply:
