@@ -200,9 +200,14 @@ def _data_build(args: argparse.Namespace) -> None:
 
 
 def _data_show(args: argparse.Namespace) -> None:
+    from llamax import config
     from llamax.data.show import show
 
-    show(args.manifest, n=args.documents)
+    if not args.recipe:
+        show(args.manifest, n=args.documents)
+        return
+    run = config.freeze(config.load(args.recipe))
+    show(args.manifest, n=args.documents, tokenizer=run.data.tokenizer, vision=run.model.vision)
 
 
 def _data_verify(args: argparse.Namespace) -> None:
@@ -285,6 +290,8 @@ def parser() -> argparse.ArgumentParser:
     look = _command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
     look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
     look.add_argument("-n", "--documents", type=_count, default=3, metavar="N", help="how many (%(default)s)")
+    whose = "its tokenizer and its pictures' tiles are those that tasks are made for"
+    look.add_argument("--recipe", metavar="RECIPE", help=f"{whose} (the small tokenizer, Llama 4's tiles)")
     verify = _command(verbs, "verify", _data_verify, "compare a manifest's files with its hashes", VERIFY)
     verify.add_argument("manifest", metavar="MANIFEST", help="a .toml file with a [sha256] table")
     tokenizer = _command(

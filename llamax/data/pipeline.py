@@ -44,6 +44,7 @@ from llamax.data.tasks.tokens import Tokens
 logger = logging.getLogger("llamax")
 
 SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
+MOST_LOOKED_AT = 16  # documents with pictures of tasks that are looked at before a run
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
 MAX_GROWTH = 8  # times data.window_docs
 MAX_UNUSABLE_DOCS = 5_000  # in a row, whole windows of them, before the stream gives up
@@ -145,7 +146,7 @@ class Windows:
             source_id = self.names.index(name)
             encoder = Encoder(data.tokenizer, vision, source_id, str(manifest.path), data.video_frames)
             _check_usable(name, reader, encoder, data)
-            _check_rows(name, manifest, reader, data.seq_len)
+            _check_whole(name, reader, encoder, data)
             self._opened[name] = Opened(reader, encoder, _means(manifest, reader, encoder))
         return self._opened[name]
 
@@ -190,9 +191,9 @@ def _window_docs(
     return max(1, min(window_docs, int(most)))
 
 
-def _sample(reader: Sequence[Document], encoder: Encoder) -> Iterator[Encoded]:
-    """At most SAMPLE_DOCS of a source's documents, spread evenly over it."""
-    return (encoder(reader[int(n)]) for n in np.unique(np.linspace(0, len(reader) - 1, SAMPLE_DOCS).astype(int)))
+def _sample(reader: Sequence[Document], encoder: Encoder, most: int = SAMPLE_DOCS) -> Iterator[Encoded]:
+    """At most so many of a source's documents, spread evenly over it."""
+    return (encoder(reader[int(n)]) for n in np.unique(np.linspace(0, len(reader) - 1, most).astype(int)))
 
 
 def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data: config.Data) -> None:
@@ -211,14 +212,20 @@ def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data:
     )
 
 
-def _check_rows(name: str, manifest: Manifest, reader: Sequence[Document], seq_len: int) -> None:
+def _check_whole(name: str, reader: Sequence[Document], encoder: Encoder, data: config.Data) -> None:
     """ConfigError for tasks that a row does not hold: a question would come apart from its context."""
-    if isinstance(reader, Exams) and reader.table.longest > seq_len:
-        raise ConfigError(
-            f"data source {name} ({manifest.path})",
-            f"its tasks have up to {reader.table.longest:,} tokens and a row {seq_len:,}",
-            f"Set --config.data.seq_len={reader.table.longest} or more, or ask for shorter ones.",
-        )
+    if not isinstance(reader, Exams):
+        return
+    asked, longest = f"data source {name} ({encoder.where})", reader.table.longest
+    if longest > data.seq_len:
+        true = f"its tasks have up to {longest:,} tokens and a row {data.seq_len:,}"
+        raise ConfigError(asked, true, f"Set --config.data.seq_len={longest} or more, or ask for shorter ones.")
+    if encoder.vision is None:
+        return
+    tiles = max(len(encoded.tiles) for encoded in _sample(reader, encoder, MOST_LOOKED_AT))
+    if tiles > data.tiles_per_row:
+        true = f"its tasks have up to {tiles} tiles and a row {data.tiles_per_row}: their documents would come apart"
+        raise ConfigError(asked, true, f"Set --config.data.tiles_per_row={tiles} or more, or ask for fewer pictures.")
 
 
 def _pack(

@@ -16,7 +16,7 @@ from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import read_frames
 
-MAX_CHARS = 400  # of a text piece
+MAX_CHARS, MAX_TAIL = 400, 60  # of a text piece, from its beginning and its end
 CELL = 112  # pixels along a picture's side on a sheet
 GAP = 6
 
@@ -26,10 +26,11 @@ def show(
     n: int = 8,
     *,
     tokenizer: str | Path = "data/tokenizer.model",
+    vision: config.Vision | None = None,
     out_dir: str | Path | None = None,
     console: Console | None = None,
 ) -> Path | None:
-    """Prints what a manifest says and n of its documents, evenly spaced.
+    """Prints what a manifest says and n of its documents, evenly spaced. Tasks are made for `tokenizer` and `vision`.
 
     Their pictures go to `out_dir`/<manifest>.png, a document a row (default folder: `runs/show`).
     Returns that file, or None if there were no pictures. ConfigError for a wrong manifest or tokenizer file.
@@ -37,7 +38,7 @@ def show(
     console = console or Console()
     about = read_manifest(manifest)
     reader = Tokenizer(config.resolve_path(tokenizer))
-    source = open_source(about, Tokens(str(reader.path)))
+    source = open_source(about, Tokens(str(reader.path), vision))
     _print_manifest(console, about, len(source))
     n = min(n, len(source))
     rows = []
@@ -117,8 +118,12 @@ def _shown(piece: str | Picture, weight: float) -> str:
     """A text that is not learnt is dim; one that weighs something else than 1 is set off, with its weight before it."""
     if isinstance(piece, Picture):
         return "[cyan]<video>[/cyan]" if piece.video else "[cyan]<picture>[/cyan]"
-    left_out = len(piece) - MAX_CHARS
-    text = escape(piece[:MAX_CHARS]) + (f"[dim] ... {left_out:,} characters more[/dim]" if left_out > 0 else "")
+    left_out = len(piece) - MAX_CHARS - MAX_TAIL
+    text = escape(piece)
+    if left_out > 0:
+        text = (
+            f"{escape(piece[:MAX_CHARS])}[dim] ... {left_out:,} characters more ... [/dim]{escape(piece[-MAX_TAIL:])}"
+        )
     if weight == 1:
         return text
     return f"[dim]{text}[/dim]" if not weight else f"[bold green]\\[x{weight:g}]{text}[/bold green]"

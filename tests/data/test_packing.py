@@ -225,6 +225,26 @@ def test_tile_slots_are_full_where_they_run_out_first():
     assert window.tile_counts.mean() / 16 >= 0.95
 
 
+def test_a_target_weighs_what_its_document_says():
+    """A slow twin, pair by pair, over cuts, pictures and documents that say nothing."""
+    for align in (0, 32):
+        documents = list(random_documents(5, 30, multimodal=True))
+        rng = np.random.default_rng(0)
+        weighed = [
+            d._replace(weights=rng.choice([0, 0.5, 1, 3], len(d.tokens)).astype(np.float32)) if i % 3 else d
+            for i, d in enumerate(documents)
+        ]
+        expected, found = [], []
+        for d in weighed:
+            for i in range(len(d.tokens) - 1):
+                of_picture = any(begin <= i + 1 < end for begin, end, _ in d.pictures)
+                weight = 1.0 if d.weights is None else float(d.weights[i + 1])
+                expected.append((int(d.tokens[i]), int(d.tokens[i + 1]), 0.0 if of_picture else weight))
+        for tokens, targets, weights, *_ in segments(pack(weighed, align=align)):
+            found += zip(tokens.tolist(), targets.tolist(), weights.tolist(), strict=True)
+        assert sorted(found) == sorted(expected)
+
+
 def test_collate_takes_rows_of_several_windows_and_pads():
     first, second = pack(random_documents(7, 5, True)), pack(random_documents(8, 5, False))
     last = len(first.tile_counts) - 1

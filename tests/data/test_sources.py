@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llamax.config import ConfigError
+from llamax.data.encode import Encoder
 from llamax.data.sources import Picture, open_source, read_manifest, verify, write_arrayrecord
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "data" / "tokenizer.model"
 
 
 def manifest(folder, **table):
@@ -50,6 +55,43 @@ def test_both_formats_give_the_same_documents(tmp_path):
     assert lines[1].where.endswith("data.jsonl") and packed[1].where == f"record 1 of {tmp_path / 'data.arrayrecord'}"
     assert packed[0] == lines[0]._replace(where=packed[0].where)
     assert packed[1] == lines[1]._replace(pieces=("see ", Picture(b"picture"), "?"), where=packed[1].where)
+
+
+def test_pieces_may_weigh(tmp_path):
+    """In both formats and both forms; the encoder gives a piece's weight to each of its tokens, and the end's to it."""
+    records = [
+        {"text": "all of it", "weight": 0.5},
+        {"pieces": [{"text": "read "}, {"text": "this", "weight": 0}, {"text": " and that", "weight": 2.5}]},
+        {"text": "plain", "weight": 1},
+    ]
+    lines = documents(jsonl(tmp_path, *records))
+    write_arrayrecord(tmp_path / "data.arrayrecord", records)
+    packed = documents(manifest(tmp_path, format="arrayrecord", files=["data.arrayrecord"]))
+    for of in (lines, packed):
+        assert [document.weights for document in of] == [(0.5,), (1.0, 0.0, 2.5), ()]
+        assert not any(document.skip for document in of)
+    encode = Encoder(TOKENIZER, None)
+    for document in lines:
+        encoded = encode(document)
+        if not document.weights:
+            assert encoded.weights is None
+            continue
+        lengths = [len(encode.tokenizer.encode(piece)) for piece in document.pieces]
+        expected = [w for weight, n in zip(document.weights, lengths, strict=True) for w in [weight] * n]
+        assert encoded.weights.dtype == np.float32
+        assert encoded.weights[1:].tolist() == [*expected, expected[-1]]
+        assert len(encoded.weights) == len(encoded.tokens)
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1", True, None])
+def test_what_is_no_weight_is_malformed(tmp_path, weight):
+    (document,) = documents(jsonl(tmp_path, {"pieces": [{"text": "a", "weight": weight}]}))
+    assert document.skip == "malformed"
+
+
+def test_a_picture_has_no_weight(tmp_path):
+    (document,) = documents(jsonl(tmp_path, {"pieces": [{"image": "a.png", "weight": 1.0}]}))
+    assert document.skip == "malformed"
 
 
 @pytest.mark.parametrize("format", ["jsonl", "arrayrecord"])

@@ -1,8 +1,8 @@
 """Real text as a haystack, and needles put between its sentences and lines.
 
 A unit is a sentence or a line with the white space behind it, so that units joined are the text again. A haystack is
-runs of units, each from a random place of a random text to that text's end. It is cut to the tokens that are free; the
-last unit is the longest of the next ones that still fits.
+runs of units, each from a random place of a random text to that text's end. It is cut to the tokens that are free; its
+last units are the longest of the next ones that still fit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from llamax.data.tasks.sample import Ask, TooShort
 
 NOISE = ("The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n",)  # RULER's
 _UNIT = re.compile(r".+?(?:(?<=[.!?])[ \t]+(?=\S)|\n+|\Z)|\n+", re.DOTALL)
-MAX_UNIT_CHARS = 240  # longer sentences and lines are cut at a space
-LOOK_AHEAD = 24  # units among which the last one is chosen
+MAX_UNIT_CHARS = 240  # longer sentences and lines are cut, at a space if there is one
+MAX_FOREIGN_CHARS = 60  # the same where there are other letters than ASCII's, which may be several tokens each
+LOOK_AHEAD = 24  # units among which the last ones are chosen
 TRIES = 4  # of cutting a haystack to its tokens, once it fits
 NEAR = 4  # tokens that may be left over without another try
 
@@ -39,8 +40,9 @@ def units(text: str) -> list[str]:
     """The text in sentences and lines."""
     found = []
     for unit in _UNIT.findall(text):
-        while len(unit) > MAX_UNIT_CHARS:
-            cut = unit.rfind(" ", 1, MAX_UNIT_CHARS) + 1 or MAX_UNIT_CHARS
+        most = MAX_UNIT_CHARS if unit.isascii() else MAX_FOREIGN_CHARS
+        while len(unit) > most:
+            cut = unit.rfind(" ", 1, most) + 1 or most
             found.append(unit[:cut])
             unit = unit[cut:]
         found.append(unit)
@@ -70,12 +72,15 @@ def draw(ask: Ask, filler: Sequence[str] | None = None) -> list[tuple[str, int]]
 
 
 def fit(drawn: Sequence[tuple[str, int]], room: int) -> list[tuple[str, int]]:
-    """The first units that fill the room, and the longest of the next ones that fits into what is left of it."""
+    """The first units that fill the room, and the longest of the next ones that fit into what is left of it."""
     kept, left = [], room
     for i, (unit, n) in enumerate(drawn):
         if n > left:
-            ahead = [part for part in drawn[i : i + LOOK_AHEAD] if part[1] <= left]
-            return kept + [max(ahead, key=_tokens_of)] if ahead else kept
+            for part in sorted(drawn[i : i + LOOK_AHEAD], key=_tokens_of, reverse=True):
+                if part[1] <= left:
+                    kept.append(part)
+                    left -= part[1]
+            return kept
         kept.append((unit, n))
         left -= n
     return kept

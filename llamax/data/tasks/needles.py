@@ -8,7 +8,7 @@ section 3 (NIAH).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import haystack, words
 from llamax.data.tasks.haystack import NOISE, Needle
@@ -58,7 +58,6 @@ HELD_OUT = (
         "Q: Which {nouns} lie in the drawer of {key}? A:",
     ),
 )
-HAYSTACKS = ("text", "noise", "needles")
 NOUNS = {
     "short": "word",
     "pairs": "word",
@@ -74,6 +73,8 @@ NOUNS = {
 
 @dataclass(frozen=True)
 class Needles:
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"haystack": ("text", "noise", "needles")}
+
     keys: int = 1
     values: int = 1  # of each key
     queries: int = 1  # keys of one question

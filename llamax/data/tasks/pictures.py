@@ -56,6 +56,7 @@ HELD_OUT = (
 @dataclass(frozen=True)
 class Pictures:
     pictures: ClassVar[bool] = True  # its contexts have some
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"asked": ("content", "name", "change")}
 
     asked: str = "content"  # | name | change
     n: int = 8  # pictures; more where there are more questions

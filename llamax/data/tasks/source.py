@@ -37,6 +37,7 @@ from llamax.data.tasks import TASKS
 from llamax.data.tasks.filler import Texts
 from llamax.data.tasks.sample import SPLITS, TEMPLATES, Task, TooShort
 from llamax.data.tasks.tokens import Tokens
+from llamax.data.tasks.words import KINDS
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,15 @@ def _check_tasks(table: Table, where: str, kind: str) -> None:
         given, own = table.options.get(name, {}), TASKS[name].options
         _check_keys(given, list(own), where, f"[tasks.options.{name}]")
         for key, value in given.items():
+            true = f"its tasks.options.{name}.{key} is {value!r}"
             if type(value) is not type(own[key]):
-                true = f"its tasks.options.{name}.{key} is {value!r}"
                 raise ConfigError(where, true, f"Give a value such as its own, {own[key]!r}.")
+            if isinstance(value, str):
+                choices = KINDS if key.endswith("kind") else TASKS[name].make.choices[key]  # type: ignore[attr-defined]
+                if value not in choices:
+                    raise ConfigError(where, true, f"Use one of {', '.join(choices)}.")
+            elif value < (least := min(1, own[key])):
+                raise ConfigError(where, true, f"Give {least} or more.")
 
 
 def _check_keys(table: Mapping[str, Any], keys: Sequence[str], where: str, what: str) -> None:
@@ -219,7 +226,7 @@ class Exams(Sequence[Document]):
         return Document(tuple(pieces), self.lang, f"{name}/{number}", meta, where=where, weights=weighed)
 
     def _exam(self, rng: random.Random, name: str, length: int):
-        """With as many questions as fit, half as many each time."""
+        """With as many questions as fit, a quarter fewer each time."""
         questions, state = self.table.questions, rng.getstate()
         while True:
             rng.setstate(state)
@@ -231,4 +238,4 @@ class Exams(Sequence[Document]):
             except TooShort as error:
                 if questions == 1:
                     raise ConfigError(f"{self.where}: {error.asked}", error.true, error.change) from None
-                questions //= 2
+                questions = questions * 3 // 4

@@ -9,7 +9,7 @@ distractors. Source: RULER, arXiv 2404.06654, section 3 (variable tracking; ther
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import haystack, words
 from llamax.data.tasks.haystack import NOISE, Needle
@@ -44,6 +44,8 @@ HELD_OUT = (
 
 @dataclass(frozen=True)
 class Tracking:
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"haystack": ("text", "noise")}
+
     chains: int = 2
     hops: int = 2
     name_kind: str = "letters"  # of words.KINDS

@@ -1,0 +1,426 @@
+"""Tasks: the answer is in the context as often as it should be, where it should be, and cannot be told otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from llamax.config import ConfigError, Vision
+from llamax.data.document import Document, Picture
+from llamax.data.embedded import draw, scene
+from llamax.data.encode import Encoder
+from llamax.data.sources import open_source, read_manifest
+from llamax.data.tasks import RULER, TASKS, Sample, Texts, Tokens, haystack, score, words
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+VISION = Vision(tile_px=28, patch_px=7, max_tiles=1)
+TOKENS = Tokens(str(DATA / "tokenizer.model"), VISION)
+FILLER = Texts(open_source(read_manifest(DATA / "fixtures" / "text.toml")))
+LENGTH = 1536
+COUNTING = {"common_words", "frequent_words", "cwe", "fwe"}  # no needle, so no depth
+PICTURES = {"picture_needle", "picture_lookup", "picture_change"}
+OWN = sorted(set(TASKS) - set(RULER))
+
+
+def sample(name, seed=0, length=LENGTH, depth=0.5, **how) -> Sample:
+    return TASKS[name](random.Random(f"{name}/{seed}"), FILLER, length, depth, TOKENS, **how)
+
+
+def exam(name, seed, questions, length=LENGTH, **how):
+    return TASKS[name].exam(random.Random(f"{name}/{seed}"), FILLER, length, None, TOKENS, questions=questions, **how)
+
+
+def text_of(pieces) -> str:
+    return "".join(piece for piece in pieces if isinstance(piece, str))
+
+
+def times(answer: str, text: str) -> int:
+    """How often it stands there, not as a part of another word or number."""
+    return len(re.findall(rf"(?<![\w-]){re.escape(answer)}(?![\w-])", text))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_sample_has_its_length_as_the_encoder_counts_it(name):
+    encode = Encoder(TOKENS.path, VISION)
+    for seed, length in enumerate((1024, LENGTH, 4096)):
+        made = sample(name, seed, length)
+        encoded = encode(Document((*made.pieces, made.meta["said"])))
+        assert not encoded.skip
+        taken = len(encoded.tokens) - 1  # the end of the text is only a target
+        assert 0.95 * length <= taken <= length
+        assert made.meta["tokens"] == taken - 1 - TOKENS.count(made.meta["said"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_sample_follows_from_its_generator(name):
+    assert sample(name, 1) == sample(name, 1)
+    assert sample(name, 1).pieces != sample(name, 2).pieces
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - COUNTING))
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_the_needle_stands_at_its_depth(name, depth):
+    """Counted from the text: tokens before the needle, of all tokens but the needles', which are few."""
+    made = sample(name, 3, 4096, depth)
+    assert made.meta["depth"] == pytest.approx(depth, abs=0.03)
+    *context, question = made.pieces
+    if name in PICTURES:
+        key = made.answers[0] if name == "picture_needle" else re.findall(r"[a-z]+-[a-z]+", question)[0]
+        where = next(i for i, piece in enumerate(context) if isinstance(piece, str) and key in piece)
+        before = TOKENS.count(*context[:where], context[where].partition(key)[0])
+    else:
+        sought = made.answers[0]
+        if name == "ordering":  # which of the three is the first to be asked for is not told: any of them
+            at = [text_of(context).index(part) / len(text_of(context)) for part in sought.split(", ")]
+            assert min(abs(x - depth) for x in at) < 0.06
+            return
+        if name == "needle_multivalue" or name == "niah_multivalue":
+            at = [text_of(context).index(value) / len(text_of(context)) for value in made.answers]
+            assert min(abs(x - depth) for x in at) < 0.06
+            return
+        before = TOKENS.count(text_of(context).partition(sought)[0])
+    assert before / TOKENS.count(*context) == pytest.approx(depth, abs=0.06)
+
+
+def expected(name: str, hops: int) -> set[int]:
+    """How often an answer stands in the context."""
+    if name in ("tracking", "vt"):
+        return {1, 2}  # the last of a chain once, the others where they get and where they give their value
+    return {1}
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - COUNTING - PICTURES - {"ordering"}))
+def test_an_answer_stands_in_the_context_as_often_as_it_should_and_not_in_the_question(name):
+    for seed in range(5):
+        made = sample(name, seed, depth=None)
+        *context, question = made.pieces
+        for answer in made.answers:
+            assert times(answer, text_of(context)) in expected(name, 2)
+            assert not times(answer, question)
+        assert score(made, made.meta["said"]) == 1
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES | {"ordering"}))
+def test_an_answer_is_not_spelt_out_anywhere(name):
+    for seed in range(5):
+        made = sample(name, seed, depth=None)
+        (answer,) = made.answers
+        assert text_of(made.pieces).count(answer) == (name == "picture_needle")
+        assert score(made, made.meta["said"]) == 1
+
+
+def test_only_the_needle_picture_shows_what_is_asked_for(monkeypatch):
+    drawn = []
+
+    def remember(rng, shapes, side):
+        drawn.append(shapes[0].name)
+        return original(rng, shapes, side)
+
+    original = draw.png_of
+    monkeypatch.setattr(draw, "png_of", remember)
+    for seed in range(5):
+        drawn.clear()
+        made = sample("picture_needle", seed)
+        asked = re.search(r"the ?(\w+ \w+)\?|a (\w+ \w+)\?", made.pieces[-1])
+        assert drawn.count(asked[1] or asked[2]) == 1 and len(drawn) == 8
+        assert sum(isinstance(piece, Picture) for piece in made.pieces) == 8
+
+
+def test_the_change_is_what_the_two_pictures_differ_in(monkeypatch):
+    drawn = []
+
+    def remember(rng, shapes, side):
+        drawn.append(shapes[0])
+        return original(rng, shapes, side)
+
+    original = draw.png_of
+    monkeypatch.setattr(draw, "png_of", remember)
+    for seed in range(8):
+        drawn.clear()
+        made = sample("picture_change", seed)
+        before, after = drawn[:2]
+        attribute, old, new = re.fullmatch(r"(\w+), from (\w+) to (\w+)", made.answers[0]).groups()
+        assert (getattr(before, attribute), getattr(after, attribute)) == (old, new) and old != new
+        same = [name for name in ("colour", "shape", "size", "position") if name != attribute]
+        assert [getattr(before, name) for name in same] == [getattr(after, name) for name in same]
+
+
+# ------------------------------------------------------------------------------------------- training and evaluation
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_and_evaluation_share_no_key_and_no_value(name, monkeypatch):
+    drawn = {"train": set(), "eval": set()}
+    original, png_of = words.Supply.draw, draw.png_of
+
+    def remember(supply, kind, n):
+        found = original(supply, kind, n)
+        drawn[supply.split] |= set(found)
+        return found
+
+    shown = {"train": [], "eval": []}
+    monkeypatch.setattr(words.Supply, "draw", remember)
+    for split in drawn:
+
+        def look(rng, shapes, side, split=split):
+            shown[split].append(shapes[0].key)
+            return png_of(rng, shapes, side)
+
+        monkeypatch.setattr(draw, "png_of", look)
+        for seed in range(6):
+            made = sample(name, seed, split=split)
+            spoken = {a for a in made.answers if name not in PICTURES - {"picture_needle"} and name != "ordering"}
+            assert spoken <= drawn[split]
+    assert drawn["train"] and drawn["eval"] and not drawn["train"] & drawn["eval"]
+    assert {words.split_of(found) for found in drawn["eval"]} == {"eval"}
+    if name in PICTURES:
+        assert not scene.HELD_OUT.intersection(shown["train"])
+        asked_first = shown["eval"][::8]
+        assert scene.HELD_OUT.issuperset(asked_first)
+
+
+def test_a_quarter_of_all_keys_is_for_evaluation():
+    n = sum(words.split_of(f"{i}-key") == "eval" for i in range(4000))
+    assert 900 < n < 1100
+
+
+def pattern(template: str) -> re.Pattern:
+    return re.compile(re.sub(r"\\\{\w+\\\}", r"([\\w /,-]+?)", re.escape(template)) + r"\Z")
+
+
+def asked_by(wording) -> list[str]:
+    """The forms of its questions."""
+    fields = ("asked", "asked_all", "content", "named", "change")
+    return [getattr(wording, field) for field in fields if hasattr(wording, field)]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_held_out_templates_are_others(name):
+    make = TASKS[name].make
+    forms = {"seen": set(), "held_out": set()}
+    for which in forms:
+        forms[which] = {form for wording in getattr(make, which) for form in asked_by(wording)}
+    assert forms["seen"] and forms["held_out"] and not forms["seen"] & forms["held_out"]
+    said = {which: {part for w in getattr(make, which) for part in w if part} for which in forms}
+    assert not said["seen"] & said["held_out"]
+    for which, other in (("seen", "held_out"), ("held_out", "seen")):
+        for seed in range(6):
+            question = sample(name, seed, templates=which).pieces[-1].strip("\n")
+            assert any(pattern(form).match(question) for form in forms[which])
+            assert not any(pattern(form).match(question) for form in forms[other])
+
+
+# ------------------------------------------------------------------------------------------------------------- no leak
+
+
+def chi_square(counts, cells: int) -> float:
+    n = sum(counts.values())
+    return sum((counts.get(cell, 0) - n / cells) ** 2 / (n / cells) for cell in range(cells))
+
+
+# Of uniform counts in k cells, chi square is beyond these in one of ten thousand tests.
+BEYOND = {2: 15.2, 4: 21.1, 5: 23.6, 6: 25.8, 10: 33.8}
+
+
+def test_what_is_asked_for_is_told_neither_by_place_nor_by_rank():
+    """Of four needles: their order in the text, the alphabet of keys, the size of values."""
+    place, key_rank, value_rank = Counter(), Counter(), Counter()
+    for seed in range(300):
+        made = sample("needle_multikey", seed, 384, None)
+        found = re.findall(r"([a-z]+-[a-z]+) (?:is|has the number|stands for) (\d{7})\.", made.pieces[0])
+        assert len(found) == 4  # asked for or not, they look the same
+        (index,) = [i for i, (_, value) in enumerate(found) if value == made.answers[0]]
+        key, value = found[index]
+        assert key in made.pieces[-1]
+        place[index] += 1
+        key_rank[sorted(k for k, _ in found).index(key)] += 1
+        value_rank[sorted(v for _, v in found).index(value)] += 1
+    for counts in (place, key_rank, value_rank):
+        assert chi_square(counts, 4) < BEYOND[4]
+
+
+def test_records_are_asked_for_all_over_the_context_in_any_order():
+    deciles, order, forms = Counter(), Counter(), {}
+    for seed in range(60):
+        made = exam("key_value", seed, 6, 512)
+        lines = made.context[0].splitlines()
+        for question in made.questions:
+            (line,) = [i for i, text in enumerate(lines) if times(question.answers[0], text)]
+            deciles[line * 10 // len(lines)] += 1
+            forms.setdefault(question.asked.split()[0] == "What", Counter())[line * 2 // len(lines)] += 1
+        depths = [question.depth for question in made.questions]
+        for i in range(0, len(depths), 2):
+            order[int(depths[i] < depths[i + 1])] += 1
+    assert chi_square(deciles, 10) < BEYOND[10]
+    assert chi_square(order, 2) < BEYOND[2]
+    assert all(chi_square(counts, 2) < BEYOND[2] for counts in forms.values())  # nor by the template
+
+
+def test_the_order_is_not_that_of_the_question():
+    orders = Counter()
+    for seed in range(200):
+        made = sample("ordering", seed, 384, None)
+        said = made.answers[0].split(", ")
+        named = [name for name in re.findall(r"[a-z]+-[a-z]+", made.pieces[-1]) if name in said]
+        orders[sorted(itertools.permutations(range(3))).index(tuple(named.index(x) for x in said))] += 1
+        at = [made.pieces[0].index(name) for name in said]
+        assert at == sorted(at)
+    assert chi_square(orders, 6) < BEYOND[6]
+
+
+def test_the_chain_that_is_asked_for_is_any():
+    first = Counter()
+    for seed in range(200):
+        made = sample("tracking", seed, 512, None)
+        values = re.findall(r"(?:be|=) (\d{7})", made.pieces[0])
+        assert len(values) == 2
+        first[int(values[0] in made.pieces[-1])] += 1
+    assert chi_square(first, 2) < BEYOND[2]
+
+
+@pytest.mark.parametrize("name", ["common_words", "cwe"])
+def test_common_words_are_not_told_by_their_place(name):
+    """Where a common word stands first, and whether the first word of all is one, is as chance has it."""
+    first, n, share = 0, 0, 0.0
+    for seed in range(60):
+        made = sample(name, seed, 1024)
+        listed = re.findall(r"[a-z]+-[a-z]+", made.pieces[0])
+        first += listed[0] in made.answers
+        share += sum(word in made.answers for word in listed) / len(listed)
+        n += 1
+    sd = (share * (1 - share / n)) ** 0.5
+    assert abs(first - share) < 4 * sd + 1
+
+
+# --------------------------------------------------------------------------------------------------- truth of the tasks
+
+
+@pytest.mark.parametrize("name", ["tracking", "vt"])
+def test_following_every_assignment_gives_the_answer(name):
+    """A slow twin: reads the text from its beginning and keeps what every variable holds."""
+    hold = {}
+    made = sample(name, 5, depth=None)
+    form = r"(?:VAR|Let) ([A-Z]{5}) (?:be|=) (?:VAR )?([A-Z]{5}|\d+)"
+    for variable, given in re.findall(form, made.pieces[0]):
+        hold[variable] = hold.get(given, given)
+    value = re.search(r"\d{5,7}", made.pieces[-1])[0]
+    assert [variable for variable, held in hold.items() if held == value] == list(made.answers)
+    assert len(hold) == (5 if name == "vt" else 6)
+
+
+@pytest.mark.parametrize("name", ["needle_multivalue", "niah_multivalue"])
+def test_values_are_said_in_the_order_of_the_text(name):
+    made = sample(name, 2, depth=0.4)
+    at = [made.pieces[0].index(value) for value in made.answers]
+    assert at == sorted(at) and len(at) == 4
+
+
+def test_several_queries_are_answered_in_the_order_of_the_question():
+    made = sample("niah_multiquery", 2)
+    keys = [re.search(rf"for (\S+) is: {value}\.", made.pieces[0])[1] for value in made.answers]
+    at = [made.pieces[-1].index(key) for key in keys]
+    assert len(keys) == 4 and at == sorted(at)
+
+
+def test_common_words_are_counted_as_ruler_counts_them():
+    for length, often, seldom in ((2048, 6, 1), (8192, 30, 3)):
+        made = sample("cwe", 1, length)
+        numbers, listed = zip(*re.findall(r"(\d+)\. (\S+)", made.pieces[0]), strict=True)
+        assert [int(number) for number in numbers] == list(range(1, len(listed) + 1))
+        counts = Counter(listed)
+        assert {word for word, n in counts.items() if n == often} == set(made.answers) and len(made.answers) == 10
+        assert {n for word, n in counts.items() if word not in made.answers} == {seldom}
+
+
+def test_frequent_words_have_the_shares_of_a_zeta_distribution():
+    """Counts are floor(n k^-2 6 / pi^2) for one n and k = 1, 2, ...: the first is noise, the next three the answer."""
+    made = sample("fwe", 1, 8192)
+    counts = Counter(made.pieces[0].partition("coded words. ")[2].split(" ")).most_common()
+    assert counts[0][0] == "..." and [word for word, _ in counts[1:4]] == list(made.answers)
+    assert any(
+        [int(n * k**-2 * 6 / 3.141592653589793**2) for k in range(1, len(counts) + 1)] == [c for _, c in counts]
+        for n in range(1000, 20_000)
+    )
+    assert all(re.fullmatch(r"[a-z]{6}", word) for word, _ in counts[1:])
+
+
+def test_rulers_needles_are_as_its_table_has_them():
+    eleven = "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3"
+    assert list(RULER) == [*eleven.split(), "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"]
+    needle = r"One of the special magic (\w+) for (\S+) is: (\S+)\."
+    code = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+    kinds = {"numbers": (r"[a-z]+-[a-z]+", r"\d{7}"), "uuids": (code, code)}
+    many = {"niah_multikey_1": 4, "niah_multivalue": 4, "niah_multiquery": 4}
+    for name in (name for name in RULER if name.startswith("niah")):
+        made = sample(name, 1)
+        found = re.findall(needle, made.pieces[0])
+        if name in ("niah_multikey_2", "niah_multikey_3"):  # needles and nothing else
+            assert len(found) > 10 and not re.sub(needle, "", made.pieces[0].partition("\n")[2]).strip()
+        else:
+            assert len(found) == many.get(name, 1)
+        for noun, key, value in found:
+            assert re.fullmatch(kinds[noun][1], value)
+            assert re.fullmatch(kinds["uuids" if name == "niah_multikey_3" else "numbers"][0], key)
+        assert ("uuids" in {noun for noun, _, _ in found}) == name.endswith("_3")
+    noise = sample("niah_single_1", 1).pieces[0].partition("\n")[2]
+    left = {line.strip() for line in re.sub(needle, "", noise).replace(". ", ".\n").splitlines()}
+    sentences = {"The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go."}
+    assert left - {""} == sentences | {"There and back again."}
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_units_joined_are_the_text():
+    rng = random.Random(0)
+    made = ["".join(rng.choices("ab. \n!?\t", k=rng.randrange(600))) for _ in range(200)]
+    for text in [*FILLER, *made, "x" * 1000, ""]:
+        parts = haystack.units(text)
+        assert "".join(parts) == text
+        assert all(0 < len(part) <= haystack.MAX_UNIT_CHARS for part in parts)
+    assert haystack.units("One. Two?\n\n  Three") == ["One. ", "Two?\n\n", "  Three"]
+
+
+def test_several_questions_on_one_context_each_have_their_answer():
+    for name in ("needle", "key_value", "tracking", "ordering", "needle_multiquery", "picture_lookup"):
+        made = exam(name, 1, 3, 2048)
+        assert len(made.questions) == 3 and len({question.asked for question in made.questions}) == 3
+        assert TOKENS.count(*made.context, *[part for q in made.questions for part in q[:2]]) < 2048
+        if name not in PICTURES | {"ordering"}:
+            for question in made.questions:
+                assert all(times(answer, made.context[0]) in (1, 2) for answer in question.answers)
+    assert len(exam("cwe", 1, 3).questions) == 1  # all there is to ask
+
+
+def test_a_share_of_the_answers_scores():
+    made = Sample(("?",), ("Red fox", "4711"), {})
+    for text, points in ((" red FOX and 4711", 1), ("4711", 0.5), ("the red", 0), ("", 0)):
+        assert score(made, text) == points
+    anyone = made._replace(meta={"any": True})
+    assert score(anyone, "4711") == 1 and score(anyone, "47") == 0
+
+
+def test_short_keys_and_values_are_a_token_each():
+    made = exam("key_value_short", 1, 4)
+    for question in made.questions:
+        assert len(TOKENS.tokenizer.encode(question.said)) == 2  # and the end of the line
+
+
+def test_what_cannot_be_asked_is_refused():
+    with pytest.raises(ConfigError, match="task needle at 20 tokens.*Ask for more tokens"):
+        sample("needle", length=20)
+    with pytest.raises(ConfigError, match="task cwe at 256 tokens"):
+        sample("cwe", length=256)
+    with pytest.raises(ConfigError, match="'test', but there is none"):
+        sample("needle", split="test")
+    with pytest.raises(ConfigError, match="no other is left"):
+        words.Supply(random.Random(0), TOKENS, "eval").draw("short", 10_000)
+    with pytest.raises(ConfigError, match="kind 'nonsense'"):
+        words.Supply(random.Random(0), TOKENS, "eval").draw("nonsense", 1)
+    with pytest.raises(ConfigError, match="have no text"):
+        Texts([Document((Picture(b""),))])[0]

@@ -1,0 +1,247 @@
+"""Tasks as a source: document n follows from n, only answers weigh, and what a table cannot mean is refused."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from llamax.config import ConfigError, Data, Source, Vision
+from llamax.data.encode import Encoder
+from llamax.data.pipeline import HeldOut, build, text_bytes
+from llamax.data.show import show
+from llamax.data.sources import open_source, read_manifest, verify
+from llamax.data.tasks import Tokens
+from llamax.preflight import data_files
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+TOKENIZER = str(DATA / "tokenizer.model")
+VISION = Vision(tile_px=28, patch_px=7, max_tiles=2)
+TABLE = """
+weights = {needle = 1.0, key_value = 2.0, common_words = 1.0}
+length_range = [200, 500]
+questions = 3
+answer_weight = 2.0
+seed = 7
+"""
+
+
+def manifest(folder: Path, table: str = TABLE, top: str = 'kind = "text"\ndocuments = 60\n', **changes: str) -> Path:
+    """A manifest of tasks; `changes` replace lines of the table."""
+    lines = dict(line.split(" = ", 1) for line in table.strip().splitlines())
+    lines = {"filler": f'"{DATA / "fixtures" / "text.toml"}"'} | lines | changes
+    path = folder / "tasks.toml"
+    body = "\n".join(f"{key} = {value}" for key, value in lines.items() if value)
+    path.write_text(f'format = "tasks"\nlang = "en"\n{top}[tasks]\n{body}\n')
+    return path
+
+
+def source(path: Path, vision: Vision | None = None):
+    return open_source(read_manifest(path), Tokens(TOKENIZER, vision))
+
+
+def test_a_document_follows_from_its_number(tmp_path):
+    documents = source(manifest(tmp_path))
+    forwards = [documents[n] for n in range(60)]
+    again = pickle.loads(pickle.dumps(source(manifest(tmp_path))))
+    assert [again[n] for n in reversed(range(60))] == forwards[::-1]
+    assert len(documents) == 60 and len({document.pieces for document in forwards}) == 60
+    more = source(manifest(tmp_path, top='kind = "text"\ndocuments = 90\n'))
+    assert [more[n] for n in range(60)] == forwards  # nor on how many there are
+    other = source(manifest(tmp_path, seed="8"))
+    assert not {other[n].pieces for n in range(60)} & {document.pieces for document in forwards}
+    assert {document.meta["task"] for document in forwards} == {"needle", "key_value", "common_words"}
+    with pytest.raises(IndexError):
+        documents[60]
+
+
+def test_answers_weigh_and_the_rest_is_read(tmp_path):
+    for context_weight in ("0.0", "0.25"):
+        documents = source(manifest(tmp_path, context_weight=context_weight))
+        for n in range(12):
+            pieces, weights, meta = documents[n].pieces, documents[n].weights, documents[n].meta
+            said = [piece for piece, weight in zip(pieces, weights, strict=True) if weight == 2]
+            assert len(pieces) == len(weights) == 1 + 2 * len(said)
+            assert set(weights) == {2.0, float(context_weight)}
+            assert [set(text.strip().split(", ")) for text in said] == [set(answers) for answers in meta["answers"]]
+    plain = source(manifest(tmp_path, answer_weight="1.0", context_weight="1.0"))
+    assert plain[0].weights == ()
+
+
+def test_the_loss_weighs_exactly_the_answers(tmp_path):
+    """From the manifest through the packer to the batch, a target at a time."""
+    path = manifest(tmp_path)
+    data = Data(
+        sources={"tasks": Source(str(path))}, seq_len=512, batch_tokens=4 * 512, tokenizer=TOKENIZER, window_docs=16
+    )
+    batches, tokenizer = list(HeldOut(path, data, None)), Tokens(TOKENIZER).tokenizer
+    documents = [source(path)[n] for n in range(60)]
+    answers = [piece for d in documents for piece, weight in zip(d.pieces, d.weights, strict=True) if weight]
+    learnt, n_ends = [], 0
+    for batch in batches:
+        assert set(np.unique(batch.loss_weights)) == {0.0, 2.0}
+        learnt += batch.targets[batch.loss_weights > 0].tolist()
+        n_ends += (batch.targets == tokenizer.eos).sum()
+    assert n_ends == 60  # a document is never cut
+    assert sorted(learnt) == sorted([i for a in answers for i in tokenizer.encode(a)] + [tokenizer.eos] * 60)
+    n_bytes = sum(text_bytes(batch, tokenizer.byte_lengths) for batch in batches)
+    assert n_bytes.tolist() == [2.0 * sum(len(answer.encode()) for answer in answers)]
+    held_out = HeldOut(path, data, None)
+    list(held_out)
+    assert sorted(held_out.texts()) == sorted(answers)
+    batch = next(iter(build(data, None, 0)))
+    assert set(np.unique(batch.loss_weights)) == {0.0, 2.0}
+
+
+def test_bits_per_byte_do_not_depend_on_the_scale_of_the_weights(tmp_path):
+    """Both of its sums are of what weighs, as much as it does: twice the weights are twice the bytes."""
+    data = Data(sources={}, seq_len=512, batch_tokens=4 * 512, tokenizer=TOKENIZER)
+    lengths = Tokens(TOKENIZER).tokenizer.byte_lengths
+    once, twice = (
+        [
+            (batch.loss_weights, text_bytes(batch, lengths))
+            for batch in HeldOut(manifest(tmp_path, context_weight=a, answer_weight=b), data, None)
+        ]
+        for a, b in (("0.25", "1.5"), ("0.5", "3.0"))
+    )
+    for (weights, size), (weights_2, size_2) in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(2 * weights, weights_2)
+        np.testing.assert_array_equal(2 * size, size_2)
+    assert {0.0, 0.25, 1.5} == set(np.unique(once[0][0]))
+
+
+def test_stated_lengths_are_what_documents_have(tmp_path):
+    encode = Encoder(TOKENIZER, None)
+    for change in ({}, {"length_range": "", "lengths": "[256, 512]"}):
+        path = manifest(tmp_path, top='kind = "text"\ndocuments = 200\n', seed="8", **change)
+        lengths = [len(encode(document).tokens) - 1 for document in source(path)]
+        about = read_manifest(path)
+        assert about.tokens / 200 == pytest.approx(np.mean(lengths), rel=0.06)
+        if not change:
+            assert min(lengths) < 230 and max(lengths) > 450 and max(lengths) <= 500
+        else:
+            assert all(n <= 256 or 470 < n <= 512 for n in lengths) and 60 < sum(n <= 256 for n in lengths) < 140
+
+
+def test_fewer_questions_where_they_do_not_fit(tmp_path):
+    few = source(manifest(tmp_path, weights="{needle_multivalue = 1.0}", length_range="[150, 4000]", questions="16"))
+    asked = {len(few[n].meta["answers"]): few[n].meta["length"] for n in range(40)}
+    assert len(asked) > 2 and min(asked) >= 1 and max(asked) == 16 and asked[max(asked)] > asked[min(asked)]
+
+
+def test_options_change_a_task(tmp_path):
+    path = manifest(tmp_path, weights="{key_value = 1}", **{"options.key_value": '{records = 5, key_kind = "short"}'})
+    context = source(path)[0].pieces[0]
+    plain = source(manifest(tmp_path, weights="{key_value = 1}"))[0].pieces[0]
+    assert len(context) > 100 and context.count(":") != plain.count(":")
+
+
+def test_pictures_come_with_their_tiles(tmp_path):
+    path = manifest(
+        tmp_path,
+        weights="{picture_needle = 1, picture_change = 1}",
+        length_range="[400, 500]",
+        top='kind = "multimodal"\ndocuments = 8\n',
+        **{"options.picture_needle": "{n = 3}", "options.picture_change": "{n = 2, side = 28}"},
+    )
+    sources = {"tasks": Source(str(path))}
+    data = Data(sources=sources, seq_len=512, batch_tokens=4 * 512, tokenizer=TOKENIZER, tiles_per_row=16)
+    batch = next(iter(build(data, VISION, 0)))
+    assert batch.tiles.any() and set(np.unique(batch.loss_weights)) == {0.0, 2.0}
+    small = Data(sources=sources, seq_len=512, batch_tokens=4 * 512, tokenizer=TOKENIZER, tiles_per_row=4)
+    with pytest.raises(ConfigError, match="come apart"):
+        build(small, VISION, 0)
+
+
+def test_a_row_has_to_hold_a_task(tmp_path):
+    path = manifest(tmp_path)
+    data = Data(sources={"tasks": Source(str(path))}, seq_len=256, batch_tokens=1024, tokenizer=TOKENIZER)
+    with pytest.raises(ConfigError, match="up to 500 tokens and a row 256.*data.seq_len=500"):
+        build(data, None, 0)
+
+
+def test_the_fillers_files_are_its_own(tmp_path):
+    about = read_manifest(manifest(tmp_path))
+    verify(about)
+    assert [path.name for path in about.files] == ["text.jsonl"]
+
+
+def test_another_table_is_other_data(tmp_path):
+    class Run:
+        data = Data(sources={"tasks": Source(str(manifest(tmp_path)))}, tokenizer=TOKENIZER)
+
+    before = data_files(Run)
+    assert data_files(Run) == before
+    manifest(tmp_path, seed="8")
+    assert data_files(Run) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(filler=""), "has no filler"),
+        (dict(weights="{needel = 1.0}"), "'needel', which does not exist.*Did you mean 'needle'"),
+        (dict(weights="{needle = -1}"), "tasks.weights is"),
+        (dict(weights="{needle = 0}"), "not all of them 0"),
+        (dict(weights="{picture_needle = 1}"), "picture_needle has pictures"),
+        (dict(lengths="[256]"), "either lengths or length_range"),
+        (dict(length_range="[500, 200]"), "the larger one last"),
+        (dict(length_range="", lengths="[0]"), "tasks.lengths is"),
+        (dict(questions="0"), "tasks.questions is 0"),
+        (dict(split='"test"'), "tasks.split is 'test'.*train, eval"),
+        (dict(templates='"new"'), "tasks.templates is 'new'"),
+        (dict(answer_weight="0", context_weight="0"), "nothing of its tasks weighs"),
+        (dict(answer_weight="nan"), "tasks.answer_weight is nan"),
+        (dict(sed="3"), "unknown key 'sed'.*Did you mean 'seed'"),
+        ({"options.needle": "{keis = 3}"}, "unknown key 'keis'.*Did you mean 'keys'"),
+        ({"options.needle": '{keys = "3"}'}, "options.needle.keys is '3'"),
+        ({"options.needle": "{key_kind = 'nouns'}"}, "key_kind is 'nouns'.*words"),
+        ({"options.needle": "{haystack = 'hay'}"}, "haystack is 'hay'"),
+        ({"options.needle": "{keys = 0, queries = 0}"}, "keys is 0.*Give 1 or more"),
+        (dict(length_range="[20, 500]"), "at 20 tokens.*Ask for more tokens"),
+    ],
+)
+def test_a_wrong_table_is_refused_in_three_parts(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        source(manifest(tmp_path, **changes))
+    assert error.value.asked and error.value.true and error.value.change
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ("", "how many documents"),
+        ('documents = 3\nfiles = ["a"]\n', "has files"),
+        ("documents = 3\ntokens = 4\n", "has tokens"),
+    ],
+)
+def test_a_wrong_manifest_of_tasks_is_refused(tmp_path, top, message):
+    with pytest.raises(ConfigError, match=message):
+        read_manifest(manifest(tmp_path, top=top))
+
+
+def test_tasks_need_a_tokenizer_and_text(tmp_path):
+    path = manifest(tmp_path)
+    with pytest.raises(ConfigError, match="nothing here names one"):
+        open_source(read_manifest(path))
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ConfigError, match="is of tasks too"):
+        read_manifest(manifest(tmp_path / "more", filler=f'"{path}"'))
+    written = (tmp_path / "tasks.toml").read_text().replace('"tasks"', '"jsonl"', 1)
+    (tmp_path / "tasks.toml").write_text(written)
+    with pytest.raises(ConfigError, match=r"a \[tasks\] table and is of another format"):
+        read_manifest(path)
+
+
+def test_show_tells_what_weighs(tmp_path):
+    said = Console(file=io.StringIO(), width=120, force_terminal=True)
+    show(manifest(tmp_path), 3, tokenizer=TOKENIZER, console=said)
+    text = said.file.getvalue()
+    document = source(manifest(tmp_path))[0]
+    assert "made as they are read from 1 files of text" in text and "weigh 2" in text and "weigh 0" in text
+    assert f"\x1b[1;32m[x2]{document.pieces[2].rstrip()}" in text  # bold and green
+    assert "\x1b[2m" in text  # the context is dim
