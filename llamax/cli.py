@@ -210,6 +210,15 @@ def _data_show(args: argparse.Namespace) -> None:
     show(args.manifest, n=args.documents, tokenizer=run.data.tokenizer, vision=run.model.vision)
 
 
+def _data_join(args: argparse.Namespace) -> None:
+    from llamax import config
+    from llamax.data.join import join
+
+    tokenizer = config.resolve_path(args.tokenizer)
+    written = join(args.manifest, args.by, args.out, args.max_tokens, tokenizer)
+    print(f"{args.out} has {written['documents']:,} documents of {written['tokens']:,} tokens in all.")
+
+
 def _data_verify(args: argparse.Namespace) -> None:
     from llamax.data.sources import read_manifest, verify
 
@@ -290,6 +299,14 @@ def parser() -> argparse.ArgumentParser:
     look = _command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
     look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
     look.add_argument("-n", "--documents", type=_count, default=3, metavar="N", help="how many (%(default)s)")
+    about = "join related documents into long ones: the files of a folder, or a module and what imports it"
+    joined = _command(verbs, "join", _data_join, about, JOIN)
+    joined.add_argument("manifest", metavar="MANIFEST", help="a .toml file of documents whose ids are their paths")
+    joined.add_argument("--by", required=True, choices=("folder", "imports"), help="what belongs together")
+    joined.add_argument("--out", required=True, type=_named, metavar="FILE", help="the manifest to write (.toml)")
+    most = "of a joined document, by --tokenizer (%(default)s)"
+    joined.add_argument("--max-tokens", type=int, default=65_536, metavar="N", help=most)
+    joined.add_argument("--tokenizer", default="data/tokenizer.model", metavar="FILE", help="(%(default)s)")
     whose = "its tokenizer and its pictures' tiles are those that tasks are made for"
     look.add_argument("--recipe", metavar="RECIPE", help=f"{whose} (the small tokenizer, Llama 4's tiles)")
     verify = _command(verbs, "verify", _data_verify, "compare a manifest's files with its hashes", VERIFY)
@@ -425,6 +442,10 @@ BUILD = """
 DATA_SHOW = """
     llamax data show data/built/drawings.toml
     llamax data show data/built/python.toml -n 1
+"""
+JOIN = """
+    llamax data join data/built/python.toml --by folder --out data/packages.toml
+    llamax data join data/built/python.toml --by imports --out data/callers.toml --max-tokens 16384
 """
 VERIFY = """
     llamax data verify data/built/python.toml

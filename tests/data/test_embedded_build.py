@@ -22,6 +22,14 @@ TOKENIZER = DATA / "tokenizer.model"
 COUNTS = {"one_shape": 30, "several_shapes": 10, "written": 6, "chart": 6, "interleaved": 8, "clip": 5}
 RECIPE = build.Recipe(side=24, counts=COUNTS, held_out_copies=1)
 MODULE = '"""Module {i}."""\n\nclass Box:\n    """A box."""\n\n    def open(self, key=None):\n        """Open it."""\n'
+LONG_HELD_OUT = next(f"long{i}" for i in range(1000) if stdlib.held_out(f"long{i}.py"))
+
+
+def long_module(i: int) -> bytes:
+    """Without a docstring, so that it is code alone."""
+    return "".join(f"value_{i}_{n} = {n * n}  # line {n} of a long file\n" for n in range(600)).encode()
+
+
 QUIET = Console(file=io.StringIO())
 
 
@@ -43,6 +51,8 @@ def library(tmp_path_factory) -> Path:
         "pydoc_data/topics.py": b"topics = {'while': 'The while statement.\\n', 'for': 'The for statement.\\n'}\n",
         "data.bin": b"left out",
     }
+    files |= {f"pack{i}/user.py": f"from pack{i} import mod{i}\nuse = mod{i}.Box\n".encode() for i in range(3)}
+    files |= {f"{name}.py": long_module(i) for i, name in enumerate(("plain", LONG_HELD_OUT))}
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
@@ -126,12 +136,45 @@ def test_what_is_held_out_is_in_no_training_manifest(built, library):
         ids[name] = {source[i].id for i in range(len(source))}
     assert ids["python_heldout"] and not ids["python"] & ids["python_heldout"]
     files = {name for name in ids["python"] | ids["python_heldout"]}
-    assert files == {f"pack{i % 3}/mod{i}.py" for i in range(120)} | {"broken.py"}
+    others = {"broken.py", "plain.py", f"{LONG_HELD_OUT}.py", *(f"pack{i}/user.py" for i in range(3))}
+    assert files == {f"pack{i % 3}/mod{i}.py" for i in range(120)} | others
     assert ids["python_heldout"] == {name for name in files if stdlib.held_out(name)}
     held_out_files = {name.removesuffix("#docstrings") for name in ids["docs_heldout"] if "topics" not in name}
-    assert held_out_files - {"notes.txt"} == ids["python_heldout"]  # code and documentation go together
+    documented = ids["python_heldout"] - {f"{LONG_HELD_OUT}.py", *(f"pack{i}/user.py" for i in range(3))}
+    assert held_out_files - {"notes.txt"} == documented  # code and documentation go together
     topics = {name for name in ids["docs"] | ids["docs_heldout"] if "topics" in name}
     assert topics == {"pydoc_data/topics.py#for", "pydoc_data/topics.py#while"}
+
+
+def read(folder: Path, name: str) -> list:
+    source = open_source(read_manifest(folder / f"{name}.toml"))
+    return [source[i] for i in range(len(source))]
+
+
+def test_joined_files_are_whole_and_what_is_held_out_stays_out(built):
+    trained = {path for name in ("packages", "callers") for d in read(built, name) for path in d.meta["files"]}
+    kept_out = {path for d in read(built, "packages_heldout") for path in d.meta["files"]}
+    assert trained and kept_out and not trained & kept_out
+    assert not any(stdlib.held_out(path) for path in trained)
+    assert all(stdlib.held_out(path) for path in kept_out)
+    texts = {d.id: d.pieces[0] for d in read(built, "python") + read(built, "python_heldout")}
+    assert trained | kept_out == {path for path in texts if "/" in path}
+    for name in ("packages", "packages_heldout"):
+        assert {d.id.partition("#")[0] for d in read(built, name)} <= {"pack0", "pack1", "pack2"}
+        for d in read(built, name):
+            assert d.pieces[0] == "\n".join(f"# {path}\n{texts[path]}" for path in d.meta["files"])
+    for d in read(built, "callers"):
+        module, user = d.meta["files"]
+        assert user == module.partition("/")[0] + "/user.py" and f"import {module[6:-3]}\n" in d.pieces[0]
+
+
+def test_long_held_out_documents_are_long_and_held_out(built):
+    documents, reader = read(built, "long_heldout"), Tokenizer(TOKENIZER)
+    assert len(documents) > 2 and {d.id.partition("@")[0] for d in documents} == {f"{LONG_HELD_OUT}.py"}
+    (whole,) = (d.pieces[0] for d in read(built, "python_heldout") if d.id == f"{LONG_HELD_OUT}.py")
+    heads = [d.pieces[0].partition("\n") for d in documents]
+    assert "".join(text for _, _, text in heads) == whole
+    assert all(len(reader.encode(text)) >= build.LEAST_LONG for _, _, text in heads)
 
 
 def test_two_per_cent_are_held_out():

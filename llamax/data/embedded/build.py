@@ -21,10 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from llamax.config import ConfigError
+from llamax.data import join
+from llamax.data.document import Document
 from llamax.data.embedded import drawings, sequences, shards, stdlib
 from llamax.data.tokenizer import Tokenizer
 
-VERSION = 4  # raise it when the same parameters make other data
+VERSION = 5  # raise it when the same parameters make other data
 STAMP = "stamp.json"
 MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
     "one_shape": drawings.one_shape,
@@ -45,6 +47,10 @@ DESCRIPTIONS = {
     "docs": "Python's language reference, docstrings and notes, from the interpreter's standard library.",
     "python_heldout": "2% of the standard library's source files, by path hash; in no training manifest.",
     "docs_heldout": "Documentation of the held-out 2% of the standard library; in no training manifest.",
+    "packages": "Folders of the standard library: their source files joined, in documents of up to 8,192 tokens.",
+    "callers": "Modules of the standard library, each with modules that import it, up to 8,192 tokens.",
+    "packages_heldout": "The held-out source files of the folders of packages; in no training manifest.",
+    "long_heldout": "Stretches of at least 2,048 tokens of held-out files, code and documentation.",
     "text_heldout": "All held-out text: the files of python_heldout and docs_heldout.",
     "drawings": "Generated drawings (shapes, writing, bar charts) with captions or questions and answers.",
     "interleaved": "Generated documents of text and one to four drawings.",
@@ -52,6 +58,10 @@ DESCRIPTIONS = {
     "drawings_heldout": "One-shape drawings whose (colour, shape, size, position) is in no training drawing; "
     "meta holds the prompt and the truth.",
 }
+
+
+MAX_JOINED = 8192  # tokens of a document of packages and callers
+LEAST_LONG = 2048  # tokens of a document of long_heldout
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,9 @@ def _write_all(
             documents = ({"pieces": [{"text": text}], "id": id_} for id_, text in texts)
             lang = "python" if name.startswith("python") else "en"
             write(name, documents, len(texts), lang=lang, kind="text", licence="PSF-2.0")
+        for name, lang, long in _long(read, tokenizer):
+            if long:  # a library may have none
+                write(name, iter(long), len(long), lang=lang, kind="text", licence="PSF-2.0")
     manifests["text_heldout"] = shards.write_union(
         folder,
         "text_heldout",
@@ -173,6 +186,32 @@ def _write_all(
     skipped = ", ".join(f"{n} {why}" for why, n in read.skipped.items())
     console.print(f"Library files left out: {skipped}.", highlight=False)
     return manifests
+
+
+def _long(read: stdlib.Library, tokenizer: Tokenizer | None) -> Iterator[tuple[str, str, list[dict]]]:
+    """(manifest, language, records) of the related files that are joined, and of what is held out and long."""
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode_array(text)) if tokenizer else len(text) // 4
+
+    def joined(texts: list[tuple[str, str]], by: str) -> list[dict]:
+        kept = [(path, text) for path, text in texts if by != "folder" or "/" in path]  # a package has a folder
+        documents = [Document((text,), id=path) for path, text in kept]
+        files, _ = join.read_files(documents, count, MAX_JOINED, by == "imports")
+        return list(join.records(join.BY[by](files, MAX_JOINED), lambda number: kept[number][1]))
+
+    yield "packages", "python", joined(read.python, "folder")
+    yield "callers", "python", joined(read.python, "imports")
+    yield "packages_heldout", "python", joined(read.python_heldout, "folder")
+    yield (
+        "long_heldout",
+        "mul",
+        [
+            {"pieces": [{"text": part}], "id": f"{name}@{i}"}
+            for name, text in read.python_heldout + read.docs_heldout
+            for i, part in enumerate(join.stretches(name, text, count, LEAST_LONG))
+        ],
+    )
 
 
 def _rng(recipe: Recipe, maker: str, index: int) -> random.Random:

@@ -57,7 +57,7 @@ def _counted(documents: Iterable[dict], tokenizer: Tokenizer | None, totals: dic
         totals["documents"] += 1
         totals["bytes"] += sum(len(text.encode()) for text in texts)
         if tokenizer:
-            totals["tokens"] += sum(len(tokenizer.encode(text)) for text in texts)
+            totals["tokens"] += sum(len(tokenizer.encode_array(text)) for text in texts)
         yield document
 
 
