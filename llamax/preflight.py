@@ -41,10 +41,8 @@ def with_paths(run: config.Run) -> config.Run:
     tokenizer = str(config.resolve_path(run.data.tokenizer))
     data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
     tokens = Tokens(tokenizer, run.model.vision)
-    for evaluation in evals.values():
-        open_source(
-            read_manifest(evaluation.path), tokens
-        )  # a missing or cut one should not be met after hours of training
+    for evaluation in evals.values():  # a missing or cut one should not be met after hours of training
+        open_source(read_manifest(evaluation.path), tokens)
     return dataclasses.replace(run, data=data, evals=evals)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,13 +172,12 @@ def test_the_fillers_files_are_its_own(tmp_path):
 
 
 def test_another_table_is_other_data(tmp_path):
-    class Run:
-        data = Data(sources={"tasks": Source(str(manifest(tmp_path)))}, tokenizer=TOKENIZER)
-
-    before = data_files(Run)
-    assert data_files(Run) == before
+    data = Data(sources={"tasks": Source(str(manifest(tmp_path)))}, tokenizer=TOKENIZER)
+    parts = [SimpleNamespace(name="main", run=SimpleNamespace(data=data))]
+    before = data_files(parts)
+    assert data_files(parts) == before
     manifest(tmp_path, seed="8")
-    assert data_files(Run) != before
+    assert data_files(parts) != before
 
 
 @pytest.mark.parametrize(

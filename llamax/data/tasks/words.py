@@ -106,7 +106,7 @@ class Supply:
                 self._drawn.add(found)
                 return found
         true = f"{len(self._drawn)} are drawn, and no other is left that does not occur in the text"
-        raise ConfigError(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "words".')
+        raise ConfigError(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "uuids".')
 
     def _occurs(self, spelling: str) -> bool:
         """Whether it stands in the text as a word, or anywhere if it is more than one."""
