@@ -289,6 +289,12 @@ def parser() -> argparse.ArgumentParser:
     most = "bytes of a file, in GB (%(default)s)"
     to_hf.add_argument("--max-shard-gb", type=float, default=5.0, metavar="N", help=most)
 
+    _data(commands)
+    return top
+
+
+def _data(commands: Any) -> None:
+    """The words of `llamax data`."""
     about = "build or look at data, train a tokenizer"
     data = commands.add_parser("data", help=about, description=_sentence(about), **_examples(DATA))
     verbs = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -308,7 +314,7 @@ def parser() -> argparse.ArgumentParser:
     joined.add_argument("--max-tokens", type=int, default=65_536, metavar="N", help=most)
     joined.add_argument("--tokenizer", default="data/tokenizer.model", metavar="FILE", help="(%(default)s)")
     whose = "its tokenizer and its pictures' tiles are those that tasks are made for"
-    look.add_argument("--recipe", metavar="RECIPE", help=f"{whose} (the small tokenizer, Llama 4's tiles)")
+    look.add_argument("--recipe", default="", metavar="RECIPE", help=f"{whose} (the small tokenizer, Llama 4's tiles)")
     verify = _command(verbs, "verify", _data_verify, "compare a manifest's files with its hashes", VERIFY)
     verify.add_argument("manifest", metavar="MANIFEST", help="a .toml file with a [sha256] table")
     tokenizer = _command(
@@ -321,7 +327,6 @@ def parser() -> argparse.ArgumentParser:
         "--vocab", type=int, default=3968, metavar="N", help="ids without the specials (%(default)s)"
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
-    return top
 
 
 def _planned(plan: argparse.ArgumentParser) -> None:
