@@ -16,6 +16,7 @@ from llamax.data.embedded import draw, scene
 from llamax.data.encode import Encoder
 from llamax.data.sources import open_source, read_manifest
 from llamax.data.tasks import RULER, TASKS, Sample, Texts, Tokens, haystack, score, words
+from llamax.data.tasks.sample import Ask
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 VISION = Vision(tile_px=28, patch_px=7, max_tiles=1)
@@ -228,8 +229,10 @@ BEYOND = {2: 15.2, 4: 21.1, 5: 23.6, 6: 25.8, 10: 33.8}
 
 
 def test_what_is_asked_for_is_told_neither_by_place_nor_by_rank():
-    """Of four needles: their order in the text, the alphabet of keys, the size of values."""
+    """Of four needles: their order in the text, the alphabet of keys, the size of values. The place is told neither by
+    the template nor by the length of the context, and a value not by its key, which is all that a question has."""
     place, key_rank, value_rank = Counter(), Counter(), Counter()
+    by_template, by_length, pairs = {}, {}, []
     for seed in range(300):
         made = sample("needle_multikey", seed, 384, None)
         found = re.findall(r"([a-z]+-[a-z]+) (?:is|has the number|stands for) (\d{7})\.", made.pieces[0])
@@ -238,10 +241,17 @@ def test_what_is_asked_for_is_told_neither_by_place_nor_by_rank():
         key, value = found[index]
         assert key in made.pieces[-1]
         place[index] += 1
+        by_template.setdefault(made.pieces[-1].split()[0], Counter())[index] += 1
+        by_length.setdefault(made.meta["tokens"] > 370, Counter())[index] += 1
+        pairs += found
         key_rank[sorted(k for k, _ in found).index(key)] += 1
         value_rank[sorted(v for _, v in found).index(value)] += 1
-    for counts in (place, key_rank, value_rank):
+    assert len(by_template) > 2 and len(by_length) == 2
+    for counts in (place, key_rank, value_rank, *by_template.values(), *by_length.values()):
         assert chi_square(counts, 4) < BEYOND[4]
+    keys, values = sorted(key for key, _ in pairs), sorted(value for _, value in pairs)
+    both = Counter(2 * (key > keys[len(keys) // 2]) + (value > values[len(values) // 2]) for key, value in pairs)
+    assert chi_square(both, 4) < BEYOND[4]
 
 
 def test_records_are_asked_for_all_over_the_context_in_any_order():
@@ -311,6 +321,8 @@ def test_following_every_assignment_gives_the_answer(name):
     value = re.search(r"\d{5,7}", made.pieces[-1])[0]
     assert [variable for variable, held in hold.items() if held == value] == list(made.answers)
     assert len(hold) == (5 if name == "vt" else 6)
+    for before, after in itertools.pairwise(made.answers):  # hop after hop, not all of them from the first
+        assert re.search(rf"{after} (?:be|=) (?:VAR )?{before}", made.pieces[0])
 
 
 @pytest.mark.parametrize("name", ["needle_multivalue", "niah_multivalue"])
@@ -384,6 +396,32 @@ def test_units_joined_are_the_text():
         assert "".join(parts) == text
         assert all(0 < len(part) <= haystack.MAX_UNIT_CHARS for part in parts)
     assert haystack.units("One. Two?\n\n  Three") == ["One. ", "Two?\n\n", "  Three"]
+
+
+def test_a_haystack_is_runs_of_real_text():
+    """Each from some unit of a text to that text's end."""
+    for seed in range(5):
+        ask = Ask(random.Random(seed), FILLER, 2000, None, TOKENS, "train", "seen", 1, "needle")
+        text = "".join(unit for unit, _ in haystack.draw(ask))
+        runs = 0
+        ends = ["".join(parts[i:]) for parts in map(haystack.units, FILLER) for i in range(len(parts))]
+        ends = sorted({end + "\n" * (not end.endswith("\n")) for end in ends}, key=len, reverse=True)
+        while text:
+            found = next(end for end in ends if text.startswith(end) or end.startswith(text))
+            text, runs = text[len(found) :], runs + 1
+        assert 2 < runs < 60
+        kept = haystack.fit(haystack.draw(ask), 1000)
+        assert 990 <= sum(n for _, n in kept) <= 1000
+
+
+def test_what_stands_in_the_text_is_no_key():
+    """Of all short words but six, as words; of pairs anywhere."""
+    free = [word for word in TOKENS.words if words.split_of(word) == "train"][:6]
+    text = ". ".join(word.upper() for word in TOKENS.words if word not in free)
+    supply = words.Supply(random.Random(0), TOKENS, "train", text)
+    assert sorted(supply.draw("short", 6)) == sorted(free)
+    first = words.Supply(random.Random(1), TOKENS, "train").draw("pairs", 1)
+    assert words.Supply(random.Random(1), TOKENS, "train", f"a {first[0]}s b").draw("pairs", 1) != first
 
 
 def test_several_questions_on_one_context_each_have_their_answer():
