@@ -31,6 +31,9 @@ seed = 7
 """
 
 
+SHORT_KEYS = {"options.key_value": '{key_kind = "short", value_kind = "short"}'}  # there are 905
+
+
 def manifest(folder: Path, table: str = TABLE, top: str = 'kind = "text"\ndocuments = 60\n', **changes: str) -> Path:
     """A manifest of tasks; `changes` replace lines of the table."""
     lines = dict(line.split(" = ", 1) for line in table.strip().splitlines())
@@ -203,6 +206,7 @@ def test_another_table_is_other_data(tmp_path):
         ({"options.needle": "{haystack = 'hay'}"}, "haystack is 'hay'"),
         ({"options.needle": "{keys = 0, queries = 0}"}, "keys is 0.*Give 1 or more"),
         (dict(length_range="[20, 500]"), "at 20 tokens.*Ask for more tokens"),
+        (dict(weights="{key_value = 1}", length_range="[256, 9000]") | SHORT_KEYS, "no other is left"),
     ],
 )
 def test_a_wrong_table_is_refused_in_three_parts(tmp_path, changes, message):

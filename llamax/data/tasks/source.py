@@ -190,13 +190,14 @@ class Exams(Sequence[Document]):
     """The documents of a [tasks] table, by random access; each is made when it is asked for, always the same."""
 
     def __init__(self, table: Table, n: int, lang: str, filler: Sequence[Document], tokens: Tokens, where: str | Path):
-        """ConfigError if one of the tasks cannot be asked at the shortest of the lengths."""
+        """ConfigError if one of the tasks cannot be asked at the shortest and at the longest of the lengths: a long text
+        may leave no word for a key."""
         self.table, self.n, self.lang, self.tokens, self.where = table, n, lang, tokens, str(where)
         self.filler = Texts(filler)
         self.tasks = {name: table.task(name) for name, weight in table.weights.items() if weight}
-        shortest = min([*table.lengths, *table.length_range])
         for name in self.tasks:
-            self._exam(random.Random(f"{table.seed}/{name}"), name, shortest)
+            for length in {min([*table.lengths, *table.length_range]), table.longest}:
+                self._exam(random.Random(f"{table.seed}/{name}"), name, length)
 
     def __len__(self) -> int:
         return self.n
