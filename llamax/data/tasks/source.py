@@ -190,8 +190,8 @@ class Exams(Sequence[Document]):
     """The documents of a [tasks] table, by random access; each is made when it is asked for, always the same."""
 
     def __init__(self, table: Table, n: int, lang: str, filler: Sequence[Document], tokens: Tokens, where: str | Path):
-        """ConfigError if one of the tasks cannot be asked at the shortest and at the longest of the lengths: a long text
-        may leave no word for a key."""
+        """ConfigError if one of the tasks cannot be asked at the shortest or at the longest of the lengths: a long
+        text may leave no word for a key."""
         self.table, self.n, self.lang, self.tokens, self.where = table, n, lang, tokens, str(where)
         self.filler = Texts(filler)
         self.tasks = {name: table.task(name) for name, weight in table.weights.items() if weight}
