@@ -69,8 +69,8 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     kept = count.training_bytes(model)
     states = {"parameters": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
     yield "training state", ", ".join(f"{size(n)} {name}" for name, n in states.items()) + ", all devices together"
-    yield "cache of a sequence", cache(model, data.seq_len)
-    yield "", cache(model, 2**20)
+    for name, context in (("cache of a sequence", data.seq_len), ("", 2**20), ("", 10 * 2**20)):
+        yield name, cache(model, context)
     yield "tokens a step", f"{data.batch_tokens:,} = {data.rows:,} rows of {data.seq_len:,}"
     yield "FLOPs a token", f"{count.token_flops(model, data.seq_len):.4g} of text, on average over a row"
     yield "FLOPs a step", f"{count.step_flops(run):.4g} of text"
