@@ -1,14 +1,13 @@
-"""Scout's mid-training: from a pretrained Scout, at the same length, to a better mixture and a learning rate of nothing.
+"""Scout's mid-training: a pretrained Scout, at the same length, on a mixture that gets better as the rate falls.
 
     llamax train recipes/scout_midtrain.py:tiny --workdir runs/midtrain   # a laptop, minutes; after `make quickstart`
     llamax show  recipes/scout_midtrain.py                     # every setting
     llamax train recipes/scout_midtrain.py --workdir DIR --config.init.path=PRETRAINED     # or a layout, as :v5p_256
 
 PRETRAINED is any model: a run's workdir, a converted model, a folder in Hugging Face's format; its parameters are taken
-and the optimizer is fresh. While the learning rate falls in a line to nothing, the weights of the sources go from those
-of pretraining to others, half of the web's tokens giving way to code, mathematics and captions that are worth more:
-what is seen at a low rate stays (docs/how-to/mixture.md). Meta published that Llama 4 was mid-trained, not how: mixture,
-tokens and rates are ours.
+and the optimizer is fresh. The learning rate falls in a line to nothing, and the weights of the sources go from those of
+pretraining to others (docs/how-to/mixture.md): half of the web's tokens give way to code, mathematics and captions. Meta
+published that Llama 4 was mid-trained, not how: mixture, tokens and rates are ours.
 
 The full size asks for 256 devices and more; the layout's plan is that of scout_pretrain:v5p_256 in docs/plans.md.
 
