@@ -5,9 +5,9 @@
     llamax train recipes/scout_midtrain.py --workdir DIR --config.init.path=PRETRAINED     # or a layout, as :v5p_256
 
 PRETRAINED is any model: a run's workdir, a converted model, a folder in Hugging Face's format; its parameters are taken
-and the optimizer is fresh. The learning rate falls in a line to nothing, and the weights of the sources go from those of
-pretraining to others (docs/how-to/mixture.md): half of the web's tokens give way to code, mathematics and captions. Meta
-published that Llama 4 was mid-trained, not how: mixture, tokens and rates are ours.
+and the optimizer is fresh. The learning rate falls in a line to nothing, and the weights of the sources go from those
+of pretraining to others (docs/how-to/mixture.md): half of the web's tokens give way to code, mathematics and captions.
+Meta published that Llama 4 was mid-trained, not how: mixture, tokens and rates are ours.
 
 The full size asks for 256 devices and more; the layout's plan is that of scout_pretrain:v5p_256 in docs/plans.md.
 
