@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llamax import stages, stripes
+from llamax import positions, stages, stripes
 from llamax.config import (
+    ATTN_SCALES,
     BIAS_UPDATES,
     CHOOSE_BY,
     COMPUTE_DTYPES,
@@ -23,11 +24,13 @@ from llamax.config import (
     ON_NONFINITE,
     ON_SPIKE,
     REMATS,
+    ROPE_RAMPS,
     ROPE_SCALINGS,
     ROUTER_SCORES,
     ROW_AXES,
     RULES,
     SCHEDULES,
+    TEMPERATURE_WHEN,
     VISION_ENCODERS,
     Mesh,
     Model,
@@ -39,8 +42,8 @@ from llamax.config_dict import ConfigError, nearest
 
 # Every number of the schema is finite and more than 0, but for these ("*" stands for a source's or evaluation's name),
 MAY_BE_ZERO = (
-    *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
-    *("data.align_tokens", "train.expert_capacity"),
+    *("seed", "model.n_shared_experts", "model.attn_temperature", "model.rope.attention_factor"),
+    *("data.multimodal_steps", "data.workers", "data.align_tokens", "train.expert_capacity"),
     *("init.step", "train.steps", "optim.begins"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
@@ -73,6 +76,9 @@ MOST_WEIGHT = 1e100  # and one of these
 # and some strings are names out of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope.scaling": ROPE_SCALINGS,
+    "model.rope.ramp": ROPE_RAMPS,
+    "model.attn_scale": ATTN_SCALES,
+    "model.attn_temperature_when": TEMPERATURE_WHEN,
     "model.router_score": ROUTER_SCORES,
     "model.choose_by": CHOOSE_BY,
     "model.gate_on": GATE_ON,
@@ -91,23 +97,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 def check(run: Run) -> None:
     """Raises ConfigError at the first setting, or pair of settings, that cannot work."""
-    for path, pattern, value in _fields(dataclasses.replace(run, stages={})):
-        if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
-            _number(path, pattern, value)
-        if isinstance(value, str):
-            _text(path, value)
-        if pattern in CHOICES:
-            _choice(path, value, CHOICES[pattern])
+    _each(_fields(dataclasses.replace(run, stages={})))
     if not run.name:
         raise ConfigError("--config.name=''", "a run has a name", "Set --config.name to the recipe's name.")
     if run.stages:
         _stages(run)
         return
-    _plan(run.model)
-    _heads(run.model)
-    _routing(run.model)
-    if run.model.vision is not None:
-        _vision(run.model.vision)
+    _model(run.model)
     _rows(run)
     _pictures(run)
     _sources(run)
@@ -116,6 +112,12 @@ def check(run: Run) -> None:
     _mesh(run)
     _evals(run)
     _checkpoint(run)
+
+
+def check_model(model: Model) -> None:
+    """The same for a model by itself."""
+    _each(_fields(model, "model", "model"))
+    _model(model)
 
 
 def resolve_mesh(run: Run, n_devices: int) -> Mesh:
@@ -151,6 +153,17 @@ def _fields(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str
             yield from _fields(entry, f"{path}.{name}", f"{pattern}.*")
     else:
         yield path, pattern, value
+
+
+def _each(fields: Iterable[tuple[str, str, Any]]) -> None:
+    """What holds for one field alone."""
+    for path, pattern, value in fields:
+        if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
+            _number(path, pattern, value)
+        if isinstance(value, str):
+            _text(path, value)
+        if pattern in CHOICES:
+            _choice(path, value, CHOICES[pattern])
 
 
 def _number(path: str, pattern: str, value: float) -> None:
@@ -194,6 +207,15 @@ def _nearest_divisor(of: int, near: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- the model
+
+
+def _model(model: Model) -> None:
+    _plan(model)
+    _heads(model)
+    _routing(model)
+    positions.check(model)
+    if model.vision is not None:
+        _vision(model.vision)
 
 
 def _plan(model: Model) -> None:
