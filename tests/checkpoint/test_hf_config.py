@@ -205,7 +205,7 @@ def rope_of(said, base=DENSE):
 
 
 def test_yarn_as_transformers_computes_it():
-    """`_compute_yarn_parameters` of transformers' modeling_rope_utils.py by hand, for dim 128, base 10,000, 4,096 tokens.
+    """`_compute_yarn_parameters` of transformers' modeling_rope_utils.py by hand: dim 128, base 10,000, 4,096 tokens.
 
     find_correction_dim(32) = 128 ln(4096 / (32 2 pi)) / (2 ln 10000) = 20.9, floor 20; of 1 turn 45.03, ceil 46. So the
     ramp of pair 27 is (27 - 20) / (46 - 20) = 7 / 26, of pair 33 13 / 26. Attention factor: 0.1 ln 16 + 1 = 1.2773.
