@@ -9,38 +9,39 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llamax import stages, stripes
+from llamax import checks_model, stages, stripes
 from llamax.config import (
+    ATTN_SCALES,
     BIAS_UPDATES,
     CHOOSE_BY,
     COMPUTE_DTYPES,
     EVAL_KINDS,
     GATE_ON,
-    LAYER_KINDS,
     ON_NONFINITE,
     ON_SPIKE,
     REMATS,
+    ROPE_RAMPS,
     ROPE_SCALINGS,
     ROUTER_SCORES,
     ROW_AXES,
     RULES,
     SCHEDULES,
+    TEMPERATURE_WHEN,
     VISION_ENCODERS,
     Mesh,
     Model,
     Optim,
     Run,
-    Vision,
 )
-from llamax.config_dict import ConfigError, nearest
+from llamax.config_dict import ConfigError, divisors, nearest, nearest_divisor, nearest_multiple
 
 # Every number of the schema is finite and more than 0, but for these ("*" stands for a source's or evaluation's name),
 MAY_BE_ZERO = (
-    *("seed", "model.n_shared_experts", "model.attn_temperature", "data.multimodal_steps", "data.workers"),
-    *("data.align_tokens", "train.expert_capacity"),
+    *("seed", "model.n_shared_experts", "model.attn_temperature", "model.rope.attention_factor"),
+    *("data.multimodal_steps", "data.workers", "data.align_tokens", "train.expert_capacity"),
     *("init.step", "train.steps", "optim.begins"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
@@ -67,12 +68,14 @@ AT_MOST = {
     "optim.b2": 0.9999,
 }
 MOST_WHOLE = 2**31 - 1  # of every other whole number: steps and sizes are 32 bits on the devices
-MOST_LAYERS = 10_000
 MOST_TOKENS = 1e15  # of a schedule of weights,
 MOST_WEIGHT = 1e100  # and one of these
 # and some strings are names out of a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope.scaling": ROPE_SCALINGS,
+    "model.rope.ramp": ROPE_RAMPS,
+    "model.attn_scale": ATTN_SCALES,
+    "model.attn_temperature_when": TEMPERATURE_WHEN,
     "model.router_score": ROUTER_SCORES,
     "model.choose_by": CHOOSE_BY,
     "model.gate_on": GATE_ON,
@@ -91,23 +94,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 def check(run: Run) -> None:
     """Raises ConfigError at the first setting, or pair of settings, that cannot work."""
-    for path, pattern, value in _fields(dataclasses.replace(run, stages={})):
-        if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
-            _number(path, pattern, value)
-        if isinstance(value, str):
-            _text(path, value)
-        if pattern in CHOICES:
-            _choice(path, value, CHOICES[pattern])
+    _each(_fields(dataclasses.replace(run, stages={})))
     if not run.name:
         raise ConfigError("--config.name=''", "a run has a name", "Set --config.name to the recipe's name.")
     if run.stages:
         _stages(run)
         return
-    _plan(run.model)
-    _heads(run.model)
-    _routing(run.model)
-    if run.model.vision is not None:
-        _vision(run.model.vision)
+    checks_model.check(run.model)
     _rows(run)
     _pictures(run)
     _sources(run)
@@ -116,6 +109,12 @@ def check(run: Run) -> None:
     _mesh(run)
     _evals(run)
     _checkpoint(run)
+
+
+def check_model(model: Model) -> None:
+    """The same for a model by itself."""
+    _each(_fields(model, "model", "model"))
+    checks_model.check(model)
 
 
 def resolve_mesh(run: Run, n_devices: int) -> Mesh:
@@ -153,6 +152,17 @@ def _fields(value: Any, path: str = "", pattern: str = "") -> Iterator[tuple[str
         yield path, pattern, value
 
 
+def _each(fields: Iterable[tuple[str, str, Any]]) -> None:
+    """What holds for one field alone."""
+    for path, pattern, value in fields:
+        if isinstance(value, int | float) and not isinstance(value, bool) and not path.startswith("mesh."):
+            _number(path, pattern, value)
+        if isinstance(value, str):
+            _text(path, value)
+        if pattern in CHOICES:
+            _choice(path, value, CHOICES[pattern])
+
+
 def _number(path: str, pattern: str, value: float) -> None:
     asked, high = f"--config.{path}={value}", AT_MOST.get(pattern, MOST_WHOLE if isinstance(value, int) else math.inf)
     if isinstance(value, float) and not math.isfinite(value):
@@ -179,101 +189,6 @@ def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(asked, true, f"Set --config.{path}={close}.")
 
 
-def _nearest_multiple(of: int, near: int) -> int:
-    """The multiple of `of`, at least `of` itself, that is nearest to `near`."""
-    return max(1, round(near / of)) * of
-
-
-def _divisors(of: int) -> list[int]:
-    return sorted({d for small in range(1, math.isqrt(of) + 1) if of % small == 0 for d in (small, of // small)})
-
-
-def _nearest_divisor(of: int, near: int) -> int:
-    """The divisor of `of` that is nearest to `near`; the smaller of two."""
-    return min(_divisors(of), key=lambda d: abs(d - near))
-
-
-# --------------------------------------------------------------------------------------------------------- the model
-
-
-def _plan(model: Model) -> None:
-    example = "(('rope_chunk+moe', 'nope_full+moe'), 2)"
-    shape = f'Write it like --config.model.plan="({example},)".'
-    if not model.plan:
-        raise ConfigError("--config.model.plan=()", "a model has a layer or more", shape)
-    for segment in model.plan:
-        is_pair = isinstance(segment, tuple) and len(segment) == 2 and isinstance(segment[0], tuple)
-        if not is_pair or not segment[0] or type(segment[1]) is not int or segment[1] < 1:
-            raise ConfigError(f"{segment!r} in --config.model.plan", "a segment is (layer kinds, repeats >= 1)", shape)
-        for kind in segment[0]:
-            if kind not in LAYER_KINDS:
-                close = nearest(str(kind), LAYER_KINDS) or LAYER_KINDS[0]
-                true = f"a layer is one of {', '.join(LAYER_KINDS)}"
-                raise ConfigError(f"layer {kind!r} in --config.model.plan", true, f"Did you mean {close!r}?")
-    n = sum(len(period) * repeats for period, repeats in model.plan)
-    if n > MOST_LAYERS:  # before anything lists them
-        raise ConfigError(f"--config.model.plan with {n} layers", f"a model has at most {MOST_LAYERS}", shape)
-
-
-def _heads(model: Model) -> None:
-    """Relations between the decoder's sizes."""
-    if model.n_heads % model.n_kv_heads:
-        fits = _nearest_divisor(model.n_heads, model.n_kv_heads)
-        asked = f"--config.model.n_kv_heads={model.n_kv_heads}"
-        true = f"every kv head serves as many of the n_heads={model.n_heads}"
-        raise ConfigError(asked, true, f"Set --config.model.n_kv_heads={fits}.")
-    if model.head_dim % 2 and any("rope_" in kind for kind in model.layers):
-        asked, true = f"--config.model.head_dim={model.head_dim}", "RoPE turns pairs of lanes, so it is even"
-        raise ConfigError(asked, true, f"Set --config.model.head_dim={model.head_dim + 1}.")
-    low, high = model.rope.low_freq_factor, model.rope.high_freq_factor
-    if low > high:
-        asked, true = f"--config.model.rope.low_freq_factor={low}", f"it is at most high_freq_factor={high}"
-        raise ConfigError(asked, true, f"Set --config.model.rope.low_freq_factor={high}.")
-
-
-def _routing(model: Model) -> None:
-    """A token finds its experts, in groups that fit, and the router can learn from what they give."""
-    if model.top_k > model.n_experts:
-        asked, true = f"--config.model.top_k={model.top_k}", f"there are n_experts={model.n_experts}"
-        raise ConfigError(asked, true, f"Set --config.model.top_k={model.n_experts}.")
-    if model.router_renormalise and model.top_k == 1:
-        asked, true = "--config.model.router_renormalise with top_k=1", "the gate of one expert over itself is always 1"
-        raise ConfigError(asked, f"{true}: nothing would teach the router", "Set --noconfig.model.router_renormalise.")
-    if model.n_experts % model.n_groups:
-        fits = _nearest_divisor(model.n_experts, model.n_groups)
-        asked, true = f"--config.model.n_groups={model.n_groups}", f"n_experts={model.n_experts} make no equal groups"
-        raise ConfigError(asked, true, f"Set --config.model.n_groups={fits}.")
-    size = model.n_experts // model.n_groups
-    if model.top_groups > model.n_groups:
-        asked, true = f"--config.model.top_groups={model.top_groups}", f"there are n_groups={model.n_groups}"
-        raise ConfigError(asked, true, f"Set --config.model.top_groups={model.n_groups}.")
-    if model.group_best > size:
-        asked, true = f"--config.model.group_best={model.group_best}", f"a group has {size} experts"
-        raise ConfigError(asked, true, f"Set --config.model.group_best={size}.")
-    if model.top_k > model.top_groups * size:
-        asked = f"--config.model.top_k={model.top_k}"
-        true = f"top_groups={model.top_groups} groups of {size} have {model.top_groups * size} experts"
-        raise ConfigError(asked, true, f"Set --config.model.top_groups={-(-model.top_k // size)}.")
-
-
-def _vision(vision: Vision) -> None:
-    """Tiles divide into patches, patches into shuffled tokens, the width into heads of 2D-RoPE lanes."""
-    if vision.tile_px % vision.patch_px:
-        fits = _nearest_multiple(vision.patch_px, vision.tile_px)
-        asked, true = f"--config.model.vision.tile_px={vision.tile_px}", f"patches have {vision.patch_px} px"
-        raise ConfigError(asked, true, f"Set --config.model.vision.tile_px={fits}.")
-    if vision.grid % vision.shuffle:
-        fits = _nearest_multiple(vision.shuffle, vision.grid) * vision.patch_px
-        asked = f"--config.model.vision.shuffle={vision.shuffle}"
-        true = f"a tile has {vision.grid} x {vision.grid} patches ({vision.tile_px} px / {vision.patch_px} px)"
-        raise ConfigError(asked, true, f"Set --config.model.vision.tile_px={fits}, or another shuffle.")
-    if vision.encoder == "vit" and vision.dim % (4 * vision.n_heads):
-        fits = _nearest_multiple(4 * vision.n_heads, vision.dim)
-        asked = f"--config.model.vision.dim={vision.dim} with n_heads={vision.n_heads}"
-        true = "2D RoPE needs a head width that is a multiple of 4"
-        raise ConfigError(asked, true, f"Set --config.model.vision.dim={fits}.")
-
-
 # ---------------------------------------------------------------------------------------------------------- the data
 
 
@@ -281,14 +196,14 @@ def _rows(run: Run) -> None:
     """The step divides into rows, the rows into micro-batches."""
     data, accumulate = run.data, run.train.accumulate
     if data.batch_tokens % data.seq_len:
-        fits = _nearest_multiple(data.seq_len * accumulate, data.batch_tokens)
+        fits = nearest_multiple(data.seq_len * accumulate, data.batch_tokens)
         asked, true = f"--config.data.batch_tokens={data.batch_tokens}", f"rows have seq_len={data.seq_len} tokens"
         raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}.")
     if data.rows % data.lanes:
         asked, true = f"--config.data.lanes={data.lanes}", f"each gives an equal part of the {data.rows} rows of a step"
-        raise ConfigError(asked, true, f"Set --config.data.lanes={_nearest_divisor(data.rows, data.lanes)}.")
+        raise ConfigError(asked, true, f"Set --config.data.lanes={nearest_divisor(data.rows, data.lanes)}.")
     if data.rows % accumulate:
-        fits = _nearest_divisor(data.rows, accumulate)
+        fits = nearest_divisor(data.rows, accumulate)
         asked = f"--config.train.accumulate={accumulate}"
         true = f"a step has batch_tokens / seq_len = {data.rows} rows, which do not split into as many micro-batches"
         raise ConfigError(asked, true, f"Set --config.train.accumulate={fits}.")
@@ -314,7 +229,7 @@ def _pictures(run: Run) -> None:
     if data.seq_len < tokens:
         asked = f"--config.data.seq_len={data.seq_len}"
         true = f"one picture is up to {tokens} tokens ({tiles} tiles of {vision.tokens_per_tile}) and is never cut"
-        fits = min((d for d in _divisors(data.batch_tokens) if d >= tokens), default=tokens)
+        fits = min((d for d in divisors(data.batch_tokens) if d >= tokens), default=tokens)
         raise ConfigError(asked, true, f"Set --config.data.seq_len={fits}, or lower --config.model.vision.max_tiles.")
 
 
@@ -412,7 +327,7 @@ def _whole_chunks(run: Run) -> None:
     chunk, seq_len = stripes.chunk_len(run.model), run.data.seq_len
     if chunk and seq_len > chunk and seq_len % chunk:
         asked, true = f"--config.data.seq_len={seq_len}", f"local layers see chunks of model.chunk_len={chunk} tokens"
-        raise ConfigError(asked, true, f"Set --config.data.seq_len={_nearest_multiple(chunk, seq_len)}.")
+        raise ConfigError(asked, true, f"Set --config.data.seq_len={nearest_multiple(chunk, seq_len)}.")
 
 
 # ------------------------------------------------------------------------------------------- the schedule, the mesh
@@ -454,7 +369,7 @@ def _checkpoint(run: Run) -> None:
     if for_good % every:
         asked = f"--config.checkpoint.keep_every_steps={for_good}"
         true = f"checkpoints are written every {every} steps (checkpoint.every_steps)"
-        fits = _nearest_multiple(every, for_good)
+        fits = nearest_multiple(every, for_good)
         raise ConfigError(asked, true, f"Set --config.checkpoint.keep_every_steps={fits}.")
 
 
@@ -483,7 +398,7 @@ def _slices(slices: int, data: int) -> None:
         raise ConfigError(asked, true, "Set --config.mesh.slices=1.")
     if data != -1 and data % slices:
         asked, true = f"--config.mesh.slices={slices}", f"each holds an equal part of mesh.data={data}"
-        raise ConfigError(asked, true, f"Set --config.mesh.slices={_nearest_divisor(data, slices)}.")
+        raise ConfigError(asked, true, f"Set --config.mesh.slices={nearest_divisor(data, slices)}.")
 
 
 def _split_rows(run: Run, sizes: dict[str, int]) -> None:
@@ -491,7 +406,7 @@ def _split_rows(run: Run, sizes: dict[str, int]) -> None:
     sizes = {axis: n for axis, n in sizes.items() if axis in ROW_AXES}
     micro, ways = run.data.rows // run.train.accumulate, math.prod(n for n in sizes.values() if n != -1)
     if micro % ways:
-        fits = _nearest_multiple(ways, micro) * run.train.accumulate * run.data.seq_len
+        fits = nearest_multiple(ways, micro) * run.train.accumulate * run.data.seq_len
         asked = f"rows split {ways} ways by mesh: {_product(sizes)}"
         true = f"a micro-batch has {micro} rows (batch_tokens / seq_len / accumulate)"
         raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}, or a smaller mesh axis.")
@@ -513,7 +428,7 @@ def _split_model(model: Model, sizes: dict[str, int]) -> None:
         if size % tensor:
             asked, true = f"--config.mesh.tensor={tensor}", f"it splits --config.model.{field}={size} evenly"
             raise ConfigError(
-                asked, true, f"Set --config.mesh.tensor={_nearest_divisor(math.gcd(*split.values()), tensor)}."
+                asked, true, f"Set --config.mesh.tensor={nearest_divisor(math.gcd(*split.values()), tensor)}."
             )
     kv = model.n_kv_heads
     if kv % tensor and tensor % kv:
@@ -533,18 +448,18 @@ def _split_layers(run: Run, sizes: dict[str, int]) -> None:
         raise ConfigError(asked, true, "Set --config.mesh.pipeline=1, or a plan of one period and its repeats.")
     if repeats % stages:
         true = f"it splits the {repeats} repeats of the period in --config.model.plan evenly"
-        raise ConfigError(asked, true, f"Set --config.mesh.pipeline={_nearest_divisor(repeats, stages)}.")
+        raise ConfigError(asked, true, f"Set --config.mesh.pipeline={nearest_divisor(repeats, stages)}.")
     parts = run.train.pipeline_microbatches or stages
     if parts % stages:
         asked = f"--config.train.pipeline_microbatches={parts}"
         true = f"they go through the mesh.pipeline={stages} stages in groups of as many"
-        raise ConfigError(asked, true, f"Set --config.train.pipeline_microbatches={_nearest_multiple(stages, parts)}.")
+        raise ConfigError(asked, true, f"Set --config.train.pipeline_microbatches={nearest_multiple(stages, parts)}.")
     ways = parts * math.prod(n for axis, n in sizes.items() if axis in ROW_AXES and axis != "pipeline" and n != -1)
     rows = run.data.rows // run.train.accumulate
     if rows % ways:
         asked = f"{parts} micro-batches through mesh: {_product(sizes)}"
         true = f"a step's {rows} rows (batch_tokens / seq_len / accumulate) do not split into {ways} equal parts"
-        fits = _nearest_multiple(ways, rows) * run.train.accumulate * run.data.seq_len
+        fits = nearest_multiple(ways, rows) * run.train.accumulate * run.data.seq_len
         change = f"Set --config.data.batch_tokens={fits}, or --config.train.pipeline_microbatches={stages}."
         raise ConfigError(asked, true, change)
 
@@ -556,8 +471,8 @@ def _split_tokens(run: Run, sizes: dict[str, int]) -> None:
     whole = f"chunks of {chunk} (model.chunk_len)" if chunk else "tokens"
     if context > 1 and data.seq_len % (context * (chunk or 1)):
         asked, true = f"--config.mesh.context={context}", f"it cuts rows of seq_len={data.seq_len} into whole {whole}"
-        fits = _nearest_divisor(data.seq_len // chunk, context) if chunk and data.seq_len % chunk == 0 else 1
-        fits = fits if chunk else _nearest_divisor(data.seq_len, context)
+        fits = nearest_divisor(data.seq_len // chunk, context) if chunk and data.seq_len % chunk == 0 else 1
+        fits = fits if chunk else nearest_divisor(data.seq_len, context)
         raise ConfigError(asked, true, f"Set --config.mesh.context={fits}.")
     if data.multimodal_steps and data.tiles_per_row % context:
         fits = -(-data.tiles_per_row // context) * context
@@ -571,7 +486,7 @@ def _split_tokens(run: Run, sizes: dict[str, int]) -> None:
         stripe = data.seq_len // stripes.of(run.model, data.seq_len, context).n
         true = f"it divides the {stripe} tokens of a stripe (mesh.context={context})"
     if stripe % data.align_tokens or data.align_tokens % (chunk or 1):
-        fits = (chunk or 1) * _nearest_divisor(stripe // (chunk or 1), data.align_tokens // (chunk or 1))
+        fits = (chunk or 1) * nearest_divisor(stripe // (chunk or 1), data.align_tokens // (chunk or 1))
         fits = fits if stripe % fits == 0 else 0
         raise ConfigError(asked, f"{true}, of whole {whole}", f"Set --config.data.align_tokens={fits}.")
 
@@ -591,6 +506,6 @@ def _fitting_mesh(sizes: dict[str, int], n_devices: int) -> str:
         others = math.prod(m for name, m in sizes.items() if name != axis and m != -1)
         if n != -1 and n_devices % others == 0:
             if free:
-                return f"Set --config.mesh.{axis}={_nearest_divisor(n_devices // others, n)}."
+                return f"Set --config.mesh.{axis}={nearest_divisor(n_devices // others, n)}."
             return f"Set --config.mesh.{axis}={n_devices // others}, or -1 to take the rest."
     return "Set one axis to -1 and every other to 1."

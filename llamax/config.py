@@ -12,8 +12,9 @@ Beside it: config_dict.py (dicts to dataclasses, ConfigError), config_file.py (r
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from llamax.config_dict import from_dict, to_dict
 PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds recipes/ and data/, beside the package
 SIZES = ("full", "tiny")  # the sizes that every recipe offers; its LAYOUTS are more
 LAYER_KINDS = tuple(f"{a}+{f}" for a in ("rope_chunk", "rope_full", "nope_full") for f in ("dense", "moe"))
-ROPE_SCALINGS = ("none", "llama3")
+ROPE_SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")  # the keys of llamax.model.rope.SCALINGS
+ROPE_RAMPS = ("turns", "pairs")
+ATTN_SCALES = ("temperature", "ssmax")
+TEMPERATURE_WHEN = ("always", "inference")
 SCHEDULES = ("cosine", "wsd")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "block", "period", "attention", "offload")
@@ -47,14 +51,34 @@ EVAL_KINDS = ("perplexity", "drawings")  # the keys of llamax.evals.EVALS
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of the text model; "llama3" rescales low frequencies for longer contexts."""
+    """Rotary positions of the text model, as they are or rescaled for longer contexts (docs/how-to/positions.md).
+
+    A new theta is the field `theta` itself. "yarn" with attention_factor=1 is NTK-by-parts.
+    """
 
     theta: float = 500_000.0
-    scaling: str = "none"  # none | llama3
-    factor: float = 8.0  # the four below are read by "llama3" only
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_len: int = 8192  # tokens
+    scaling: str = "none"  # none | linear (position interpolation) | ntk | yarn | llama3
+    factor: float = 8.0  # how many times longer; read by all but "none"
+    low_freq_factor: float = 1.0  # llama3 only, in turns within original_len: pairs with fewer are divided by factor
+    high_freq_factor: float = 4.0  # llama3 only: pairs with more are left as they are
+    original_len: int = 8192  # tokens of the rows before; yarn and llama3
+    beta_slow: float = 1.0  # yarn only: as low_freq_factor
+    beta_fast: float = 32.0  # yarn only: as high_freq_factor
+    ramp: str = (
+        "turns"  # yarn only, between the betas: linear in turns (the paper) | pairs (its authors' code: exports)
+    )
+    attention_factor: float = 0.0  # yarn only: of queries and of keys; 0: the paper's, 0.1 ln(factor) + 1
+
+    @property
+    def sharpening(self) -> float:
+        """What the scaling multiplies queries and keys by: logits by its square."""
+        if self.scaling != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1.0
+
+    def ntk_theta(self, head_dim: int) -> float:
+        """The theta that "ntk" stands for: the slowest pair turns `factor` times slower, the fastest as before."""
+        return self.theta * self.factor ** (head_dim / (head_dim - 2))
 
 
 @dataclass(frozen=True)
@@ -115,8 +139,11 @@ class Model:
     group_best: int = 1  # experts whose sum ranks a group: DeepSeek-V2 1, DeepSeek-V3 2
     chunk_len: int = 8192  # tokens that a rope_chunk layer can see at most
     qk_norm: bool = True  # on layers with RoPE
-    attn_temperature: float = 0.1  # on layers without RoPE; 0 turns it off
+    attn_scale: str = "temperature"  # temperature (Llama 4's) | ssmax: what sharpens logits as a row grows
+    attn_temperature: float = 0.1  # temperature only: on layers without RoPE; 0 turns it off
     attn_temperature_floor: int = 8192  # tokens
+    attn_temperature_when: str = "always"  # always | inference: evaluation and sampling, but not the training step
+    ssmax_len: int = 8192  # ssmax only: tokens seen where its factor, which is learnt, begins as 1
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     init_std: float = 0.02
@@ -127,6 +154,11 @@ class Model:
     def layers(self) -> tuple[str, ...]:
         """The kind of every layer, first to last."""
         return tuple(kind for period, repeats in self.plan for _ in range(repeats) for kind in period)
+
+    @property
+    def in_training(self) -> Model:
+        """The model that a training step computes: without temperature, if that is for inference only."""
+        return replace(self, attn_temperature=0.0) if self.attn_temperature_when == "inference" else self
 
 
 def plan_of(kinds: Sequence[str], period: int = 1) -> tuple:

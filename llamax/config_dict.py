@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,6 +139,20 @@ def _dotted(where: str, key: str) -> str:
 def nearest(asked: str, options: Iterable[str]) -> str | None:
     """The option most like `asked`, or None when nothing is close."""
     return next(iter(difflib.get_close_matches(asked, list(options), 1, 0.4)), None)
+
+
+def nearest_multiple(of: int, near: int) -> int:
+    """The multiple of `of`, at least `of` itself, that is nearest to `near`."""
+    return max(1, round(near / of)) * of
+
+
+def divisors(of: int) -> list[int]:
+    return sorted({d for small in range(1, math.isqrt(of) + 1) if of % small == 0 for d in (small, of // small)})
+
+
+def nearest_divisor(of: int, near: int) -> int:
+    """The divisor of `of` that is nearest to `near`; the smaller of two."""
+    return min(divisors(of), key=lambda d: abs(d - near))
 
 
 def unknown_key(asked: str, siblings: Sequence[str], schema: type) -> ConfigError:

@@ -6,6 +6,7 @@ Face's format, whose tensors are read where they lie: each device gets the slice
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamax import config
+from llamax import checks, config
 from llamax.checkpoint import hf_names, hf_tokenizer, saved
 from llamax.checkpoint.hf_read import CONFIG, Source, Tensor
 from llamax.checkpoint.manager import Checkpoints
@@ -24,6 +25,7 @@ from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.parallel import rules
 from llamax.parallel.mesh import make_mesh
+from llamax.positions import changed
 
 
 class Loaded(NamedTuple):
@@ -36,25 +38,38 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None  # None: the folder has none that we read
 
 
-def load(folder: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32", step: int | None = None) -> Loaded:
+def load(
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    step: int | None = None,
+    positions: Mapping[str, Any] | None = None,
+) -> Loaded:
     """The model in `folder`: a run's workdir, a converted model, or a folder in Hugging Face's format.
 
     Args:
       mesh: where its arrays go, by the rules of `parallel/rules.py`; the first device unless given.
       dtype: of the parameters in memory and of the computation, float32 or bfloat16.
       step: of a run; None takes the newest sound checkpoint.
+      positions: what to change of how the model reads positions, which no parameter depends on, by the dotted names of
+        its fields: `{"attn_temperature": 0.0, "rope.scaling": "yarn"}`. All of them: llamax.positions.WEIGHTLESS.
     Raises:
-      ConfigError: no model is there; its files are damaged or not those of its configuration; the tokenizer has
-        another number of ids than the embedding has rows.
+      ConfigError: `positions` cannot be changed so; no model is there; its files are damaged or not those of its
+        configuration; the tokenizer has another number of ids than the embedding has rows.
     """
     if dtype not in config.COMPUTE_DTYPES:
         true = f"it is one of {', '.join(config.COMPUTE_DTYPES)}"
         raise ConfigError(f"dtype={dtype!r}", true, f"Give {config.COMPUTE_DTYPES[0]!r}.")
     found, mesh = find(folder, step), mesh or make_mesh({"data": 1}, jax.devices()[:1])
+    model = found.model
+    if positions:
+        model = changed(model, positions)
+        checks.check_model(model)
     tokenizer = tokenizer_of(found)
-    bones, shapes = _bones(found.model, found.patch_id, mesh, dtype)
+    bones, shapes = _bones(model, found.patch_id, mesh, dtype)
     params, bias = read(found, step, *shapes)
-    return Loaded(found.model, bones, params, bias, tokenizer)
+    return Loaded(model, bones, params, bias, tokenizer)
 
 
 def find(folder: str | Path, step: int | None = None) -> Saved | Source:

@@ -29,7 +29,7 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.evals import Report
 from llamax.evals.report import Context
 from llamax.model.seam import make_seam
-from llamax.model.skeleton import skeleton
+from llamax.model.skeleton import Skeleton, skeleton
 from llamax.observe import log, metrics, provenance
 from llamax.observe.goodput import Goodput, Ledger
 from llamax.observe.progress import Progress, duration
@@ -128,10 +128,7 @@ def train_part(ready: Ready, house: House, weights: starting.Weights | None) -> 
     """The steps that are left of a part of a run."""
     part, mesh, cut, data = ready
     run, tokenizer, stop = part.run, house.tokenizer, house.stop
-    bones, sampler = (
-        skeleton(run.model, make_seam(mesh, how, cut_into), patch_id=tokenizer.patch, train=how)
-        for how, cut_into in ((run.train, cut), (replace(run.train, expert_capacity=0.0), place.WHOLE))
-    )
+    bones, scorer, sampler = skeletons(run, mesh, cut, tokenizer.patch)
     if mesh.shape["pipeline"] > 1:
         logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
@@ -147,7 +144,7 @@ def train_part(ready: Ready, house: House, weights: starting.Weights | None) -> 
         put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
         row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
-        context = Context(run, bones, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
+        context = Context(run, scorer, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
         around = make_hooks(run, house, context, batches)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)
@@ -168,6 +165,18 @@ def train_part(ready: Ready, house: House, weights: starting.Weights | None) -> 
 
 
 # ------------------------------------------------------------------------------------------------- one arrow at a time
+
+
+def skeletons(run: config.Run, mesh: Mesh, cut: stripes.Stripes, patch_id: int) -> tuple[Skeleton, Skeleton, Skeleton]:
+    """The model of the training step; the one that scores rows cut like the step's; the one that samples, from whole
+    rows. The first may lack the temperature that is for inference only."""
+    whole = replace(run.train, expert_capacity=0.0)
+    seam, uncut = make_seam(mesh, run.train, cut), make_seam(mesh, whole, place.WHOLE)
+    step = skeleton(run.model.in_training, seam, patch_id=patch_id, train=run.train)
+    scorer = step
+    if run.model.in_training != run.model:
+        scorer = skeleton(run.model, seam, patch_id=patch_id, train=run.train)
+    return step, scorer, skeleton(run.model, uncut, patch_id=patch_id, train=whole)
 
 
 def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, list[Part], dict[str, str]]:

@@ -18,7 +18,7 @@ from llamax.config import Run, Stage
 from llamax.config_dict import ConfigError, flat, from_dict, merged, nearest, to_dict
 
 MAY_DIFFER = (  # of a stage; all else belongs to the run: shapes, what a step counts, tokenizer, seed
-    *("model.rope.*", "model.chunk_len", "model.attn_*"),
+    *("model.rope.*", "model.chunk_len", "model.attn_temperature*"),
     *("data.seq_len", "data.sources.*", "data.multimodal_steps", "data.tiles_per_row", "data.video_frames"),
     *("data.window_docs", "data.lanes", "data.align_tokens", "data.workers", "data.prefetch_batches"),
     "mesh.*",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from llamax.checkpoint.hf_read import Source
 from llamax.checkpoint.manager import Checkpoints
 from llamax.checkpoint.saved import Saved
 from llamax.config import ConfigError
-from llamax.config_dict import flat
+from llamax.config_dict import flat, merged
 from llamax.data.tokenizer import Tokenizer
 from llamax.observe import provenance
 from llamax.observe.goodput import Ledger
@@ -29,7 +29,7 @@ from llamax.train.state import COUNTS, State
 
 logger = logging.getLogger("llamax")
 
-NO_FUNCTION = ("init_std",)  # fields of a model that say nothing of what trained weights compute
+NO_FUNCTION = ("init_std", "ssmax_len")  # fields of a model that say nothing of what trained weights compute
 # Fields that say where tokens stand: the same weights can be read with others, and are then another function.
 POSITIONS = ("rope.*", "chunk_len", "attn_*")
 SHOWN = 4  # differing fields that an error names
@@ -127,16 +127,36 @@ def begun(fresh: Callable[[], State], shapes: State, weights: Weights | None) ->
     options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
     if weights is None:
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
-    # What is drawn for the weights is left out of the program: they never exist twice.
-    rest = jax.jit(
-        lambda: fresh()._replace(params=None, router_bias=None),
-        out_shardings=shardings._replace(params=None, router_bias=None),
-        compiler_options=options,
-    )()
-    params, router_bias = loading.read(weights.found, weights.step, shapes.params, shapes.router_bias)
+    lacking = () if weights.found.model.attn_scale == "ssmax" else ("ssmax",)
+    theirs, ours = split(shapes.params, lacking)
+
+    def rest_of(state: State) -> State:
+        return state._replace(params=split(state.params, lacking)[1], router_bias=None)
+
+    # What is drawn for their weights is left out of the program: they never exist twice.
+    rest = jax.jit(lambda: rest_of(fresh()), out_shardings=rest_of(shardings), compiler_options=options)()
+    params, router_bias = loading.read(weights.found, weights.step, theirs, shapes.router_bias)
+    if ours:
+        logger.info("drawn anew, since that model has none: %s", ", ".join(lacking))
     about = weights.about
     logger.info("starting from %s%s", about["path"], f", step {about['step']}" if about["step"] else "")
-    return rest._replace(params=params, router_bias=router_bias)
+    return rest._replace(params=merged(params, rest.params), router_bias=router_bias)
+
+
+def split(tree: dict[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nested dicts as two: without the entries of these names, at any depth, and with those alone."""
+    rest: dict[str, Any] = {}
+    taken: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key in names:
+            taken[key] = value
+        elif isinstance(value, dict):
+            inner = split(value, names)
+            rest |= {key: inner[0]}
+            taken |= {key: inner[1]} if inner[1] else {}
+        else:
+            rest[key] = value
+    return rest, taken
 
 
 def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: Any, *, checked: bool = False) -> State:

@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A room may import the rooms of any level above its own. Rooms of one level never import each other, except the first.
 ROOMS = (
-    {"__init__", "config", "config_dict", "config_file", "checks", "variants", "batch", "stripes", "stages"},
+    {
+        "__init__",
+        "config",
+        "config_dict",
+        "config_file",
+        "checks",
+        "variants",
+        "batch",
+        "stripes",
+        "stages",
+        "positions",
+    },
     {"kernels", "parallel", "observe"},
     {"model", "optim", "data", "losses"},
     {"checkpoint", "sample"},

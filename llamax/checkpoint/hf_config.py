@@ -75,6 +75,13 @@ VISION_DEFAULTS: dict[str, Any] = dict(
     attention_dropout=0.0,
 )
 THETA = {LLAMA4_TEXT: 500_000.0, LLAMA: 10_000.0, "vision": 10_000.0}  # where neither spelling gives one
+# The kinds of RoPE that we read, with what each needs; modeling_rope_utils.py of transformers has the formulas.
+ROPE_TYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": dict(factor=0.0),
+    "yarn": dict(factor=0.0, original_max_position_embeddings=0),
+    "llama3": dict(factor=0.0, low_freq_factor=0.0, high_freq_factor=0.0, original_max_position_embeddings=0),
+}
 BRING_BACK = "Bring the file back from its source."
 IMAGE_TOKEN, BOI_TOKEN, EOI_TOKEN = 200_092, 200_080, 200_081
 VISION_NORM_EPS = 1e-5  # theirs are LayerNorms of this epsilon, whatever norm_eps says
@@ -297,23 +304,41 @@ def _rope(section: Section, theta: float) -> Rope:
     at.only("partial_rotary_factor", 1.0)
     if at("rope_theta") <= 0:
         raise at.refused(f"rope_theta={at('rope_theta'):g}", "it is more than 0", BRING_BACK)
-    if kind == "default":
-        return Rope(theta=at("rope_theta"))
-    if kind != "llama3":
-        raise at.refused(f"rope_type={kind!r}", "only 'default' and 'llama3' are supported")
-    needed = dict(factor=0.0, low_freq_factor=0.0, high_freq_factor=0.0, original_max_position_embeddings=0)
+    if kind not in ROPE_TYPES:
+        raise at.refused(f"rope_type={kind!r}", f"only {', '.join(map(repr, ROPE_TYPES))} are supported")
+    needed = ROPE_TYPES[kind]
     at.defaults = {**at.defaults, **needed}
     missing = [key for key in needed if not at(key) > 0]
     if missing:
-        raise at.refused("rope_type='llama3'", f"it needs {', '.join(missing)}, above 0", BRING_BACK)
-    return Rope(
-        theta=at("rope_theta"),
-        scaling="llama3",
-        factor=at("factor"),
-        low_freq_factor=at("low_freq_factor"),
-        high_freq_factor=at("high_freq_factor"),
-        original_len=at("original_max_position_embeddings"),
-    )
+        raise at.refused(f"rope_type={kind!r}", f"it needs {', '.join(missing)}, above 0", BRING_BACK)
+    rope = Rope(theta=at("rope_theta"))
+    if kind == "default":
+        return rope
+    rope = dataclasses.replace(rope, scaling=kind, factor=at("factor"))
+    if kind == "linear":
+        return rope
+    rope = dataclasses.replace(rope, original_len=at("original_max_position_embeddings"))
+    if kind == "yarn":
+        return _yarn(at, rope)
+    low, high = at("low_freq_factor"), at("high_freq_factor")
+    return dataclasses.replace(rope, low_freq_factor=low, high_freq_factor=high)
+
+
+def _yarn(at: Section, rope: Rope) -> Rope:
+    """Theirs is linear in a pair's number. Where no attention factor is given, DeepSeek's two numbers may give it."""
+    extra = dict(attention_factor=0.0, beta_fast=0.0, beta_slow=0.0, mscale=0.0, mscale_all_dim=0.0, truncate=True)
+    at.defaults = {**at.defaults, **extra}
+    at.only("truncate", True)
+    fast, slow, factor = at("beta_fast") or 32.0, at("beta_slow") or 1.0, at("attention_factor")
+    if rope.factor < 1 or slow >= fast:
+        true = "the factor is 1 or more, and beta_fast is more than beta_slow"
+        raise at.refused(f"factor={rope.factor:g}, beta_fast={fast:g}, beta_slow={slow:g}", true, BRING_BACK)
+    if at.values.get("attention_factor") is not None and factor <= 0:
+        raise at.refused(f"attention_factor={factor:g}", "it is more than 0", BRING_BACK)
+    if not factor and at("mscale") and at("mscale_all_dim"):
+        of, all_of = (0.1 * at(key) * math.log(rope.factor) + 1.0 for key in ("mscale", "mscale_all_dim"))
+        factor = of / all_of
+    return dataclasses.replace(rope, ramp="pairs", beta_fast=fast, beta_slow=slow, attention_factor=factor)
 
 
 def _vision(vision: Section, max_tiles: int) -> Vision:
@@ -358,6 +383,11 @@ def _vision(vision: Section, max_tiles: int) -> Vision:
     )
 
 
+def rope_survives(model: Model) -> bool:
+    """Whether theirs does what YaRN's attention factor asks for: it scales with the rotation, before QK norm."""
+    return model.rope.sharpening == 1 or not model.qk_norm
+
+
 def _checked(text: Section, model: Model) -> Model:
     """Relations between sizes that the parameters' shapes would not tell."""
     if model.n_heads % model.n_kv_heads:
@@ -365,6 +395,9 @@ def _checked(text: Section, model: Model) -> Model:
         raise text.refused(f"num_key_value_heads={model.n_kv_heads}", true)
     if model.head_dim % 2:
         raise text.refused(f"head_dim={model.head_dim}", "RoPE turns pairs of lanes, so it is even")
+    if not rope_survives(model):
+        true = f"theirs norms queries and keys after it, which undoes the factor {model.rope.sharpening:g}"
+        raise text.refused("rope_type='yarn' with use_qk_norm", true, "Set its attention_factor to 1.")
     if model.top_k > model.n_experts:
         raise text.refused(f"num_experts_per_tok={model.top_k}", f"there are num_local_experts={model.n_experts}")
     return model

@@ -8,17 +8,26 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from llamax.checkpoint.hf_config import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, LLAMA4_TEXT_DEFAULTS, VISION_NORM_EPS
+from llamax.checkpoint.hf_config import (
+    BOI_TOKEN,
+    EOI_TOKEN,
+    IMAGE_TOKEN,
+    LLAMA4_TEXT_DEFAULTS,
+    VISION_NORM_EPS,
+    rope_survives,
+)
 from llamax.checkpoint.hf_names import LLAMA, LLAMA4, LLAMA4_TEXT
 from llamax.config import ConfigError, Model, Rope, Vision
 
 MAX_POSITIONS = 131_072  # of a model whose RoPE is not rescaled; the model itself has no limit
-# The fields that an export writes down. Any other one has to be at its default, or the export is refused.
+# The fields that an export writes down, or that say nothing of what a trained model computes. Any other one has to be
+# at its default, or the export is refused.
 EXPRESSED: dict[type, str] = {
     Model: "vocab_size dim n_heads n_kv_heads head_dim plan dense_ffn_dim expert_ffn_dim n_experts top_k"
     " n_shared_experts chunk_len qk_norm attn_temperature attn_temperature_floor norm_eps tied_embeddings"
-    " init_std rope vision",
-    Rope: "theta scaling factor low_freq_factor high_freq_factor original_len",
+    " init_std rope vision attn_temperature_when ssmax_len",
+    Rope: "theta scaling factor low_freq_factor high_freq_factor original_len beta_slow beta_fast ramp"
+    " attention_factor",
     Vision: "tile_px patch_px max_tiles dim n_layers n_heads ffn_dim adapter_dim shuffle rope_theta norm_eps",
 }
 
@@ -45,6 +54,7 @@ def format_of(model: Model) -> str:
             _only_expressed(part, name)
     if any(kind.endswith("+moe") for kind in model.layers) and model.n_shared_experts != 1:
         raise _unwritable(f"n_shared_experts={model.n_shared_experts}", "theirs has exactly one beside its experts")
+    _check_rope(model)
     if model.vision is not None:
         if model.vision.ffn_dim != model.vision.dim * model.vision.shuffle**2:
             true = "theirs takes it for the adapter's input width, vision.dim x vision.shuffle^2"
@@ -55,6 +65,15 @@ def format_of(model: Model) -> str:
         return LLAMA4
     plain = set(model.layers) == {"rope_full+dense"} and not model.qk_norm
     return LLAMA if plain and model.dim % model.n_heads == 0 else LLAMA4_TEXT
+
+
+def _check_rope(model: Model) -> None:
+    rope = model.rope
+    if rope.scaling == "yarn" and rope.ramp == "turns" and rope.sharpening != 1:
+        raise _unwritable("rope.ramp='turns'", "with an attention factor theirs has a ramp over pairs only")
+    if not rope_survives(model):
+        true = "theirs norms queries and keys after it, which undoes the factor"
+        raise _unwritable(f"YaRN's attention factor {rope.sharpening:g} and qk_norm", true)
 
 
 def _only_expressed(part: Any, name: str) -> None:
@@ -150,7 +169,7 @@ def _shared_keys(model: Model) -> dict[str, Any]:
         attention_dropout=0.0,
         use_cache=True,
         max_position_embeddings=_max_positions(model.rope),
-        rope_parameters=_write_rope(model.rope),
+        rope_parameters=_write_rope(model.rope, model.head_dim),
     )
 
 
@@ -220,18 +239,30 @@ def _write_vision(vision: Vision) -> dict[str, Any]:
     )
 
 
-def _write_rope(rope: Rope) -> dict[str, Any]:
+def _write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
+    """Their NTK-aware scaling depends on the input's length, ours is a theta. NTK-by-parts by turns is llama3's."""
     if rope.scaling == "none":
         return dict(rope_type="default", rope_theta=rope.theta)
-    return dict(
-        rope_type="llama3",
-        rope_theta=rope.theta,
-        factor=rope.factor,
-        low_freq_factor=rope.low_freq_factor,
-        high_freq_factor=rope.high_freq_factor,
-        original_max_position_embeddings=rope.original_len,
-    )
+    if rope.scaling == "ntk":
+        return dict(rope_type="default", rope_theta=rope.ntk_theta(head_dim))
+    said = dict(rope_type=rope.scaling, rope_theta=rope.theta, factor=rope.factor)
+    if rope.scaling == "linear":
+        return said
+    said["original_max_position_embeddings"] = rope.original_len
+    if rope.scaling == "yarn" and rope.ramp == "pairs":
+        return {
+            **said,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "attention_factor": rope.sharpening,
+            "truncate": True,
+        }
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if rope.scaling == "yarn":
+        low, high = rope.beta_slow, rope.beta_fast
+    return {**said, "rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
 
 
 def _max_positions(rope: Rope) -> int:
-    return MAX_POSITIONS if rope.scaling == "none" else math.ceil(rope.original_len * rope.factor)
+    rescaled = rope.scaling in ("yarn", "llama3")  # the others do not say from which length
+    return math.ceil(rope.original_len * rope.factor) if rescaled else MAX_POSITIONS

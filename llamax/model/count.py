@@ -34,7 +34,7 @@ def parameters(model: Model) -> Parameters:
     """The model's parameters, to the unit."""
     embeddings = model.vocab_size * model.dim * (1 if model.tied_embeddings else 2)
     norms = (2 * len(model.layers) + 1) * model.dim
-    fixed = embeddings + norms
+    fixed = embeddings + norms + _ssmax(model)
     return Parameters(
         text=fixed + _layers(model, model.n_experts),
         text_active=fixed + _layers(model, model.top_k),
@@ -107,6 +107,12 @@ def _layers(model: Model, n_experts: int) -> int:
     dense = 3 * model.dim * model.dense_ffn_dim
     moe = model.dim * model.n_experts + 3 * model.dim * model.expert_ffn_dim * (n_experts + model.n_shared_experts)
     return sum(attention + (moe if kind.endswith("+moe") else dense) for kind in model.layers)
+
+
+def _ssmax(model: Model) -> int:
+    """Scalable-Softmax's factors: one a head in every layer that sees the whole row."""
+    layers = sum(not kind.startswith("rope_chunk") for kind in model.layers)
+    return layers * model.n_heads if model.attn_scale == "ssmax" else 0
 
 
 def _keys_seen(kind: str, seq_len: int, chunk_len: int) -> int:

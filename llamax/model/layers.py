@@ -1,7 +1,8 @@
 """The parts that text and vision share: parameters with their facts, norms, feed-forwards, stacked layers.
 
 A parameter records its logical axes (parallel/rules.py maps them to mesh axes), its fan-in and fan-out, and its kind:
-"matrix" (weight decay applies), "embedding", "norm" or "bias". Master values are float32; a module casts at use.
+"matrix" (weight decay applies), "embedding", "norm" (gains, of heads too) or "bias". Master values are float32; a
+module casts at use.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def embedding(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, *, std: float
     return nnx.Param(value, axes=axes, fan_in=1, fan_out=shape[-1], kind="embedding")
 
 
-def ones(dim: int, axis: str) -> nnx.Param:
-    return nnx.Param(jnp.ones(dim, jnp.float32), axes=(axis,), fan_in=1, fan_out=dim, kind="norm")
+def gains(dim: int, axis: str, value: float = 1.0) -> nnx.Param:
+    return nnx.Param(jnp.full(dim, value, jnp.float32), axes=(axis,), fan_in=1, fan_out=dim, kind="norm")
 
 
 def zeros(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
@@ -79,7 +80,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, eps: float, *, axis: str = "norm"):
         self.eps = eps
-        self.weight = ones(dim, axis)
+        self.weight = gains(dim, axis)
 
     def __call__(self, x: Array) -> Array:
         return rms(x, self.eps).astype(x.dtype) * self.weight[...].astype(x.dtype)
@@ -90,7 +91,7 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, dim: int, eps: float, *, axis: str = "norm"):
         self.eps = eps
-        self.weight = ones(dim, axis)
+        self.weight = gains(dim, axis)
         self.bias = zeros((dim,), (axis,))
 
     def __call__(self, x: Array) -> Array:

@@ -1,13 +1,22 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864), on interleaved pairs as Llama 4 has them.
+"""Rotary positions (RoFormer, arXiv 2104.09864), on interleaved pairs as Llama 4 has them, and as rescaled.
 
 Lanes (2j, 2j+1) of a head form one complex number, which position p multiplies by exp(i p w_j), w_j = theta^(-2j/Dh).
-"llama3" scaling divides w_j by `factor` where the wavelength 2 pi / w_j exceeds original_len / low_freq_factor, keeps
-it below original_len / high_freq_factor, and interpolates between. Angles are float32, and right to 5e-5 at any int32
-position.
+Within L = original_len tokens it makes r_j = L w_j / 2 pi turns. For a context s = factor times longer,
+
+    linear   w_j / s: position interpolation (arXiv 2306.15595)
+    ntk      theta s^(Dh / (Dh - 2)) in place of theta: NTK-aware
+    yarn     w_j (g + (1 - g) / s), g rising from 0 at beta_slow turns to 1 at beta_fast: NTK-by-parts
+             (arXiv 2309.00071); the attention factor that makes it YaRN is attention.py's
+    llama3   the same, from low_freq_factor to high_freq_factor turns: Llama 3.1's and Scout's
+
+Angles are float32, and right to 5e-5 at any int32 position.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,16 +37,66 @@ class Rotation(NamedTuple):
 
 def frequencies(rope: config.Rope, head_dim: int) -> np.ndarray:
     """w_j in radians per token, float64 [Dh/2]."""
-    freq = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.scaling == "llama3":
-        wavelength = 2 * np.pi / freq
-        low, high = rope.original_len / rope.low_freq_factor, rope.original_len / rope.high_freq_factor
-        # Scout's low = high leaves no band between; the guard keeps 0/0 out of the branch that `where` throws away.
-        band = max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)
-        mix = (rope.original_len / wavelength - rope.low_freq_factor) / band
-        between = (1 - mix) * freq / rope.factor + mix * freq
-        freq = np.where(wavelength < high, freq, np.where(wavelength > low, freq / rope.factor, between))
-    return freq
+    return SCALINGS[rope.scaling](rope, head_dim)
+
+
+def unscaled(rope: config.Rope, head_dim: int) -> np.ndarray:
+    return rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def linear(rope: config.Rope, head_dim: int) -> np.ndarray:
+    return unscaled(rope, head_dim) / rope.factor
+
+
+def ntk(rope: config.Rope, head_dim: int) -> np.ndarray:
+    return unscaled(dataclasses.replace(rope, theta=rope.ntk_theta(head_dim)), head_dim)
+
+
+def yarn(rope: config.Rope, head_dim: int) -> np.ndarray:
+    freq = unscaled(rope, head_dim)
+    kept = RAMPS[rope.ramp](rope, freq)
+    return kept * freq + (1 - kept) * freq / rope.factor
+
+
+def by_turns(rope: config.Rope, freq: np.ndarray) -> np.ndarray:
+    """The share of every frequency that stays, by the paper's equation: linear in a pair's turns."""
+    turns = rope.original_len * freq / (2 * np.pi)
+    return np.clip((turns - rope.beta_slow) / (rope.beta_fast - rope.beta_slow), 0, 1)
+
+
+def by_pairs(rope: config.Rope, freq: np.ndarray) -> np.ndarray:
+    """The same as the paper's authors and everyone since computed it: linear in a pair's number j, between whole j."""
+    head_dim = 2 * len(freq)
+
+    def pair_of(turns: float) -> float:
+        """j, any real number, whose r_j is `turns`."""
+        return head_dim * math.log(rope.original_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first = max(math.floor(pair_of(rope.beta_fast)), 0)
+    last = min(math.ceil(pair_of(rope.beta_slow)), head_dim - 1)
+    width = last - first or 0.001  # theirs, for a ramp of no width
+    return 1 - np.clip((np.arange(len(freq)) - first) / width, 0, 1)
+
+
+def llama3(rope: config.Rope, head_dim: int) -> np.ndarray:
+    freq = unscaled(rope, head_dim)
+    wavelength = 2 * np.pi / freq
+    low, high = rope.original_len / rope.low_freq_factor, rope.original_len / rope.high_freq_factor
+    # Scout's low = high leaves no band between; the guard keeps 0/0 out of the branch that `where` throws away.
+    band = max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)
+    mix = (rope.original_len / wavelength - rope.low_freq_factor) / band
+    between = (1 - mix) * freq / rope.factor + mix * freq
+    return np.where(wavelength < high, freq, np.where(wavelength > low, freq / rope.factor, between))
+
+
+SCALINGS: dict[str, Callable[[config.Rope, int], np.ndarray]] = {
+    "none": unscaled,
+    "linear": linear,
+    "ntk": ntk,
+    "yarn": yarn,
+    "llama3": llama3,
+}
+RAMPS: dict[str, Callable[[config.Rope, np.ndarray], np.ndarray]] = {"turns": by_turns, "pairs": by_pairs}
 
 
 def rotation(positions_BT: Array, freq: np.ndarray, limit: int = 2**31) -> Rotation:

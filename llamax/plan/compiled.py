@@ -44,7 +44,7 @@ def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
     cut = stripes.of(run.model, run.data.seq_len, mesh.shape["context"])
     seam = make_seam(mesh, run.train, cut)
     # Any token may stand for the patch: it is a constant that no shape depends on.
-    return skeleton(run.model, seam, patch_id=0, train=run.train)
+    return skeleton(run.model.in_training, seam, patch_id=0, train=run.train)
 
 
 def lower(step: Traced, topology: Topology) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 
 from llamax import config, variants
 from llamax.checkpoint import hf_config, hf_config_write
 from llamax.config import ConfigError
+from llamax.model.rope import frequencies
 from tests import goldens
 
 TEXT = {  # Scout's, in the older spelling that it was released in
@@ -191,7 +194,122 @@ def test_biases_of_a_dense_llama_are_refused(key):
         hf_config.describe({"model_type": "llama", key: True}, "x")
 
 
+# ------------------------------------------------------------------------------------------------- rescaled positions
+
+DENSE = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}  # Llama 2's heads of 128
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+
+
+def rope_of(said, base=DENSE):
+    return hf_config.describe(base | {"rope_parameters": said}, "x").model.rope
+
+
+def test_yarn_as_transformers_computes_it():
+    """`_compute_yarn_parameters` of transformers' modeling_rope_utils.py by hand: dim 128, base 10,000, 4,096 tokens.
+
+    find_correction_dim(32) = 128 ln(4096 / (32 2 pi)) / (2 ln 10000) = 20.9, floor 20; of 1 turn 45.03, ceil 46. So the
+    ramp of pair 27 is (27 - 20) / (46 - 20) = 7 / 26, of pair 33 13 / 26. Attention factor: 0.1 ln 16 + 1 = 1.2773.
+    """
+    rope = rope_of(YARN)
+    assert rope == config.Rope(10_000.0, "yarn", factor=16.0, original_len=4096, ramp="pairs")
+    w = frequencies(rope, 128)
+    for j, ramp in ((20, 0), (27, 7 / 26), (33, 13 / 26), (46, 1), (63, 1)):
+        plain = 10_000 ** (-2 * j / 128)
+        assert w[j] == pytest.approx(plain / 16 * ramp + plain * (1 - ramp), rel=1e-12)
+    assert rope.sharpening == pytest.approx(1.2772589, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "said, factor",
+    [
+        ({"attention_factor": 1.5}, 1.5),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, (0.1 * math.log(16) + 1) / (0.05 * math.log(16) + 1)),
+        ({"mscale": 0.7}, 0.1 * math.log(16) + 1),  # alone it counts for nothing
+        ({"attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5}, 1.0),
+        ({"beta_fast": None, "beta_slow": 0}, 0.1 * math.log(16) + 1),
+    ],
+)
+def test_yarns_attention_factor_is_the_one_that_they_take(said, factor):
+    rope = rope_of(YARN | said)
+    assert rope.sharpening == pytest.approx(factor, rel=1e-12) and (rope.beta_fast, rope.beta_slow) == (32, 1)
+
+
+def test_interpolated_positions_are_read():
+    assert rope_of({"type": "linear", "factor": 4.0}) == config.Rope(10_000.0, "linear", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "said, says",
+    [
+        ({"rope_type": "linear"}, "it needs factor"),
+        ({"rope_type": "yarn", "factor": 2.0}, "it needs original_max_position_embeddings"),
+        (YARN | {"truncate": False}, "truncate=False, but only True"),
+        (YARN | {"factor": 0.5}, "factor is 1 or more"),
+        (YARN | {"beta_slow": 32.0}, "beta_fast is more than beta_slow"),
+        (YARN | {"attention_factor": 0.0}, "attention_factor=0, but it is more than 0"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "only 'default', 'linear', 'yarn', 'llama3'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_type='longrope'"),
+    ],
+)
+def test_scalings_that_are_not_ours_are_refused(said, says):
+    with pytest.raises(ConfigError, match=says):
+        rope_of(said)
+
+
+def test_an_attention_factor_that_their_norm_undoes_is_refused():
+    """Llama4TextAttention norms queries and keys after the rotation that carries the factor; ours scales after."""
+    with pytest.raises(ConfigError, match="rope_type='yarn' with use_qk_norm"):
+        rope_of(YARN, TEXT | {"rope_scaling": None})
+    assert rope_of(YARN, TEXT | {"rope_scaling": None, "use_qk_norm": False}).sharpening > 1
+    assert rope_of(YARN | {"attention_factor": 1.0}, TEXT | {"rope_scaling": None}).sharpening == 1
+
+
 # ------------------------------------------------------------------------------------------------------ ours to theirs
+
+
+LLAMA2 = variants.llama2_7b()
+RESCALED = {
+    "linear": config.Rope(10_000.0, "linear", factor=4.0),
+    "yarn": config.Rope(10_000.0, "yarn", factor=16.0, original_len=4096, ramp="pairs", attention_factor=1.25),
+    "by parts": config.Rope(10_000.0, "yarn", factor=16.0, original_len=4096, attention_factor=1.0),
+    "ntk": config.Rope(10_000.0, "ntk", factor=4.0),
+    "llama3": variants.llama31_8b().rope,
+}
+
+
+@pytest.mark.parametrize("method", RESCALED)
+def test_rescaled_positions_are_written_as_the_same_function(method):
+    """ "ntk" comes back as the theta that it is, NTK-by-parts by turns as llama3's scaling, which it is."""
+    model = dataclasses.replace(LLAMA2, rope=RESCALED[method])
+    written = hf_config_write.write(model, hf_config_write.TokenIds(), "float32")
+    back = hf_config.describe(written, "x").model
+    np.testing.assert_allclose(frequencies(back.rope, 128), frequencies(model.rope, 128), rtol=1e-13)
+    assert back.rope.sharpening == model.rope.sharpening
+    assert (back.rope == model.rope) == (method in ("linear", "yarn", "llama3"))
+    longest = {"yarn": 65_536, "by parts": 65_536, "llama3": 65_536}
+    assert written["max_position_embeddings"] == longest.get(method, 131_072)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(attn_scale="ssmax"), "attn_scale='ssmax'"),
+        (dict(rope=config.Rope(scaling="yarn")), "rope.ramp='turns'"),
+        (dict(rope=config.Rope(scaling="yarn", ramp="pairs"), qk_norm=True), "attention factor 1.20794 and qk_norm"),
+    ],
+)
+def test_positions_that_they_cannot_express_are_refused(changes, says):
+    with pytest.raises(ConfigError, match=says) as refused:
+        hf_config_write.format_of(dataclasses.replace(LLAMA2, **changes))
+    assert "llamax's own format" in refused.value.change
+
+
+def test_a_temperature_for_inference_is_theirs():
+    """What they run is inference."""
+    scout = dataclasses.replace(variants.scout(), attn_temperature_when="inference")
+    assert hf_config.describe(hf_config_write.write(scout, hf_config_write.TokenIds(), "float32"), "x").model == (
+        variants.scout()
+    )
 
 
 @pytest.mark.parametrize("case", [*goldens.LLAMA4, *goldens.DENSE])

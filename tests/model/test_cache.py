@@ -72,6 +72,15 @@ def test_prefill_and_decode_equal_the_slow_twin_at_every_position(cuts):
     assert cache.length.tolist() == [T, T]
 
 
+def test_what_scales_queries_is_the_same_in_every_piece():
+    """YaRN's attention factor on rotated layers, Scalable-Softmax where the whole row is seen."""
+    rope = replace(MODEL.rope, scaling="yarn", beta_slow=0.5, beta_fast=4.0, attention_factor=1.6)
+    plan = ((("rope_chunk+dense", "nope_full+dense", "rope_full+dense"), 1),)
+    model, batch = replace(MODEL, plan=plan, rope=rope, attn_scale="ssmax", ssmax_len=12), rows()
+    hidden, _ = in_pieces(batch, [7, 16], model)
+    np.testing.assert_allclose(hidden, twins.decode(build(model)[1], model, batch).hidden, **ORACLE)
+
+
 def test_a_row_may_start_at_any_position():
     """10,000,003 is within a chunk: the float64 twin turns by true positions, where float32 angles would be off."""
     batch = rows(first_position=10_000_003)

@@ -45,8 +45,9 @@ def test_scout_and_maverick_to_the_unit():
             variants.maverick_tiny(), n_shared_experts=0, plan=((("rope_full+dense",), 2), (("nope_full+moe",), 1))
         ),
         replace(variants.scout_tiny(), vision=replace(variants.scout_tiny().vision, encoder="linear")),
+        replace(variants.scout_tiny(), attn_scale="ssmax"),
     ],
-    ids=[*variants.VARIANTS, "tied", "aperiodic", "linear patches"],
+    ids=[*variants.VARIANTS, "tied", "aperiodic", "linear patches", "ssmax"],
 )
 def test_the_model_has_as_many_parameters_as_are_counted(model):
     bones = skeleton(model, Seam(), patch_id=0, train=config.Train())

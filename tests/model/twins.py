@@ -125,20 +125,49 @@ def swiglu(x, w):
 
 
 def frequencies(rope: config.Rope, head_dim: int) -> list[float]:
-    """w_j = theta^(-2j/Dh); llama3: by wavelength, keep the short, divide the long by the factor, mix between."""
-    result = []
-    for j in range(head_dim // 2):
-        w = rope.theta ** (-2 * j / head_dim)
+    return [frequency(rope, head_dim, j) for j in range(head_dim // 2)]
+
+
+def frequency(rope: config.Rope, head_dim: int, j: int) -> float:
+    """w_j = theta^(-2j/Dh), rescaled for rows s times longer by one of the papers' formulas."""
+    w, s, L = rope.theta ** (-2 * j / head_dim), rope.factor, rope.original_len
+    if rope.scaling == "none":
+        return w
+    if rope.scaling == "linear":  # arXiv 2306.15595, equation 4: position m is read as m / s
+        return w / s
+    if rope.scaling == "ntk":  # arXiv 2309.00071, section 3.1: b' = b s^(D / (D - 2))
+        return (rope.theta * s ** (head_dim / (head_dim - 2))) ** (-2 * j / head_dim)
+    if rope.scaling == "llama3":  # by wavelength: keep the short, divide the long by the factor, mix between
         length = 2 * math.pi / w
-        if rope.scaling == "none" or length < rope.original_len / rope.high_freq_factor:
-            result.append(w)
-        elif length > rope.original_len / rope.low_freq_factor:
-            result.append(w / rope.factor)
-        else:
-            low, high = rope.low_freq_factor, rope.high_freq_factor
-            s = (rope.original_len / length - low) / (high - low)
-            result.append(w * ((1 - s) / rope.factor + s))
-    return result
+        if length < L / rope.high_freq_factor:
+            return w
+        if length > L / rope.low_freq_factor:
+            return w / s
+        share = (L / length - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        return w * ((1 - share) / s + share)
+    if rope.ramp == "pairs":  # arXiv 2309.00071's code, and modeling_rope_utils.py of transformers
+        low, high = (
+            head_dim * math.log(L / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for beta in (rope.beta_fast, rope.beta_slow)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+        divided = min(max((j - low) / (high - low), 0), 1)
+        return w / s * divided + w * (1 - divided)
+    r = L / (2 * math.pi / w)  # arXiv 2309.00071, section 3.2: turns within L
+    if r < rope.beta_slow:
+        gamma = 0.0
+    elif r > rope.beta_fast:
+        gamma = 1.0
+    else:
+        gamma = (r - rope.beta_slow) / (rope.beta_fast - rope.beta_slow)
+    return (1 - gamma) * w / s + gamma * w
+
+
+def attention_factor(rope: config.Rope) -> float:
+    """sqrt(1/t) of arXiv 2309.00071, section 3.4, by which queries and keys are scaled."""
+    if rope.scaling != "yarn":
+        return 1.0
+    return rope.attention_factor if rope.attention_factor else 0.1 * math.log(rope.factor) + 1
 
 
 def turn(vector, angles):
@@ -167,7 +196,8 @@ def attention(w, x_TD, positions, segments, model: config.Model, kind: str):
         if kind == "nope_full":
             return vector
         turned = turn(vector, float(position) * w_j)
-        return rms(turned, model.norm_eps) if model.qk_norm else turned
+        turned = rms(turned, model.norm_eps) if model.qk_norm else turned
+        return turned * attention_factor(model.rope)
 
     for t in range(T):
         if segments[t] == 0:
@@ -175,12 +205,14 @@ def attention(w, x_TD, positions, segments, model: config.Model, kind: str):
         keys = [s for s in range(T) if segments[s] == segments[t] and positions[s] <= positions[t]]
         if kind == "rope_chunk":
             keys = [s for s in keys if positions[s] // model.chunk_len == positions[t] // model.chunk_len]
-        warmth = 1.0
-        if kind == "nope_full":
+        warmth = np.ones(model.n_heads)
+        if model.attn_scale == "ssmax" and kind != "rope_chunk":
+            warmth = w["ssmax"] * math.log(len(keys))  # n^(s z) = exp(s ln(n) z)
+        elif kind == "nope_full":
             steps = math.floor((positions[t] + 1) / model.attn_temperature_floor)
-            warmth = 1 + model.attn_temperature * math.log(1 + steps)
+            warmth = warmth * (1 + model.attn_temperature * math.log(1 + steps))
         for h in range(model.n_heads):
-            q = prepare(x_TD[t] @ w["query"][:, h], positions[t]) * warmth
+            q = prepare(x_TD[t] @ w["query"][:, h], positions[t]) * warmth[h]
             k = [prepare(x_TD[s] @ w["key"][:, h // group], positions[s]) for s in keys]
             p = softmax(np.array([q @ k_s for k_s in k]) / math.sqrt(model.head_dim))
             o = sum(p_s * (x_TD[s] @ w["value"][:, h // group]) for p_s, s in zip(p, keys, strict=True))

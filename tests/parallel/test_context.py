@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from llamax.model.attention import Attention, places
 from llamax.model.moe import Routing
 from llamax.model.remat import repeated
 from llamax.model.score import Score
-from llamax.model.seam import make_seam
+from llamax.model.seam import Seam, make_seam
 from llamax.model.skeleton import skeleton
 from llamax.parallel.context import LocalOrRing, SplitTokens, Tokens
 from llamax.parallel.mesh import make_mesh
@@ -29,7 +31,7 @@ from llamax.stripes import Stripes
 from llamax.train.step import in_row_order
 from tests.runs import tiny_run
 from tests.splits import agree, normal
-from tests.tolerances import BF16, TWIN
+from tests.tolerances import BF16, TWIN, TWIN_GRAD
 
 B, T = 2, 32
 # Of two rows: documents of one chunk and of all, shorter and longer than a shard, padding between and after them.
@@ -167,6 +169,39 @@ def test_local_layers_exchange_nothing_along_context(kind, expected):
     sent = hlo.cost(program.as_text()).calls
     spans = {axis for exchange in sent for axis in hlo.spanned(exchange.groups, dict(mesh.shape))}
     assert spans & {"context"} == expected, sent
+
+
+def test_scalable_softmax_is_split_by_heads_and_follows_its_tokens():
+    """A layer with YaRN on rows cut over `context`, its heads over `tensor`: output, and gradients of x and of s."""
+    mesh, cut, plain = make_mesh({"data": 2, "context": 2, "tensor": 2}), Stripes(2, 2), tiny_run().model
+    model = replace(plain, attn_scale="ssmax", rope=replace(plain.rope, scaling="yarn", beta_fast=8.0))
+    x_BTD, dy = normal(B, T, model.dim), normal(B, T, model.dim, seed=1)
+    positions, segments = packed()
+    gains = np.linspace(0.2, 0.5, model.n_heads, dtype=np.float32)
+
+    def run(seam, order, where=None, by_head=None):
+        graph, state = nnx.split(Attention(model, "rope_full", seam, out_gain=1.0, rngs=nnx.Rngs(0)))
+        state = nnx.to_pure_dict(state)
+        ids = (jnp.asarray(x[:, order]) for x in (positions, segments))
+        rows = jax.device_put((x_BTD[:, order], dy[:, order], places(*ids, model)), where)
+
+        @jax.jit
+        def there_and_back(s, x, dy, at):
+            def of(s, x):
+                bound = nnx.merge(graph, nnx.State(state | {"ssmax": s}))
+                return jnp.where(at.segments[..., None] > 0, bound(x, at)[0], 0.0)
+
+            y, back = jax.vjp(of, s, x)
+            return y, *back(dy)
+
+        y, ds, dx = there_and_back(jax.device_put(gains, by_head), *rows)
+        return y[:, np.argsort(order)], ds, dx[:, np.argsort(order)]
+
+    rows, heads = NamedSharding(mesh, P("data", "context")), NamedSharding(mesh, P("tensor"))
+    whole = run(Seam(), np.arange(T))
+    for got, expected in zip(run(make_seam(mesh, stripes=cut), cut.places(T), rows, heads), whole, strict=True):
+        np.testing.assert_allclose(got, expected, **TWIN_GRAD)
+    assert np.abs(whole[1]).min() > 1e-3
 
 
 def test_devices_that_share_rows_share_the_work_on_their_pictures():
