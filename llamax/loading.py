@@ -7,6 +7,7 @@ Face's format, whose tensors are read where they lie: each device gets the slice
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer, check_size
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
-from llamax.parallel import rules
+from llamax.parallel import processes, rules
 from llamax.parallel.mesh import make_mesh
 from llamax.positions import changed
 
@@ -62,18 +63,34 @@ def load(
         true = f"it is one of {', '.join(config.COMPUTE_DTYPES)}"
         raise ConfigError(f"dtype={dtype!r}", true, f"Give {config.COMPUTE_DTYPES[0]!r}.")
     found, mesh = find(folder, step), mesh or make_mesh({"data": 1}, jax.devices()[:1])
-    model = found.model
+    said, model = found.said, found.said.model
     if positions:
         model = changed(model, positions)
         checks.check_model(model)
-    tokenizer = tokenizer_of(found)
-    bones, shapes = _bones(model, found.patch_id, mesh, dtype)
-    params, bias = read(found, step, *shapes)
+    tokenizer = tokenizer_of(said)
+    bones, shapes = _bones(model, said.patch_id, mesh, dtype)
+    params, bias = read(found, *shapes)
     return Loaded(model, bones, params, bias, tokenizer)
 
 
-def find(folder: str | Path, step: int | None = None) -> Saved | Source:
-    """What a folder says of the model in it; errors and `step` as in `load`."""
+class Found(NamedTuple):
+    """What a folder says of the model in it, and of one of ours the step whose weights are meant: a sound one."""
+
+    said: Saved | Source
+    step: int | None
+
+
+def find(folder: str | Path, step: int | None = None) -> Found:
+    """Errors and `step` as in `load`. Of several processes, all call it."""
+    said = processes.together(partial(_look, folder, step))
+    if not isinstance(said, Saved):
+        return Found(said, None)
+    with Checkpoints(said.checkpoints) as checkpoints:
+        step = checkpoints.sound(step)
+    return Found(processes.together(partial(_look, folder, step)), step)
+
+
+def _look(folder: str | Path, step: int | None) -> Saved | Source:
     folder = Path(folder)
     ours = saved.find(folder, step)
     if ours is not None:
@@ -85,21 +102,21 @@ def find(folder: str | Path, step: int | None = None) -> Saved | Source:
     return Source(folder)
 
 
-def tokenizer_of(found: Saved | Source) -> Tokenizer | None:
+def tokenizer_of(said: Saved | Source) -> Tokenizer | None:
     """None: the folder has none that we read."""
-    if isinstance(found, Source):
-        hf_tokenizer.check(found.folder, found.model)
-        return hf_tokenizer.opened(hf_tokenizer.find(found.folder))
-    return _tokenizer(found)
+    if isinstance(said, Source):
+        hf_tokenizer.check(said.folder, said.model)
+        return hf_tokenizer.opened(hf_tokenizer.find(said.folder))
+    return _tokenizer(said)
 
 
-def read(found: Saved | Source, step: int | None, params: Any, router_bias: Any) -> tuple[Any, Any]:
+def read(found: Found, params: Any, router_bias: Any) -> tuple[Any, Any]:
     """(params, router_bias) of these shapes, dtypes and places (jax.ShapeDtypeStruct)."""
-    if isinstance(found, Source):
-        values = _read(found, params)
+    if isinstance(found.said, Source):
+        values = _read(found.said, params)
         return values, jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), router_bias)
-    with Checkpoints(found.checkpoints) as checkpoints:
-        return checkpoints.restore_weights(step, params=params, router_bias=router_bias)
+    with Checkpoints(found.said.checkpoints) as checkpoints:
+        return checkpoints.restore_weights(found.step, params=params, router_bias=router_bias, checked=True)
 
 
 def _tokenizer(ours: saved.Saved) -> Tokenizer | None:

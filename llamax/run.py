@@ -28,6 +28,7 @@ from llamax.data.sources import read_manifest
 from llamax.data.tokenizer import Tokenizer
 from llamax.evals import Report
 from llamax.evals.report import Context
+from llamax.loading import Found
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.observe import log, metrics, provenance
@@ -99,7 +100,7 @@ def _train(
     tokenizer, parts, files = processes.together(partial(look, stages.parts(run), workdir, asked))
     preflight.check_same({"its data": files})
     ready = [make_ready(part, devices) for part in parts]
-    weights = processes.together(partial(starting.find, run, workdir, tokenizer))
+    weights = starting.find(run, workdir, tokenizer)
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
         first = take_workdir(parts, workdir, asked, overrides, files, weights, open_things)
@@ -124,7 +125,7 @@ def _train(
     return result
 
 
-def train_part(ready: Ready, house: House, weights: starting.Weights | None) -> Result:
+def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
     """The steps that are left of a part of a run."""
     part, mesh, cut, data = ready
     run, tokenizer, stop = part.run, house.tokenizer, house.stop
@@ -216,7 +217,7 @@ def take_workdir(
     asked: dict[str, Any],
     overrides: Sequence[str],
     files: dict[str, str],
-    weights: starting.Weights | None,
+    weights: Found | None,
     open_things: ExitStack,
 ) -> int:
     """The step to go on from. The first process holds the workdir, looks at its checkpoints, writes run.json."""
@@ -228,7 +229,7 @@ def take_workdir(
             logger.info(
                 "from step %d on, %s is %s and no longer %s", *(change[k] for k in ("step", "key", "new", "old"))
             )
-        provenance.record(workdir, asked, overrides, files, weights and weights.about, latest)
+        provenance.record(workdir, asked, overrides, files, starting.about(weights), latest)
         return latest
 
     return processes.from_first(take)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from llamax import config, loading
-from llamax.checkpoint.hf_read import Source
 from llamax.checkpoint.manager import Checkpoints
-from llamax.checkpoint.saved import Saved
 from llamax.config import ConfigError
 from llamax.config_dict import flat, merged
 from llamax.data.tokenizer import Tokenizer
+from llamax.loading import Found
 from llamax.observe import provenance
 from llamax.observe.goodput import Ledger
 from llamax.parallel import processes
@@ -36,35 +36,29 @@ SHOWN = 4  # differing fields that an error names
 SAMPLE = "The quick brown fox: 12,345 != 0x3f; naïve façade 東京\n\tdef f(x):\n        return x**2\n"
 
 
-class Weights(NamedTuple):
-    """Another model's, to start from."""
-
-    found: Saved | Source
-    step: int | None
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """For run.json: which they are."""
-        return {"path": str(self.found.folder.absolute()), "step": self.step}
-
-
-def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Weights | None:
-    """What `run.init` names; None where the run starts from nothing, or goes on from a checkpoint of its own.
+def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
+    """What `run.init` names; None where the run starts from nothing, or goes on from a checkpoint of its own. All
+    processes call it.
 
     Raises:
         ConfigError: no model is there; it is another model, or reads positions in another way, and `init.differs` does
             not say that this is meant; its tokenizer is another one.
     """
-    if not run.init.path or provenance.latest_step(workdir):
+    if not run.init.path or processes.from_first(partial(provenance.latest_step, workdir)):
         return None
-    step = run.init.step or None
-    found = loading.find(config.resolve_path(run.init.path), step)
-    check_same_function(found.model, run)
-    check_same_tokens(run, loading.tokenizer_of(found), tokenizer)
-    if isinstance(found, Saved):
-        with Checkpoints(found.checkpoints) as checkpoints:
-            step = checkpoints.sound(step)
-    return Weights(found, step)
+    found = loading.find(config.resolve_path(run.init.path), run.init.step or None)
+
+    def check() -> None:
+        check_same_function(found.said.model, run)
+        check_same_tokens(run, loading.tokenizer_of(found.said), tokenizer)
+
+    processes.together(check)
+    return found
+
+
+def about(found: Found | None) -> dict[str, Any] | None:
+    """For run.json: whose weights a run begins with."""
+    return found and {"path": str(found.said.folder.absolute()), "step": found.step}
 
 
 def check_same_function(theirs: config.Model, run: config.Run) -> None:
@@ -98,7 +92,7 @@ def start(
     shapes: State,
     checkpoints: Checkpoints,
     batches: Any,
-    weights: Weights | None,
+    weights: Found | None,
 ) -> tuple[State, int]:
     """The state to go on from, and its step: the newest checkpoint's, with the data iterator moved to where it stood.
 
@@ -120,14 +114,14 @@ def start(
     return state, latest
 
 
-def begun(fresh: Callable[[], State], shapes: State, weights: Weights | None) -> State:
+def begun(fresh: Callable[[], State], shapes: State, weights: Found | None) -> State:
     """A state of no steps. Random numbers take long to compile well, and this program runs once."""
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     platform = next(iter(shapes.step.sharding.device_set)).platform
     options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
     if weights is None:
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
-    lacking = () if weights.found.model.attn_scale == "ssmax" else ("ssmax",)
+    lacking = () if weights.said.model.attn_scale == "ssmax" else ("ssmax",)
     theirs, ours = split(shapes.params, lacking)
 
     def rest_of(state: State) -> State:
@@ -135,11 +129,10 @@ def begun(fresh: Callable[[], State], shapes: State, weights: Weights | None) ->
 
     # What is drawn for their weights is left out of the program: they never exist twice.
     rest = jax.jit(lambda: rest_of(fresh()), out_shardings=rest_of(shardings), compiler_options=options)()
-    params, router_bias = loading.read(weights.found, weights.step, theirs, shapes.router_bias)
+    params, router_bias = loading.read(weights, theirs, shapes.router_bias)
     if ours:
         logger.info("drawn anew, since that model has none: %s", ", ".join(lacking))
-    about = weights.about
-    logger.info("starting from %s%s", about["path"], f", step {about['step']}" if about["step"] else "")
+    logger.info("starting from %s%s", weights.said.folder, f", step {weights.step}" if weights.step else "")
     return rest._replace(params=merged(params, rest.params), router_bias=router_bias)
 
 

@@ -137,6 +137,9 @@ def to_hf(
       ConfigError: as `from_hf`; or no format of theirs can express the model, or its router has a bias.
     """
     out, model = Path(out), _ours(Path(folder), step)
+    with Checkpoints(model.checkpoints) as checkpoints:
+        step = checkpoints.sound(step)
+    model = _ours(Path(folder), step)
     if not max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb {max_shard_gb:g}", "a file has more than 0 GB", "Leave it out for 5.")
     form = hf_config_write.format_of(model.model)

@@ -228,12 +228,14 @@ class Checkpoints:
         found = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
         return {name: found.get(name, tree) for name, tree in asked.items()} | {"extra": found["extra"]}
 
-    def restore_weights(self, step: int | None, *, params: Tree, router_bias: Tree) -> tuple[Tree, Tree]:
+    def restore_weights(
+        self, step: int | None, *, params: Tree, router_bias: Tree, checked: bool = False
+    ) -> tuple[Tree, Tree]:
         """(params, router_bias) alone, for sampling and evaluation; cast to the dtypes asked for.
 
-        Step, shapes, shardings and errors as in `restore`; opened for reading only, nothing is set aside.
+        Step, `checked`, shapes, shardings and errors as in `restore`; opened for reading only, nothing is set aside.
         """
-        step = self.sound(step)
+        step = self._existing(step) if checked else self.sound(step)
         asked = {"params": params, "router_bias": router_bias}
         self._check(step, asked, dtypes=False)
         items = {name: _restore_args(tree) for name, tree in asked.items() if jax.tree.leaves(tree)}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamax import config, stages
-from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.data.tokenizer import Tokenizer
 from llamax.observe import provenance
@@ -41,7 +40,7 @@ class Saved(NamedTuple):
 def find(folder: str | Path, step: int | None = None) -> Saved | None:
     """The model of ours in `folder`; None if it holds neither run.json nor model.json.
 
-    `step`: of a run in stages, whose settings change; None takes its newest sound checkpoint.
+    `step`: of a run in stages, whose settings change; None takes its newest checkpoint.
 
     Raises:
       ConfigError: what is there cannot be read.
@@ -66,8 +65,7 @@ def find(folder: str | Path, step: int | None = None) -> Saved | None:
 
 def _of_run(folder: Path, run: config.Run, step: int | None) -> Saved:
     if run.stages:
-        step = sums.newest_sound(folder / CHECKPOINTS, rename=False) if step is None else step
-        run = stages.at(run, step).run
+        run = stages.at(run, provenance.latest_step(folder) if step is None else step).run
     tokenizer = config.resolve_path(run.data.tokenizer)
     patch_id = Tokenizer(tokenizer).patch if run.model.vision is not None else -1
     return Saved(folder, run.model, patch_id, tokenizer, None, {}, run.data.seq_len)
