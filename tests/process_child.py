@@ -1,14 +1,15 @@
 """One process of a small training run that several share, or one that only meets the others; for launch/local.py.
 
     python -m tests.process_child train WORKDIR STEPS [--signal STEP:P] [--kill STEP:P] [--mesh data=2,fsdp=2]
+                                  [--stages INIT]
     python -m tests.process_child meet [--differ]
     python -m tests.process_child refuse
     python -m tests.process_child wait
 
 `train` writes WORKDIR.rows.P.jsonl, a line `{"step", "row", "sha"}` for each row of each batch that this process's
 devices hold; process P of `--signal` gets a SIGTERM before that step, and of `--kill` a SIGKILL, whose time it writes
-to WORKDIR.killed. It exits as `llamax train` does. Run it from the project's root with the environment that
-tests/conftest.py sets.
+to WORKDIR.killed. `--stages`: in two stages, from the weights in INIT. It exits as `llamax train` does. Run it from the
+project's root with the environment that tests/conftest.py sets.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ def shared_run(steps: int, mesh: dict[str, int] = MESH) -> config.Run:
     )
 
 
+def staged_run(steps: int, init: str) -> config.Run:
+    """As many steps in two stages: half on rows of 128 tokens, half on rows of 256 and another mesh."""
+    run = shared_run(0, dict(data=-1, fsdp=2))
+    tokens = steps // 2 * run.data.batch_tokens
+    longer = config.Stage(tokens, data=dict(seq_len=256), model=dict(chunk_len=64), mesh=dict(data=2, fsdp=1))
+    return dataclasses.replace(run, init=config.Init(init), stages=dict(first=config.Stage(tokens), second=longer))
+
+
 def train(asked: argparse.Namespace) -> int:
     call, taken = programs.Programs.__call__, 0
     me = processes.number
@@ -67,7 +76,8 @@ def train(asked: argparse.Namespace) -> int:
 
     programs.Programs.__call__ = recording
     mesh = {axis: int(n) for axis, _, n in (part.partition("=") for part in asked.mesh.split(",") if part)}
-    asked_for = config.to_config(shared_run(asked.steps, {"data": 1} | mesh if mesh else MESH))
+    run = shared_run(asked.steps, {"data": 1} | mesh if mesh else MESH)
+    asked_for = config.to_config(staged_run(asked.steps, asked.stages) if asked.stages else run)
     config.load = lambda *_: asked_for  # no recipe's file says what the tests train; all else is the command's
     return cli.main(["train", "RECIPE", "--workdir", asked.workdir])
 
@@ -145,6 +155,7 @@ def main() -> int:
     verb.add_argument("--signal")
     verb.add_argument("--kill")
     verb.add_argument("--mesh", default="")
+    verb.add_argument("--stages", default="")
     verb.set_defaults(do=train)
     verb = verbs.add_parser("meet")
     verb.add_argument("--differ", action="store_true")

@@ -18,7 +18,7 @@ import pytest
 from llamax.run import train
 from llamax.train import programs
 from tests.jobs import CHILD, END_S, LAUNCHER, ROOT, TERMINATED, Job, children, devices_flags, run_children
-from tests.process_child import rows_of, shared_run
+from tests.process_child import rows_of, shared_run, staged_run
 
 SAME_LOSS = 1e-5
 KILLED = 128 + signal.SIGKILL
@@ -96,6 +96,20 @@ def test_two_processes_then_one_are_one_unbroken_run(unbroken, tmp_path):
     assert not [line for line in said.splitlines() if line.startswith("[1]") and "Gloo" not in line], said
     run_here(workdir)
     assert_same(workdir, unbroken)
+
+
+@pytest.mark.slow
+def test_two_processes_in_stages_are_one(unbroken, tmp_path):
+    """From the weights of another run; stopped in the second stage, on another mesh, and gone on with."""
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    assert train(staged_run(STEPS, f"{unbroken}"), alone, devices=jax.devices()[:2]).finished
+    words = ("train", f"{several}", f"{STEPS}", "--stages", f"{unbroken}")
+    run_children(2, *words, "--signal", "4:1", code=TERMINATED)
+    assert STEPS // 2 < max(losses(several)) < STEPS, "in the second stage"
+    run_children(2, *words)
+    want, got = losses(alone), losses(several)
+    assert list(got) == list(range(1, STEPS + 1)) and {STEPS // 2, STEPS} <= set(checkpoints(several))
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=SAME_LOSS)
 
 
 @pytest.mark.slow
