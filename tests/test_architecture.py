@@ -25,6 +25,7 @@ ROOMS = (
         "config_dict",
         "config_file",
         "checks",
+        "checks_model",
         "variants",
         "batch",
         "stripes",

@@ -243,7 +243,7 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.name="], "a run has a name"),
     (["--config.name=a\x1b[31m"], "without control characters"),
     (["--config.data.tokenizer=\ud800"], "valid Unicode"),
-    (["--config.model.rope.scaling=llama4"], "one of none, llama3"),
+    (["--config.model.rope.scaling=llama4"], "one of none, linear, ntk, yarn, llama3"),
     (["--config.optim.schedule=cosin"], "one of cosine, wsd"),
     (["--config.train.compute_dtype=bf16"], "one of float32, bfloat16"),
     (["--config.train.remat=full"], "one of none, block, period"),
@@ -342,7 +342,8 @@ def test_a_linear_encoder_has_no_heads_to_fit():
 
 
 def test_odd_heads_are_fine_without_rope():
-    frozen("--config.model.head_dim=31", "--config.model.plan=((('nope_full+moe',), 2),)")
+    plan = "--config.model.plan=((('nope_full+moe',), 2),)"
+    frozen("--config.model.head_dim=31", plan, "--config.model.rope.scaling=none")
 
 
 def with_number(run: Run, path: str, value: float) -> Run:
