@@ -4,7 +4,7 @@
 
 Three models of 4 dense layers (width 128, 4 query and 2 kv heads of 32) differ in their attention only: rope_chunk with
 chunks of 512 tokens costs O(T C), rope_full costs O(T^2), and Llama 4's period has three of the one and one that sees
-all. One row of T tokens, one document, a step: forward, backward with each period computed again, AdamW. They run in
+all. One row of T tokens, one document, a step: forward, backward with each layer computed again, AdamW. They run in
 turn, at most `--rounds` rounds and no new one after 20 seconds; the least time of each counts. The exponent is the
 slope of log CPU seconds (other work on the machine moves them less) over log T, between neighbours and over all T
 from 2,048 on. Memory is what the compiled step holds beside its arguments (XLA). The plot needs matplotlib.
@@ -13,6 +13,7 @@ from 2,048 on. Memory is what the compiled step holds beside its arguments (XLA)
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def stepper(segment: tuple, T: int) -> tuple[Callable[[], np.ndarray], int]:
     model = config.Model(**sizes, plan=(segment,), chunk_len=CHUNK)
     data = config.Data(seq_len=T, batch_tokens=T, sources={"random": config.Source()})
     run = config.Run(name="long_rows", model=model, data=data, optim=config.Optim(warmup_steps=1))
+    run = dataclasses.replace(run, train=config.Train(remat="block"))
     seam = make_seam(make_mesh({"data": 1}, jax.devices()[:1]))
     bones = skeleton(model, seam, patch_id=-1, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.kinds)
