@@ -18,7 +18,7 @@ from llamax.config import ConfigError, Run
 from llamax.model import count
 from tests.fuzz import quick, thorough
 
-SPECS = ("recipes/scout_pretrain.py:tiny", "recipes/maverick_pretrain.py:tiny")
+SPECS = ("recipes/scout_pretrain.py:tiny", "recipes/maverick_pretrain.py:tiny", "recipes/scout_context.py:tiny")
 MOST_S = 2.0  # of processor time, for a case
 CHOICES = {path: list(names) for path, names in checks.CHOICES.items()}
 FROZEN = {spec: config.freeze(config.load(spec)) for spec in SPECS}
@@ -32,7 +32,8 @@ def paths(cls: type = Run, where: str = "") -> dict[str, typing.Any]:
         kind = typing.get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
         found[here] = kind
         if typing.get_origin(kind) is dict:
-            here, kind = f"{here}.drawings", typing.get_args(kind)[1]
+            name = "to_2048" if key == "stages" else "drawings"
+            here, kind = f"{here}.{name}", typing.get_args(kind)[1]
         if dataclasses.is_dataclass(kind):
             found |= paths(kind, here)
     return found
@@ -114,7 +115,9 @@ def an_override(draw) -> str:
     return f"--config.{path}={value}"
 
 
-NUMBERS_NOW = {path: v for path, _, v in checks._fields(FROZEN[SPECS[0]]) if type(v) in (int, float)}
+NUMBERS_NOW = {
+    path: v for spec in SPECS[::-2] for path, _, v in checks._fields(FROZEN[spec]) if type(v) in (int, float)
+}
 OUTCOMES: Counter[str] = Counter()
 
 
