@@ -149,6 +149,14 @@ def _generate(args: argparse.Namespace) -> None:
     print("\n\n".join(generate(_folder(args), args.prompt, **how)))
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from llamax.evaluating import evaluate
+
+    given = {name: getattr(args, name) for name in EVAL_SETTINGS if getattr(args, name) is not None}
+    how = dict(recipe=args.recipe, out=args.out, step=args.step, dtype=args.dtype)
+    evaluate(args.folder, args.kinds, settings=given, **how)
+
+
 def _chat(args: argparse.Namespace) -> None:
     from llamax.generating import chat
     from llamax.sample.engine import Sampling
@@ -262,6 +270,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help=places)
     generate.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="continuations (%(default)s)")
 
+    about = "evaluate a model: held-out loss, needles, RULER, loss by position; a table, JSON and PNG files"
+    _evaluated(_command(commands, "eval", _eval, about, EVAL))
+
     chat = _command(commands, "chat", _chat, "talk with a trained model, pictures included", CHAT)
     _sampled(chat, max_tokens=512, temperature=0.6, top_p=0.9)
     chat.add_argument("--system", metavar="TEXT", help="the system's message, before all others")
@@ -329,6 +340,10 @@ def _data(commands: Any) -> None:
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
 
 
+FOLDERS = "a run's workdir (its newest checkpoint), a converted model, or a folder in Hugging Face's format"
+PRECISION = "float32 or bfloat16, of weights and computation (%(default)s)"
+
+
 def _planned(plan: argparse.ArgumentParser) -> None:
     _recipe(plan)
     cluster = "chips or nodes: v5p:8x8x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200, b200"
@@ -337,6 +352,46 @@ def _planned(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--stage", metavar="NAME", help=which)
     plan.add_argument("--estimate", action="store_true", help="from formulas, in seconds; compiles nothing")
     plan.add_argument("--json", action="store_true", help="one object on stdout, for programs")
+
+
+EVAL_SETTINGS = (  # fields of config.Eval that have an option
+    *("path", "max_docs", "lengths", "depths", "samples", "tasks", "templates", "qa", "threshold", "buckets", "seed"),
+    "cache_gb",
+)
+
+
+def _evaluated(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="MODEL", help=FOLDERS)
+    kinds = "perplexity, drawings, needle, ruler, position, answer; or the run's own by name. None: all of these"
+    command.add_argument("kinds", nargs="*", metavar="KIND", help=kinds)
+    command.add_argument("--recipe", metavar="RECIPE[:SIZE]", help="take its evaluations for the model's own")
+    text = "a manifest: held-out text, or the text around what is asked for"
+    command.add_argument("--data", "--filler", dest="path", metavar="MANIFEST", help=text)
+    command.add_argument("--lengths", type=_counts, metavar="N,N", help="tokens of a sample, or of a document")
+    command.add_argument("--depths", type=_count, metavar="N", help="needle: places of what is asked for (5)")
+    each = "of every task at every length, and depth (8)"
+    command.add_argument("--samples", type=_count, metavar="N", help=each)
+    command.add_argument("--tasks", type=_words, metavar="NAME,NAME", help="of llamax/data/tasks (the kind's own)")
+    command.add_argument("--templates", metavar="SET", help="seen or held_out: how questions are worded (seen)")
+    command.add_argument("--qa", metavar="FILE", help="ruler: questions with contexts and answers, JSONL")
+    above = "ruler: a length is effective if it scores above (0.856)"
+    command.add_argument("--threshold", type=float, metavar="X", help=above)
+    command.add_argument("--buckets", type=_count, metavar="N", help="position: parts of a document (8)")
+    command.add_argument("--max-docs", type=_count, metavar="N", help="documents, at most (512)")
+    command.add_argument("--seed", type=int, metavar="N", help="of the samples (0)")
+    command.add_argument("--cache-gb", type=float, metavar="N", help="what keys and values may take (4)")
+    command.add_argument("--out", type=_named, metavar="DIR", help="write NAME.json and NAME.png here")
+    command.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
+    command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 up, with commas between."""
+    return tuple(_count(word.strip()) for word in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
 
 
 def _named(path: str) -> str:
@@ -348,8 +403,7 @@ def _named(path: str) -> str:
 
 def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float) -> None:
     """What every command takes that samples from a model."""
-    folders = "a run's workdir (its newest checkpoint), a converted model, or a folder in Hugging Face's format"
-    command.add_argument("folder", nargs="?", metavar="MODEL", help=folders)
+    command.add_argument("folder", nargs="?", metavar="MODEL", help=FOLDERS)
     command.add_argument("--workdir", metavar="DIR", help="the same, by name")
     limit = f"stop after N tokens ({max_tokens})"
     command.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=limit)
@@ -358,8 +412,7 @@ def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: 
     nucleus = "sample among the likeliest tokens that have this probability together (%(default)s)"
     command.add_argument("--top-p", type=float, default=top_p, metavar="P", help=nucleus)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
-    precision = "float32 or bfloat16, of weights and computation (%(default)s)"
-    command.add_argument("--dtype", default="float32", metavar="TYPE", help=precision)
+    command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
 
 
 def _count(text: str) -> int:
@@ -415,6 +468,12 @@ GENERATE = """
     llamax generate runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8
     llamax generate runs/quickstart --prompt "" --image drawing.png
     llamax generate models/scout --prompt "<|image|> is before <|image|>." --image a.png --image b.png -n 4
+"""
+EVAL = """
+    llamax eval runs/quickstart                               # the run's own evaluations, on its newest checkpoint
+    llamax eval runs/x needle --lengths 256,512,2048 --samples 8 --data data/built/docs_heldout.toml --out results
+    llamax eval models/scout ruler --lengths 4096,32768 --data data/built/docs_heldout.toml --qa squad.jsonl
+    llamax eval runs/x position --lengths 2048 --data data/built/docs_heldout.toml
 """
 CHAT = """
     llamax chat models/scout
