@@ -62,7 +62,7 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
         ctx.check_stop()
         some = [Prompt(ids, nothing) for ids in texts[first : first + rows]]
         scored = score_tokens(ctx.sampler, ctx.params, ctx.router_bias, some, [1] * len(some), **how)
-        nats += [-one.logp for one in scored]
+        nats += [-one.logp.astype(float) for one in scored]
     # The begin-of-text id has no loss: the first part has a token less.
     parts = [[np.nanmean(part) for part in np.split(np.insert(x, 0, np.nan), n)] for x in nats]
     return told(cfg, np.array(parts))
@@ -89,5 +89,10 @@ def told(cfg: config.Eval, parts: np.ndarray) -> Report:
     report.plots["position"] = plots.curves(
         middle, {"model": mean.tolist()}, x_title="position, tokens", y_title="nats a token", title="Loss by position"
     )
-    report.details = {"ends": ends, "nats": mean.tolist(), "perplexity": np.exp(mean).tolist(), "documents": len(parts)}
+    report.details = {
+        "ends": ends,
+        "nats": mean.tolist(),
+        "perplexity": np.exp(np.minimum(mean, 700)).tolist(),
+        "documents": len(parts),
+    }
     return report

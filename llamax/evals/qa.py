@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def makers(path: str, tokenizer: str, lengths: Sequence[int]) -> dict[str, Make]
     return found
 
 
-class _Asker(NamedTuple):
+@dataclass(frozen=True)
+class _Asker:
     name: str
     questions: list[Question]
     contexts: list[str]

@@ -62,7 +62,11 @@ def check_cache(run: config.Run, cfg: config.Eval, length: int) -> None:
     fits = max((n for n in range(64, length, 64) if row_bytes(run, n) <= most), default=0)
     asked = f"{cfg.kind} evaluation at {cfg.lengths[-1]} tokens"
     true = f"keys and values of one row take {needed / 1e9:.3g} GB and cache_gb is {cfg.cache_gb:g}"
-    raise ConfigError(asked, true, f"Set cache_gb={needed * 1.01 / 1e9:.3g}, or lengths of at most {fits - BEYOND}.")
+    raise ConfigError(
+        asked,
+        true,
+        f"Set cache_gb={needed * 1.01 / 1e9:.3g} (--cache-gb), or lengths of at most {max(0, fits - BEYOND)}.",
+    )
 
 
 def row_bytes(run: config.Run, length: int) -> int:
@@ -124,7 +128,7 @@ def answer_of(ctx: Context, sample: Sample) -> list[int]:
 
 
 def asked(ctx: Context, cfg: config.Eval, samples: Sequence[Sample], length: int) -> list[Said]:
-    """What the model says to samples of one length, greedily, and its scores."""
+    """What the model says to samples of one length (0: whatever theirs is), greedily, and its scores."""
     max_tokens = max(len(answer_of(ctx, sample)) for sample in samples) + BEYOND
     prompts = [prompt_of(ctx, sample.pieces) for sample in samples]
     longest = max(length, *(len(prompt.tokens) for prompt in prompts))
@@ -132,7 +136,8 @@ def asked(ctx: Context, cfg: config.Eval, samples: Sequence[Sample], length: int
     how = dict(max_tokens=max_tokens, stop=ctx.tokenizer.stop, rows=rows, length=longest)
     how |= dict(row_multiple=-(-rows // ctx.row_multiple) * ctx.row_multiple)
     said = []
-    for first in ctx.track(range(0, len(prompts), rows), f"{cfg.kind} at {length} tokens"):
+    where = f"at {length} tokens" if length else "without context"
+    for first in ctx.track(range(0, len(prompts), rows), f"{cfg.kind} {where}"):
         ctx.check_stop()
         some = prompts[first : first + rows]
         found = generate(ctx.sampler, ctx.params, ctx.router_bias, some, **how)
