@@ -10,6 +10,7 @@ then, and the same command goes on). After 2, 3, 4, 130 and 143 the launchers in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -153,7 +154,8 @@ def _eval(args: argparse.Namespace) -> None:
     from llamax.evaluating import evaluate
 
     given = {name: getattr(args, name) for name in EVAL_SETTINGS if getattr(args, name) is not None}
-    how = dict(recipe=args.recipe, out=args.out, step=args.step, dtype=args.dtype)
+    positions = dict(args.temperature_tuning or {}) | dict(args.positions)
+    how = dict(recipe=args.recipe, out=args.out, step=args.step, dtype=args.dtype, positions=positions)
     evaluate(args.folder, args.kinds, settings=given, **how)
 
 
@@ -380,6 +382,10 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-docs", type=_count, metavar="N", help="documents, at most (512)")
     command.add_argument("--seed", type=int, metavar="N", help="of the samples (0)")
     command.add_argument("--cache-gb", type=float, metavar="N", help="what keys and values may take (4)")
+    queries = "of layers without RoPE: off, or the floor in tokens and the scale (the model's own)"
+    command.add_argument("--temperature-tuning", type=_temperature, metavar="off|N,X", help=queries)
+    other = "how positions are read, which no weight depends on: rope.scaling=yarn; may be given several times"
+    command.add_argument("--positions", type=_assigned, action="append", default=[], metavar="NAME=VALUE", help=other)
     command.add_argument("--out", type=_named, metavar="DIR", help="write NAME.json and NAME.png here")
     command.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
     command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
@@ -388,6 +394,28 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
 def _counts(text: str) -> tuple[int, ...]:
     """Whole numbers from 1 up, with commas between."""
     return tuple(_count(word.strip()) for word in text.split(","))
+
+
+def _temperature(text: str) -> dict[str, Any]:
+    """Fields of config.Model for `off`, or FLOOR,SCALE."""
+    if text == "off":
+        return {"attn_temperature": 0.0}
+    floor, _, scale = text.partition(",")
+    try:
+        return {"attn_temperature_floor": _count(floor), "attn_temperature": float(scale)}
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text} is neither off nor a floor and a scale, as 8192,0.1") from None
+
+
+def _assigned(text: str) -> tuple[str, Any]:
+    """(name, value) of NAME=VALUE; what is no number is a word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE")
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return name, number(value)
+    return name, value
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -473,7 +501,7 @@ EVAL = """
     llamax eval runs/quickstart                               # the run's own evaluations, on its newest checkpoint
     llamax eval runs/x needle --lengths 256,512,2048 --samples 8 --data data/built/docs_heldout.toml --out results
     llamax eval models/scout ruler --lengths 4096,32768 --data data/built/docs_heldout.toml --qa squad.jsonl
-    llamax eval runs/x position --lengths 2048 --data data/built/docs_heldout.toml
+    llamax eval runs/x position --lengths 2048 --data data/built/docs_heldout.toml --temperature-tuning off
 """
 CHAT = """
     llamax chat models/scout

@@ -21,6 +21,7 @@ from llamax.data.sources import read_manifest
 from llamax.evals import CHECKS, EVALS, Context, Report
 from llamax.observe import log, plots, provenance
 from llamax.observe.progress import track, waiting
+from llamax.positions import changed
 
 OF_CONFIG = re.compile(r"--config\.evals\.\w+\.(\w+)(=?)")
 
@@ -34,10 +35,12 @@ def evaluate(
     out: str | Path | None = None,
     step: int | None = None,
     dtype: str = "float32",
+    positions: Mapping[str, Any] | None = None,
 ) -> dict[str, Report]:
     """The reports, by name, of what `kinds` names: kinds of evaluations, or the run's own (or the recipe's) by name.
 
-    Without any, all of these. `settings` replace fields of `config.Eval`. With `out`, NAME.json and a PNG for each plot
+    Without any, all of these. `settings` replace fields of `config.Eval`; `positions` change how the model reads
+    positions, as in `llamax.load`. With `out`, NAME.json and a PNG for each plot
     are written there, one evaluation after the other as they end.
 
     Raises:
@@ -48,16 +51,18 @@ def evaluate(
     found = loading.find(folder, step)
     run = run_of(found, dtype, recipe)
     evals = chosen(run, kinds, dict(settings or {}), folder)
-    run = dataclasses.replace(run, evals=evals)
+    model_changed = changed(run.model, positions) if positions else run.model
+    run = dataclasses.replace(run, evals=evals, model=model_changed)
     check(run)
     if out is not None:
         _make(Path(out))
     with waiting(f"loading {folder}"):
-        model = loading.load(folder, dtype=dtype, step=step)
+        model = loading.load(folder, dtype=dtype, step=step, positions=positions)
     assert model.tokenizer is not None  # `run_of` has found it
     weights = dict(params=model.params, router_bias=model.router_bias, track=track)
     ctx = Context(run, model.skeleton, model.skeleton, model.tokenizer, jax.device_put, 1, **weights)
-    about = {"model": str(folder), "step": _step(found, step), "dtype": dtype, "versions": provenance.versions()}
+    about = {"model": str(folder), "step": _step(found, step), "dtype": dtype, "positions": dict(positions or {})}
+    about |= {"versions": provenance.versions()}
     reports = {}
     for name, cfg in evals.items():
         reports[name] = EVALS[cfg.kind](ctx, cfg)

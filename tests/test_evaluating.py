@@ -28,8 +28,8 @@ class Model:
     def __init__(self):
         self.loaded, self.asked = [], []
 
-    def load(self, folder, dtype, step):
-        self.loaded.append((folder, dtype, step))
+    def load(self, folder, dtype, step, positions):
+        self.loaded.append((folder, dtype, step, positions))
         return Loaded(RUN.model, None, {}, {}, loading.Tokenizer(RUN.data.tokenizer))
 
     def evaluate(self, ctx, cfg):
@@ -70,7 +70,7 @@ def test_a_run_has_its_own_evaluations(model, trained, capsys):
     assert [cfg for _, cfg in model.asked] == list(OWN.values()) and list(reports) == list(OWN)
     ctx, _ = model.asked[0]
     assert ctx.run.data.seq_len == RUN.data.seq_len and ctx.run.model == RUN.model
-    assert model.loaded == [(trained, "float32", 2)]
+    assert model.loaded == [(trained, "float32", 2, None)]
     assert "held_out" in capsys.readouterr().out
 
 
@@ -81,6 +81,15 @@ def test_any_kind_and_settings_by_name(model, trained):
     assert needle == config.Eval(kind="needle", **settings)
     assert own == dataclasses.replace(OWN["held_out"], **settings)
     assert model.asked[0][0].run.train.compute_dtype == "bfloat16"
+
+
+def test_positions_may_be_read_in_another_way(model, trained, tmp_path):
+    off = {"attn_temperature": 0.0}
+    evaluating.evaluate(trained, ["held_out"], positions=off, out=tmp_path)
+    assert model.loaded[0][3] == off and model.asked[0][0].run.model.attn_temperature == 0
+    assert json.loads((tmp_path / "held_out.json").read_text())["positions"] == off
+    with pytest.raises(ConfigError, match="Did you mean rope.theta"):
+        evaluating.evaluate(trained, ["held_out"], positions={"rope.teta": 1.0})
 
 
 def test_a_model_without_a_run_takes_those_of_a_recipe(model, converted):

@@ -171,8 +171,8 @@ def test_in_training_the_heat_map_goes_to_tensorboard(monkeypatch, tmp_path):
     state = SimpleNamespace(params={}, router_bias={})
     with MetricsFile(tmp_path / "metrics.jsonl", 0) as file, TensorBoard(tmp_path / "board") as board:
         evaluate = hooks.Evaluate(run, CTX, Ledger(), file, board, lambda text: None)
-        for step in (4, 5):
-            evaluate(Event(step, state, None, None, False))
+        for step in (3, 5):
+            evaluate(Event(step, False, state, None, None))
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     assert events.Tags()["images"] == ["eval/far/needle"]
     assert [event.step for event in events.Scalars("eval/far/needle/128")] == [5]
