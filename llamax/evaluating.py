@@ -13,7 +13,7 @@ import jax
 from rich.table import Table
 
 from llamax import checks, config, loading, stages
-from llamax.checkpoint import sums
+from llamax.checkpoint.hf_read import Source
 from llamax.checkpoint.saved import Saved
 from llamax.config import ConfigError
 from llamax.config_dict import nearest
@@ -49,7 +49,7 @@ def evaluate(
     """
     log.setup()
     found = loading.find(folder, step)
-    run = run_of(found, dtype, recipe)
+    run = run_of(found.said, dtype, recipe)
     evals = chosen(run, kinds, dict(settings or {}), folder)
     model_changed = changed(run.model, positions) if positions else run.model
     run = dataclasses.replace(run, evals=evals, model=model_changed)
@@ -61,7 +61,7 @@ def evaluate(
     assert model.tokenizer is not None  # `run_of` has found it
     weights = dict(params=model.params, router_bias=model.router_bias, track=track)
     ctx = Context(run, model.skeleton, model.skeleton, model.tokenizer, jax.device_put, 1, **weights)
-    about = {"model": str(folder), "step": _step(found, step), "dtype": dtype, "positions": dict(positions or {})}
+    about = {"model": str(folder), "step": found.step, "dtype": dtype, "positions": dict(positions or {})}
     about |= {"versions": provenance.versions()}
     reports = {}
     for name, cfg in evals.items():
@@ -72,7 +72,7 @@ def evaluate(
     return reports
 
 
-def run_of(found: Saved | Any, dtype: str, recipe: str | None) -> config.Run:
+def run_of(found: Saved | Source, dtype: str, recipe: str | None) -> config.Run:
     """The run that the model belongs to, as its checkpoint's stage was, or one that is made up around the model.
 
     Its evaluations are the run's own, or those of the recipe.
@@ -94,7 +94,7 @@ def run_of(found: Saved | Any, dtype: str, recipe: str | None) -> config.Run:
     return dataclasses.replace(run, model=found.model, data=data, train=train, evals=evals, stages={})
 
 
-def _tokenizer(found: Saved | Any) -> Path:
+def _tokenizer(found: Saved | Source) -> Path:
     tokenizer = loading.tokenizer_of(found)
     if tokenizer is None:
         change = "Put the model's tokenizer.model (tiktoken's format) or tokenizer.json beside it."
@@ -149,13 +149,6 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}", f"it cannot be made: {error}", "Choose another folder.") from None
-
-
-def _step(found: Saved | Any, step: int | None) -> int | None:
-    """Of a run: the step of the checkpoint that is read."""
-    if not isinstance(found, Saved) or provenance.read(found.folder) is None:
-        return None
-    return step if step is not None else sums.newest_sound(found.checkpoints, rename=False)
 
 
 def write(out: Path, name: str, cfg: config.Eval, report: Report, about: Mapping[str, Any]) -> None:

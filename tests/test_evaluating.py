@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from llamax import config, evaluating, loading
+from llamax.checkpoint import saved
 from llamax.checkpoint.saved import Saved
 from llamax.config import ConfigError
 from llamax.evals import Report
@@ -49,11 +50,13 @@ def model(monkeypatch) -> Model:
 
 
 @pytest.fixture
-def trained(tmp_path) -> str:
+def trained(tmp_path, monkeypatch) -> str:
     """A run's workdir, as far as it is looked at before weights are read."""
     folder = tmp_path / "run"
     folder.mkdir()
     provenance.record(folder, config.to_dict(RUN), [], {})
+    said = saved.find(folder)
+    monkeypatch.setattr(loading, "find", lambda folder, step: loading.Found(said, step or 3))
     return str(folder)
 
 
@@ -61,7 +64,7 @@ def trained(tmp_path) -> str:
 def converted(tmp_path, monkeypatch) -> str:
     """A model without a run."""
     found = Saved(tmp_path, RUN.model, 0, RUN.data.tokenizer, None, {}, None)
-    monkeypatch.setattr(loading, "find", lambda folder, step: found)
+    monkeypatch.setattr(loading, "find", lambda folder, step: loading.Found(found, None))
     return str(tmp_path)
 
 
@@ -87,7 +90,8 @@ def test_positions_may_be_read_in_another_way(model, trained, tmp_path):
     off = {"attn_temperature": 0.0}
     evaluating.evaluate(trained, ["held_out"], positions=off, out=tmp_path)
     assert model.loaded[0][3] == off and model.asked[0][0].run.model.attn_temperature == 0
-    assert json.loads((tmp_path / "held_out.json").read_text())["positions"] == off
+    said = json.loads((tmp_path / "held_out.json").read_text())
+    assert said["positions"] == off and said["step"] == 3
     with pytest.raises(ConfigError, match="Did you mean rope.theta"):
         evaluating.evaluate(trained, ["held_out"], positions={"rope.teta": 1.0})
 
@@ -153,6 +157,6 @@ def test_a_folder_without_a_model_or_a_tokenizer_is_told(model, tmp_path, monkey
     with pytest.raises(ConfigError, match="it holds neither"):
         evaluating.evaluate(tmp_path, ["needle"])
     found = Saved(tmp_path, RUN.model, 0, None, None, {}, None)
-    monkeypatch.setattr(loading, "find", lambda folder, step: found)
+    monkeypatch.setattr(loading, "find", lambda folder, step: loading.Found(found, None))
     with pytest.raises(ConfigError, match="it has no tokenizer that can be read"):
         evaluating.evaluate(tmp_path, ["needle"])

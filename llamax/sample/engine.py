@@ -23,6 +23,7 @@ from llamax.config import ConfigError
 from llamax.model import cache as caches
 from llamax.model.cache import Cache
 from llamax.model.skeleton import Skeleton
+from llamax.parallel import place
 from llamax.sample.reading import Prompt as Prompt  # whoever generates takes it from here
 from llamax.sample.reading import by_length, check_prompt, read, rounded
 
@@ -145,7 +146,7 @@ def begin(logits_BV: Array, cache: Cache, S: int, real_rows: int) -> Going:
 
 def completions(state: Going, rows: int, stop: Collection[int]) -> list[Completion]:
     """The first `rows` completions, on the host."""
-    tokens, logp, count = jax.device_get((state.tokens, state.logp, state.count))
+    tokens, logp, count = place.fetch((state.tokens, state.logp, state.count))
     found = []
     for ids, logps in zip(tokens[:rows, :count].tolist(), logp[:rows, :count].tolist(), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stop), None)

@@ -25,6 +25,7 @@ from llamax.model.cache import Cache
 from llamax.model.llama import Llama
 from llamax.model.score import score_after
 from llamax.model.skeleton import Skeleton
+from llamax.parallel import place
 
 PIECE = 1024  # tokens of a piece
 ROUND = 64  # the least length of a row
@@ -131,7 +132,7 @@ def score_tokens(
                 logits_BV, cache = extend(skeleton, params, router_bias, piece.batch, logits_BV, cache)
                 continue
             logp_BT, best_BT, cache = score_piece(skeleton, likeliest, params, router_bias, piece.batch, cache)
-            logp_BT, best_BT = jax.device_get((logp_BT, best_BT))
+            logp_BT, best_BT = place.fetch((logp_BT, best_BT))
             for row, i in enumerate(numbers):
                 at = np.flatnonzero(piece.batch.loss_weights[row])
                 here = piece.first[row] + at + 1 - firsts[i]
