@@ -153,12 +153,12 @@ def test_every_program_is_compiled_once_a_length():
     params, bias = (jax.tree.map(lambda x: jnp.zeros(x.shape), tree) for tree in bones.shapes())
     run = dataclasses.replace(RUN, model=model)
     ctx = Context(run, bones, bones, TOKENIZER, lambda batch: batch, 1, params, bias)
-    budget = 4.5 * samples.row_bytes(run, 256 + 64) / 1e9
-    cfg = cfg_of("needle", lengths=(136, 256), depths=5, samples=1, tasks=("needle", "key_value"), cache_gb=budget)
-    # Of the first length, prompts of one task have at most 128 tokens, and of the other more, which rounds to 192.
+    budget = 4.5 * samples.row_bytes(run, 136 + 32) / 1e9
+    cfg = cfg_of("needle", lengths=(136,), depths=5, samples=1, tasks=("needle", "key_value"), cache_gb=budget)
+    # Prompts of one task have at most 128 tokens, and of the other more, which rounds to 192.
     jax.clear_caches()
     needle.run(ctx, cfg)
-    buckets = 3  # the lengths, and no context
+    buckets = 2  # the length, and no context
     assert reading.prefill._cache_size() == buckets and engine.advance._cache_size() == buckets
     answer.run(ctx, dataclasses.replace(cfg, samples=5))
     assert reading.score_piece._cache_size() == buckets and reading.empty._cache_size() == buckets
