@@ -30,7 +30,9 @@ from llamax.config import (
     RULES,
     SCHEDULES,
     TEMPERATURE_WHEN,
+    TEMPLATES,
     VISION_ENCODERS,
+    Eval,
     Mesh,
     Model,
     Optim,
@@ -49,6 +51,7 @@ MAY_BE_ZERO = (
         "health.max_roll_backs",
         "train.pipeline_microbatches",
         "evals.*.every_steps",
+        "evals.*.seed",
         "checkpoint.keep_every_steps",
         "data.sources.*.weight",
     ),
@@ -66,6 +69,10 @@ AT_MOST = {
     "optim.end_lr_ratio": 1,
     "optim.b1": 0.9999,
     "optim.b2": 0.9999,
+    "evals.*.depths": 1024,
+    "evals.*.samples": 2**16,
+    "evals.*.seed": 2**32 - 1,
+    "evals.*.threshold": 1,
 }
 MOST_WHOLE = 2**31 - 1  # of every other whole number: steps and sizes are 32 bits on the devices
 MOST_TOKENS = 1e15  # of a schedule of weights,
@@ -89,6 +96,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "health.on_nonfinite": ON_NONFINITE,
     "health.on_spike": ON_SPIKE,
     "evals.*.kind": EVAL_KINDS,
+    "evals.*.templates": TEMPLATES,
 }
 
 
@@ -285,14 +293,51 @@ def _manifest(here: str, path: str) -> None:
         raise ConfigError(f"{here}.path={path!r}", true, f"Set {here}.path=data/NAME.toml.")
 
 
+def check_evals(run: Run) -> None:
+    """The part of `check` that is about `run.evals`, for a model that is evaluated and was not trained here."""
+    _each(_fields(run.evals, "evals", "evals"))
+    _evals(run)
+
+
 def _evals(run: Run) -> None:
     for name, evaluation in run.evals.items():
         here = f"--config.evals.{name}"
         _named(name, "evaluation", "evals")
         _manifest(here, evaluation.path)
-        if evaluation.kind != "perplexity" and run.model.vision is None:
+        if evaluation.kind == "drawings" and run.model.vision is None:
             true = "it shows pictures, and the model has no vision encoder"
             raise ConfigError(f"{here}.kind={evaluation.kind}", true, f"Set {here}.kind=perplexity.")
+        if not all(isinstance(task, str) for task in evaluation.tasks):
+            asked, true = f"{here}.tasks={evaluation.tasks}", "they are names of tasks"
+            raise ConfigError(asked, true, f"""Write it like {here}.tasks="('needle',)".""")
+        if evaluation.kind in LONG_KINDS:
+            _lengths(here, evaluation)
+
+
+LONG_KINDS = ("needle", "ruler", "position", "answer")  # those with lengths
+
+
+def _lengths(here: str, evaluation: Eval) -> None:
+    lengths = evaluation.lengths
+    asked, shape = f"{here}.lengths={lengths}", f'Write it like {here}.lengths="(1024, 4096)".'
+    if not lengths:
+        raise ConfigError(asked, f"a {evaluation.kind} evaluation is of some length", shape)
+    if not all(type(n) is int and 1 <= n <= MOST_WHOLE for n in lengths) or list(lengths) != sorted(set(lengths)):
+        raise ConfigError(asked, "they are numbers of tokens, the smaller ones first", shape)
+    if evaluation.kind == "position":
+        if len(lengths) > 1:
+            raise ConfigError(asked, "a position evaluation has one", f'Set {here}.lengths="({lengths[-1]},)".')
+        if lengths[0] % evaluation.buckets or lengths[0] < 2 * evaluation.buckets:
+            asked, true = (
+                f"{here}.buckets={evaluation.buckets}",
+                f"they are equal parts of {lengths[0]} tokens, 2 or more",
+            )
+            fits = min(
+                (d for d in divisors(lengths[0]) if 2 * d <= lengths[0]),
+                key=lambda d: abs(d - evaluation.buckets),
+                default=0,
+            )
+            raise ConfigError(asked, true, f"Set {here}.buckets={fits}." if fits else f'Set {here}.lengths="(1024,)".')
 
 
 # -------------------------------------------------------------------------------------------------------- the stages

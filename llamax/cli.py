@@ -10,6 +10,7 @@ then, and the same command goes on). After 2, 3, 4, 130 and 143 the launchers in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -149,6 +150,15 @@ def _generate(args: argparse.Namespace) -> None:
     print("\n\n".join(generate(_folder(args), args.prompt, **how)))
 
 
+def _eval(args: argparse.Namespace) -> None:
+    from llamax.evaluating import evaluate
+
+    given = {name: getattr(args, name) for name in EVAL_SETTINGS if getattr(args, name) is not None}
+    positions = dict(args.temperature_tuning or {}) | dict(args.positions)
+    how = dict(recipe=args.recipe, out=args.out, step=args.step, dtype=args.dtype, positions=positions)
+    evaluate(args.folder, args.kinds, settings=given, **how)
+
+
 def _chat(args: argparse.Namespace) -> None:
     from llamax.generating import chat
     from llamax.sample.engine import Sampling
@@ -262,6 +272,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help=places)
     generate.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="continuations (%(default)s)")
 
+    about = "evaluate a model: held-out loss, needles, RULER, loss by position; a table, JSON and PNG files"
+    _evaluated(_command(commands, "eval", _eval, about, EVAL))
+
     chat = _command(commands, "chat", _chat, "talk with a trained model, pictures included", CHAT)
     _sampled(chat, max_tokens=512, temperature=0.6, top_p=0.9)
     chat.add_argument("--system", metavar="TEXT", help="the system's message, before all others")
@@ -329,6 +342,10 @@ def _data(commands: Any) -> None:
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
 
 
+FOLDERS = "a run's workdir (its newest checkpoint), a converted model, or a folder in Hugging Face's format"
+PRECISION = "float32 or bfloat16, of weights and computation (%(default)s)"
+
+
 def _planned(plan: argparse.ArgumentParser) -> None:
     _recipe(plan)
     cluster = "chips or nodes: v5p:8x8x4, v5e:16x16, v6e:16x16, tpu7x:4x4x4, h100:64x8 (nodes x GPUs), h200, b200"
@@ -337,6 +354,72 @@ def _planned(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--stage", metavar="NAME", help=which)
     plan.add_argument("--estimate", action="store_true", help="from formulas, in seconds; compiles nothing")
     plan.add_argument("--json", action="store_true", help="one object on stdout, for programs")
+
+
+EVAL_SETTINGS = (  # fields of config.Eval that have an option
+    *("path", "max_docs", "lengths", "depths", "samples", "tasks", "templates", "qa", "threshold", "buckets", "seed"),
+    "cache_gb",
+)
+
+
+def _evaluated(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="MODEL", help=FOLDERS)
+    kinds = "perplexity, drawings, needle, ruler, position, answer; or the run's own by name. None: all of these"
+    command.add_argument("kinds", nargs="*", metavar="KIND", help=kinds)
+    command.add_argument("--recipe", metavar="RECIPE[:SIZE]", help="take its evaluations for the model's own")
+    text = "a manifest: held-out text, or the text around what is asked for"
+    command.add_argument("--data", "--filler", dest="path", metavar="MANIFEST", help=text)
+    command.add_argument("--lengths", type=_counts, metavar="N,N", help="tokens of a sample, or of a document")
+    command.add_argument("--depths", type=_count, metavar="N", help="needle: places of what is asked for (5)")
+    each = "of every task at every length, and depth (8)"
+    command.add_argument("--samples", type=_count, metavar="N", help=each)
+    command.add_argument("--tasks", type=_words, metavar="NAME,NAME", help="of llamax/data/tasks (the kind's own)")
+    command.add_argument("--templates", metavar="SET", help="seen or held_out: how questions are worded (seen)")
+    command.add_argument("--qa", metavar="FILE", help="ruler: questions with contexts and answers, JSONL")
+    above = "ruler: a length is effective if it scores above (0.856)"
+    command.add_argument("--threshold", type=float, metavar="X", help=above)
+    command.add_argument("--buckets", type=_count, metavar="N", help="position: parts of a document (8)")
+    command.add_argument("--max-docs", type=_count, metavar="N", help="documents, at most (512)")
+    command.add_argument("--seed", type=int, metavar="N", help="of the samples (0)")
+    command.add_argument("--cache-gb", type=float, metavar="N", help="what keys and values may take (4)")
+    queries = "of layers without RoPE: off, or the floor in tokens and the scale (the model's own)"
+    command.add_argument("--temperature-tuning", type=_temperature, metavar="off|N,X", help=queries)
+    other = "how positions are read, which no weight depends on: rope.scaling=yarn; may be given several times"
+    command.add_argument("--positions", type=_assigned, action="append", default=[], metavar="NAME=VALUE", help=other)
+    command.add_argument("--out", type=_named, metavar="DIR", help="write NAME.json and NAME.png here")
+    command.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
+    command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 up, with commas between."""
+    return tuple(_count(word.strip()) for word in text.split(","))
+
+
+def _temperature(text: str) -> dict[str, Any]:
+    """Fields of config.Model for `off`, or FLOOR,SCALE."""
+    if text == "off":
+        return {"attn_temperature": 0.0}
+    floor, _, scale = text.partition(",")
+    try:
+        return {"attn_temperature_floor": _count(floor), "attn_temperature": float(scale)}
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text} is neither off nor a floor and a scale, as 8192,0.1") from None
+
+
+def _assigned(text: str) -> tuple[str, Any]:
+    """(name, value) of NAME=VALUE; what is no number is a word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE")
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return name, number(value)
+    return name, value
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
 
 
 def _named(path: str) -> str:
@@ -348,8 +431,7 @@ def _named(path: str) -> str:
 
 def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float) -> None:
     """What every command takes that samples from a model."""
-    folders = "a run's workdir (its newest checkpoint), a converted model, or a folder in Hugging Face's format"
-    command.add_argument("folder", nargs="?", metavar="MODEL", help=folders)
+    command.add_argument("folder", nargs="?", metavar="MODEL", help=FOLDERS)
     command.add_argument("--workdir", metavar="DIR", help="the same, by name")
     limit = f"stop after N tokens ({max_tokens})"
     command.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=limit)
@@ -358,8 +440,7 @@ def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: 
     nucleus = "sample among the likeliest tokens that have this probability together (%(default)s)"
     command.add_argument("--top-p", type=float, default=top_p, metavar="P", help=nucleus)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
-    precision = "float32 or bfloat16, of weights and computation (%(default)s)"
-    command.add_argument("--dtype", default="float32", metavar="TYPE", help=precision)
+    command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
 
 
 def _count(text: str) -> int:
@@ -415,6 +496,12 @@ GENERATE = """
     llamax generate runs/quickstart --prompt "import os" --max-tokens 100 --temperature 0.8
     llamax generate runs/quickstart --prompt "" --image drawing.png
     llamax generate models/scout --prompt "<|image|> is before <|image|>." --image a.png --image b.png -n 4
+"""
+EVAL = """
+    llamax eval runs/quickstart                               # the run's own evaluations, on its newest checkpoint
+    llamax eval runs/x needle --lengths 256,512,2048 --samples 8 --data data/built/docs_heldout.toml --out results
+    llamax eval models/scout ruler --lengths 4096,32768 --data data/built/docs_heldout.toml --qa squad.jsonl
+    llamax eval runs/x position --lengths 2048 --data data/built/docs_heldout.toml --temperature-tuning off
 """
 CHAT = """
     llamax chat models/scout

@@ -43,7 +43,8 @@ VISION_ENCODERS = ("vit", "linear")
 BIAS_UPDATES = ("sign", "proportional")
 ON_NONFINITE = ("skip", "roll_back")
 ON_SPIKE = ("warn", "skip", "roll_back")
-EVAL_KINDS = ("perplexity", "drawings")  # the keys of llamax.evals.EVALS
+EVAL_KINDS = ("perplexity", "drawings", "needle", "ruler", "position", "answer")  # the keys of llamax.evals.EVALS
+TEMPLATES = ("seen", "held_out")
 
 
 # ------------------------------------------------------------------------------------------------------- the schema
@@ -308,10 +309,23 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
+    """One evaluation. What asks a model about long contexts (needle, ruler, answer) draws samples of tasks
+    (llamax/data/tasks); `position` reads documents."""
+
     kind: str = "perplexity"  # a key of llamax.evals.EVALS
-    path: str = ""  # a manifest of held-out data
+    path: str = ""  # a manifest of held-out data; of needle, ruler, answer: the text around what is asked for
     every_steps: int = 1000  # 0: only at the end
-    max_docs: int = 512  # at most, spread evenly over the manifest
+    max_docs: int = 512  # at most, spread evenly over the manifest (perplexity, drawings, position)
+    lengths: tuple = ()  # tokens of a sample with its answer (needle, ruler, answer), or of a document (position: one)
+    depths: int = 5  # needle: places of what is asked for, evenly from the beginning of the context to its end
+    samples: int = 8  # of every task at every length (and depth)
+    tasks: tuple = ()  # keys of llamax.data.tasks.TASKS; (): the kind's own
+    templates: str = "seen"  # seen | held_out: whether questions are worded as in training
+    qa: str = ""  # ruler: a JSONL file of questions with contexts and answers, for RULER's two tasks of that sort
+    threshold: float = 0.856  # ruler: a length counts as effective above it; in the paper, Llama 2 7B at 4k tokens
+    buckets: int = 8  # position: equal parts of a document
+    seed: int = 0  # of the samples
+    cache_gb: float = 4.0  # what keys and values of the rows worked on together may take, in 10^9 bytes
 
 
 @dataclass(frozen=True)

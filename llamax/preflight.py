@@ -141,9 +141,9 @@ def code_hashes() -> dict[str, str]:
 
 
 def check_evals(run: config.Run) -> None:
-    """ConfigError if an evaluation's manifest is not what its kind needs."""
-    from llamax.evals import EVALS, drawings
+    """ConfigError if an evaluation's data is not what its kind needs, or its lengths are beyond its cache's budget."""
+    from llamax.evals import CHECKS
 
     for evaluation in run.evals.values():
-        if EVALS[evaluation.kind] is drawings.run:
-            drawings.scored_documents(evaluation)
+        if evaluation.kind in CHECKS:
+            CHECKS[evaluation.kind](run, evaluation)

@@ -39,7 +39,7 @@ ROOMS = (
     {"evals"},
     {"train"},
     {"post", "preflight", "starting"},
-    {"run", "generating", "plan", "show"},
+    {"run", "generating", "evaluating", "plan", "show"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import resource
 import shlex
@@ -27,6 +28,7 @@ COMMANDS = [
     ["show"],
     ["generate"],
     ["chat"],
+    ["eval"],
     ["inspect"],
     ["data"],
     ["data", "build"],
@@ -84,6 +86,38 @@ def test_generate(monkeypatch, capsys):
     for folder in ([], ["there", "--workdir", "there"]):
         assert cli.main(["generate", *folder, *words]) == 2
         assert "neither or both" in capsys.readouterr().err
+
+
+def test_eval(monkeypatch):
+    evaluate = called(monkeypatch, "llamax.evaluating.evaluate")
+    assert cli.main(["eval", "there"]) == 0
+    words = "needle position --lengths 256,1024 --depths 3 --samples 2 --tasks needle,key_value --filler x.toml"
+    words += " --templates held_out --cache-gb 0.5 --seed 0 --out o --step 3 --dtype bfloat16 --recipe r.py"
+    words += " --temperature-tuning 64,0.2 --positions rope.scaling=yarn --positions rope.factor=8"
+    assert cli.main(["eval", "there", *words.split()]) == 0
+    settings = dict(lengths=(256, 1024), depths=3, samples=2, tasks=("needle", "key_value"), path="x.toml")
+    settings |= dict(templates="held_out", cache_gb=0.5, seed=0)
+    positions = {"attn_temperature_floor": 64, "attn_temperature": 0.2, "rope.scaling": "yarn", "rope.factor": 8}
+    how = dict(recipe="r.py", out="o", step=3, dtype="bfloat16", positions=positions)
+    assert evaluate.call_args_list == [
+        call("there", [], settings={}, recipe=None, out=None, step=None, dtype="float32", positions={}),
+        call("there", ["needle", "position"], settings=settings, **how),
+    ]
+
+
+def test_temperature_tuning(monkeypatch, capsys):
+    evaluate = called(monkeypatch, "llamax.evaluating.evaluate")
+    assert cli.main(["eval", "there", "--temperature-tuning", "off"]) == 0
+    assert evaluate.call_args.kwargs["positions"] == {"attn_temperature": 0.0}
+    for wrong in (["--temperature-tuning", "of"], ["--temperature-tuning", "8"], ["--positions", "rope.theta"]):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", "there", *wrong])
+    assert "neither off nor a floor and a scale, as 8192,0.1" in capsys.readouterr().err
+
+
+def test_every_setting_of_an_evaluation_has_an_option():
+    fields = {field.name for field in dataclasses.fields(config.Eval)} - {"kind", "every_steps"}
+    assert set(cli.EVAL_SETTINGS) == fields
 
 
 def test_chat(monkeypatch):

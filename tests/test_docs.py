@@ -36,7 +36,7 @@ def check(words: list[str]) -> None:
     """Parses a command line, and freezes its recipe with its overrides where that recipe exists."""
     words, overrides = cli.split_overrides(words)
     args = cli.parser().parse_args(words)
-    recipe = getattr(args, "recipe", "")
+    recipe = getattr(args, "recipe", None) or ""
     if (ROOT / recipe.split(":")[0]).is_file():
         config.freeze(config.load(recipe, overrides))
 

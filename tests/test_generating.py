@@ -18,7 +18,7 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Loaded
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
-from llamax.sample import engine
+from llamax.sample import engine, reading
 from llamax.sample.engine import Sampling
 from tests.runs import FIXTURES, tiny_run
 
@@ -163,7 +163,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_was_said(loaded, monkeypatch
             talks.append(self)
             yield from super().ask(*asked)
 
-    step, reading, moments = engine.advance, engine.extend, iter([1, 2, 3, 4])
+    step, extend, moments = engine.advance, reading.extend, iter([1, 2, 3, 4])
 
     def interrupting(*args):
         moment = next(moments, 0)
@@ -175,14 +175,15 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_was_said(loaded, monkeypatch
         return result
 
     def interrupted_reading(*args):
+        result = extend(*args)
         if not interrupted:
             interrupted.append(True)
-            raise KeyboardInterrupt
-        return reading(*args)
+            raise KeyboardInterrupt  # the cache that was given is used up
+        return result
 
     interrupted: list[bool] = []
     monkeypatch.setattr(engine, "advance", interrupting)
-    monkeypatch.setattr(engine, "extend", interrupted_reading)
+    monkeypatch.setattr(reading, "extend", interrupted_reading)
     monkeypatch.setattr(generating, "Chat", Watched)
     said = iter(["Hello", "lost", "Go on", "And on", "/exit"])
     generating.chat("there", max_tokens=4, sampling=GREEDY, read=lambda prompt: next(said))

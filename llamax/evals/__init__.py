@@ -1,10 +1,25 @@
-"""Evaluations: a kind is a function `run(Context, config.Eval) -> Report`."""
+"""Evaluations: a kind is a function `run(Context, config.Eval) -> Report`, and may have one that looks before any work
+is done, `check(config.Run, config.Eval)`, which raises a ConfigError."""
 
 from __future__ import annotations
 
-from llamax.evals import drawings, perplexity
+from llamax.evals import answer, drawings, needle, perplexity, position, ruler
 from llamax.evals.report import Context, Report
 
-__all__ = ["EVALS", "Context", "Report"]
+__all__ = ["CHECKS", "EVALS", "Context", "Report"]
 
-EVALS = {"perplexity": perplexity.run, "drawings": drawings.run}
+EVALS = {
+    "perplexity": perplexity.run,
+    "drawings": drawings.run,
+    "needle": needle.run,
+    "ruler": ruler.run,
+    "position": position.run,
+    "answer": answer.run,
+}
+CHECKS = {
+    "drawings": drawings.check,
+    "needle": needle.check,
+    "ruler": ruler.check,
+    "position": position.check,
+    "answer": answer.check,
+}

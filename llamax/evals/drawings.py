@@ -40,6 +40,11 @@ def scored_documents(cfg: config.Eval) -> list[Document]:
     return found
 
 
+def check(run: config.Run, cfg: config.Eval) -> None:
+    del run
+    scored_documents(cfg)
+
+
 def run(ctx: Context, cfg: config.Eval) -> Report:
     looked_at = scored_documents(cfg)
     asked = [(document, prompt_of(ctx, document)) for document in looked_at]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +12,12 @@ from llamax import config
 from llamax.batch import Batch
 from llamax.data.tokenizer import Tokenizer
 from llamax.model.skeleton import Skeleton
+
+
+def untracked(items: Sequence, what: str) -> Iterable:
+    """In training, whose own line goes on."""
+    del what
+    return items
 
 
 class Context(NamedTuple):
@@ -26,15 +32,19 @@ class Context(NamedTuple):
     params: Any = None
     router_bias: Any = None
     check_stop: Callable[[], None] = lambda: None  # raises if the run is to stop: called between batches
+    track: Callable[[Sequence, str], Iterable] = untracked  # of batches, and what they are of: shows how far it is
 
 
 @dataclass
 class Report:
-    """Figures by name; rows for people, each (what, figure, and what to compare it with); captioned pictures."""
+    """Figures by name; rows for people, each (what, figure, and what to compare it with); captioned pictures; plots by
+    name, uint8 [height, width, 3]; and what a program would like to know beside these, as JSON takes it."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    plots: dict[str, np.ndarray] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def left_out_of(n: int, total: int) -> str:

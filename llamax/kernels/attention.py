@@ -29,6 +29,7 @@ from llamax.kernels.varying import full_like, vary_alike
 
 ATTENDED = "attended"  # what the backward pass of a fast kernel needs beside q, k, v (model/remat.py)
 MASKED = -1e30  # finite: a row without any key stays free of NaN
+KEYS = 512  # places of a cache that a tile of queries meets at once
 TILE = 64  # tokens a tile: of 64, 128 and 256 the least time on 2 cores (bench/kernel_times.py), fewest future keys
 
 
@@ -60,27 +61,19 @@ def cached_attention(
     """`slow_attention` over the keys of a cache and the new ones, without a copy of both together.
 
     The cache is read as it lies, heads before tokens: [B, K, S, Dh]; past_pos, past_seg int32 [B, S]. Segment 0 is an
-    empty place. Many queries go in tiles, so that the scores of a tile are all that exists.
+    empty place. Few queries meet all places at once. Many go in tiles, and a tile meets `KEYS` places at a time, from
+    the first to the last that one of its queries sees: a cache costs what it holds and not its room.
     """
     B, T, H, Dh = q_BTHDh.shape
     K, dtype = k_BKTDh.shape[1], q_BTHDh.dtype
-    past_k, past_v, k, v = (x.astype(dtype) for x in (past_k_BKSDh, past_v_BKSDh, k_BKTDh, v_BKTDh))
+    kv = (x.astype(dtype) for x in (past_k_BKSDh, past_v_BKSDh, k_BKTDh, v_BKTDh))
+    past, new = (next(kv), next(kv), past_pos, past_seg), (next(kv), next(kv), k_pos, k_seg)
 
     def attend(tile):
-        q_BCHDh, pos_BC, seg_BC = tile
+        q_BCHDh, *at = tile
         C = q_BCHDh.shape[1]
         q = q_BCHDh.reshape(B, C, K, H // K, Dh).transpose(0, 2, 3, 1, 4)
-
-        def scores(keys, pos, seg):
-            score = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32) * Dh**-0.5
-            sees = (seg_BC[:, :, None] == seg[:, None, :]) & (pos[:, None, :] <= pos_BC[:, :, None])
-            return jnp.where(sees[:, None, None], score, MASKED)
-
-        score = jnp.concatenate([scores(past_k, past_pos, past_seg), scores(k, k_pos, k_seg)], axis=-1)
-        p = jax.nn.softmax(score, axis=-1).astype(dtype)
-        p_past, p_new = jnp.split(p, [past_k.shape[2]], axis=-1)
-        sums = dict(preferred_element_type=jnp.float32)
-        o = jnp.einsum("bkgcs,bksd->bkgcd", p_past, past_v, **sums) + jnp.einsum("bkgcs,bksd->bkgcd", p_new, v, **sums)
+        o = _at_once(q, *at, past, new) if T <= TILE else _in_turn(q, *at, past, new)
         return o.transpose(0, 3, 1, 2, 4).reshape(B, C, H, Dh).astype(dtype)
 
     if T <= TILE:
@@ -93,6 +86,58 @@ def cached_attention(
 
     o_nBCHDh = jax.lax.map(attend, (tiled(q_BTHDh), tiled(q_pos), tiled(q_seg)))
     return o_nBCHDh.swapaxes(0, 1).reshape(B, n * TILE, H, Dh)[:, :T]
+
+
+# Of a tile of queries q [B, K, G, C, Dh] at pos, seg [B, C]. Keys: (k, v, pos, seg), [B, K, S, Dh] and [B, S].
+
+
+def _at_once(q, q_pos, q_seg, past, new):
+    score = jnp.concatenate([_scores(q, q_pos, q_seg, *keys) for keys in (past, new)], axis=-1)
+    p_past, p_new = jnp.split(jax.nn.softmax(score, axis=-1), [past[0].shape[2]], axis=-1)
+    return _weighed(q, p_past, past[1]) + _weighed(q, p_new, new[1])
+
+
+def _in_turn(q, q_pos, q_seg, past, new):
+    """As in the blocked algorithm. A query that has met no key it sees carries a sum that means nothing, and that the
+    first real score makes 0: at the latest its own, for a token sees itself."""
+    carry = (full_like(q, q.shape[:-1], MASKED), full_like(q, q.shape[:-1]), full_like(q, q.shape))
+    for k, v, pos, seg in (past, new):
+        S = k.shape[2]
+        n = min(KEYS, S)
+
+        def add(j, carry, keys=(k, v, pos, seg), S=S, n=n):
+            m, z, acc = carry
+            # The last places, which n need not divide, reach back into the ones before: what is not new is masked.
+            start = jnp.minimum(j * n, S - n)
+            k, v, pos, seg = (jax.lax.dynamic_slice_in_dim(x, start, n, axis=x.ndim // 2) for x in keys)
+            score = _scores(q, q_pos, q_seg, k, v, pos, jnp.where(start + jnp.arange(n) >= j * n, seg, -1))
+            m_new = jnp.maximum(m, score.max(-1))
+            p, shrink = jnp.exp(score - m_new[..., None]), jnp.exp(m - m_new)
+            return m_new, z * shrink + p.sum(-1), acc * shrink[..., None] + _weighed(q, p, v)
+
+        first, end = _seen(q_pos, q_seg, pos, seg)
+        carry = jax.lax.fori_loop(first // n, -(-end // n), add, carry)
+    _, z, acc = carry
+    return acc / jnp.maximum(z, 1e-30)[..., None]  # of padding alone nothing is met
+
+
+def _scores(q, q_pos, q_seg, k, v, pos, seg):
+    score = jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    sees_BCS = (q_seg[:, :, None] == seg[:, None, :]) & (pos[:, None, :] <= q_pos[:, :, None])
+    return jnp.where(sees_BCS[:, None, None], score, MASKED)
+
+
+def _weighed(q, p, v):
+    return jnp.einsum("bkgcs,bksd->bkgcd", p.astype(q.dtype), v, preferred_element_type=jnp.float32)
+
+
+def _seen(q_pos, q_seg, pos, seg):
+    """(first, one past the last) of the places that a real query of the tile may see; (S, 0) if there are none."""
+    real, big = q_seg > 0, jnp.iinfo(jnp.int32).max
+    least, most = (jnp.where(real, q_seg, big).min(1)[:, None], jnp.where(real, q_seg, -1).max(1)[:, None])
+    until = jnp.where(real, q_pos, -big).max(1)[:, None]
+    seen_S, S = ((seg >= least) & (seg <= most) & (pos <= until)).any(axis=0), seg.shape[1]
+    return jnp.where(seen_S, jnp.arange(S), S).min(), jnp.where(seen_S, jnp.arange(S) + 1, 0).max()
 
 
 # -------------------------------------------------------------------------------------------- blocked, in plain JAX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -54,8 +55,17 @@ class Llama(nnx.Module):
         x_BTD, _ = self.embed_batch(batch)
         at = places(batch.positions, batch.segment_ids, self.model)
         x_BTD, _, new = self.stack(x_BTD, at, keep=True)
-        cache = caches.empty(self.model, len(x_BTD), room, self.dtype)
-        return self.norm(x_BTD), caches.write(cache, new, batch.positions, batch.segment_ids)
+        cache = self.empty_cache(len(x_BTD), room)
+        return self.norm(x_BTD), self.placed(caches.write(cache, new, batch.positions, batch.segment_ids))
+
+    def empty_cache(self, rows: int, room: int) -> Cache:
+        """For `rows` rows of at most `room` tokens."""
+        return self.placed(caches.empty(self.model, rows, room, self.dtype))
+
+    def placed(self, cache: Cache) -> Cache:
+        """Every device keeps its own rows: a cache comes back as it was given, so that its memory can be used again."""
+        layers = jax.tree.map(lambda x: self.seam.constrain(x, (None, "rows", None, None, None)), cache.layers)
+        return Cache(layers, *(self.seam.constrain(x, ("rows",)) for x in (cache.start, cache.length)))
 
     def extend(self, batch: Batch, cache: Cache) -> tuple[Array, Cache]:
         """Hidden states [B, T, D] of tokens that go on where each row of the cache ends, and the cache with them.
@@ -65,7 +75,7 @@ class Llama(nnx.Module):
         x_BTD, _ = self.embed_batch(batch)
         at = places_after(batch.positions, batch.segment_ids, self.model, caches.windows(cache, self.model))
         x_BTD, _, new = self.stack(x_BTD, at, keep=True, past=cache.layers)
-        return self.norm(x_BTD), caches.write(cache, new, batch.positions, batch.segment_ids)
+        return self.norm(x_BTD), self.placed(caches.write(cache, new, batch.positions, batch.segment_ids))
 
     def embed_batch(self, batch: Batch) -> tuple[Array, Array | None]:
         """Token embeddings with the pictures' features in place, and the encoder's energy.

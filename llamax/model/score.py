@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from llamax.batch import Batch
+from llamax.model.cache import Cache
 from llamax.model.llama import Llama
 from llamax.model.moe import Routing
 
@@ -23,7 +24,20 @@ class Score(NamedTuple):
 def score(model: Llama, batch: Batch) -> Score:
     """log p(targets[b, t] | what stands before and at t). The logits of a vocabulary never exist as a whole."""
     hidden_BTD, trace = model(batch)
-    tokens, rows = model.seam.tokens, len(batch.targets)
+    return Score(*of_targets(model, hidden_BTD, batch.targets), *trace)
+
+
+def score_after(model: Llama, batch: Batch, cache: Cache) -> tuple[Float[Array, "B T"], Float[Array, "B T D"], Cache]:
+    """The same log-probabilities for tokens that go on where each row of the cache ends; their hidden states; the cache
+    with them."""
+    hidden_BTD, cache = model.extend(batch, cache)
+    logp_BT, _ = of_targets(model, hidden_BTD, batch.targets)
+    return logp_BT, hidden_BTD, cache
+
+
+def of_targets(model: Llama, hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
+    """(log-probability of the targets, log of the softmax's denominator) from hidden states, both float32 [B, T]."""
+    tokens, rows = model.seam.tokens, len(targets_BT)
     head_DV = model.head_DV().astype(hidden_BTD.dtype)
-    nll_N, logz_N = model.seam.cross_entropy(tokens.flat(hidden_BTD), head_DV, tokens.flat(batch.targets))
-    return Score(-tokens.unflat(nll_N, rows), tokens.unflat(logz_N, rows), *trace)
+    nll_N, logz_N = model.seam.cross_entropy(tokens.flat(hidden_BTD), head_DV, tokens.flat(targets_BT))
+    return -tokens.unflat(nll_N, rows), tokens.unflat(logz_N, rows)

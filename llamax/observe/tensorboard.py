@@ -98,9 +98,13 @@ class TensorBoard:
         if tiles:
             self._do("add_image", tag, sheet(tiles), step, dataformats="HWC")
 
+    def picture(self, tag: str, image: np.ndarray, step: int) -> None:
+        """One, uint8 [height, width, 3], as it is."""
+        self._do("add_image", tag, image, step, dataformats="HWC")
+
     def expert_loads(self, load_LE: np.ndarray, layers: Sequence[int], step: int) -> None:
         """A heat map under experts/load, a row a layer, a column an expert; colours as in RAMP_COLOURS."""
-        self._do("add_image", "experts/load", heat_map(load_LE, layers), step, dataformats="HWC")
+        self.picture("experts/load", heat_map(load_LE, layers), step)
 
     def expert_loads_over_time(self, load_SLE: np.ndarray, steps: Sequence[int], layers: Sequence[int]) -> None:
         """A heat map under experts/load_over_time: a column for each of S steps; a band a layer, a row an expert."""

@@ -16,7 +16,7 @@ from jax import Array
 from llamax.model import cache as caches
 from llamax.model.cache import Cache
 from llamax.model.skeleton import Skeleton
-from llamax.sample import engine
+from llamax.sample import engine, reading
 from llamax.sample.engine import Prompt, Sampling
 
 
@@ -38,16 +38,18 @@ class Conversation:
 
     def tell(self, prompt: Prompt) -> None:
         """Reads tokens and pictures after all that was before."""
-        engine.check_prompt(prompt, self._llama)
-        now, batch = self._now, engine.pack([prompt])
+        reading.check_prompt(prompt, self._llama)
+        now = self._now
         tokens = now.tokens + prompt.tokens
         if now.cache is None:
             room = engine.rounded(len(tokens))
-            logits, cache = engine.prefill(self.skeleton, room, *self.weights, batch)
+            logits, cache = reading.read(self.skeleton, *self.weights, [prompt], room)
         else:
             room, cache = self._with_room(now, len(tokens))
-            batch = batch._replace(positions=batch.positions + len(now.tokens))
-            logits, cache = engine.extend(self.skeleton, *self.weights, batch, cache)
+            cache = jax.tree.map(jnp.copy, cache)  # reading takes it, and an interrupt must find it as it was
+            logits, cache = reading.go_on(
+                self.skeleton, *self.weights, [prompt], now.logits, cache, first=len(now.tokens)
+            )
         jax.block_until_ready(logits)
         self._now = _Now(tokens, room, cache, logits)
 

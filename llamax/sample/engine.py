@@ -1,4 +1,4 @@
-"""Continuations of prompts: each prompt is read once (prefill), then every new token costs one token's work (decode).
+"""Continuations of prompts: each prompt is read once (reading.py), then every new token costs one token's work.
 
 Both are programs of few shapes: lengths and numbers of rows are rounded up. A sampled token depends on the seed, its
 prompt's number and its sample's, and never on which other prompts share the batch.
@@ -22,17 +22,13 @@ from llamax.batch import Batch
 from llamax.config import ConfigError
 from llamax.model import cache as caches
 from llamax.model.cache import Cache
-from llamax.model.llama import Llama
 from llamax.model.skeleton import Skeleton
+from llamax.parallel import place
+from llamax.sample.reading import Prompt as Prompt  # whoever generates takes it from here
+from llamax.sample.reading import by_length, check_prompt, read, rounded
 
-ROUND = 64  # the least length of a row
 LEAST = 1e-6  # of temperatures above 0, and of top_p: float32 divides by it
 MOST_TOKENS = 2**24  # of a completion
-
-
-class Prompt(NamedTuple):
-    tokens: list[int]
-    tiles: np.ndarray  # uint8 [n, P, P, 3]
 
 
 class Completion(NamedTuple):
@@ -69,21 +65,6 @@ def check(max_tokens: int, sampling: Sampling, n: int = 1) -> None:
         raise ConfigError(f"--seed {sampling.seed}", "it is 0 to 2^32 - 1", "Give a smaller one.")
 
 
-def check_prompt(prompt: Prompt, model: Llama) -> None:
-    """ConfigError if a prompt is empty, has ids that the model does not, or other pictures than places for them."""
-    if not prompt.tokens:
-        raise ConfigError("a prompt of no tokens", "there is nothing to continue", "Begin it with <|begin_of_text|>.")
-    ids, vocab_size = np.asarray(prompt.tokens), model.model.vocab_size
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        true = f"the model's vocabulary has {vocab_size} ids"
-        raise ConfigError(f"a prompt with ids {ids.min()} to {ids.max()}", true, "Use the model's own tokenizer.")
-    vision, places = model.model.vision, int((ids == model.patch_id).sum())
-    a_tile = vision.tokens_per_tile if vision else 0
-    if places != len(prompt.tiles) * a_tile or (len(prompt.tiles) and not vision):
-        asked, true = f"a prompt with {len(prompt.tiles)} tiles", f"it has {places} <|patch|> tokens, {a_tile} a tile"
-        raise ConfigError(asked, true, "Encode pictures and text together, with data.encode or data.chat.")
-
-
 def generate(
     skeleton: Skeleton,
     params,
@@ -96,13 +77,15 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008, it is immutable
     rows: int = 128,
     row_multiple: int = 1,
+    length: int = 0,
     allowed: Collection[int] = (),
 ) -> list[list[Completion]]:
     """`n` completions of at most `max_tokens` new tokens for each prompt.
 
     `rows`: completions that are worked on together, at most, but for what fills up to `row_multiple`: the rows of a
-    batch divide by it (on a mesh, the devices that split rows). `allowed`: the only ids that may be drawn; none stands
-    for all but `<|patch|>`, which would take a picture's next feature.
+    batch divide by it (on a mesh, the devices that split rows). `length`: prompts are taken to be at least that long,
+    so that calls with prompts of about one length share programs. `allowed`: the only ids that may be drawn; none
+    stands for all but `<|patch|>`, which would take a picture's next feature.
 
     Raises:
         ConfigError: `check_prompt` refuses a prompt, or `check` the numbers.
@@ -115,13 +98,10 @@ def generate(
     how = How(skeleton, tuple(sorted(stop)), sampling.temperature > 0, sampling.top_p < 1)
     chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
     done: list[list[Completion]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    at_once = 1 << max(0, (rows // n).bit_length() - 1)  # prompts; `pack` rounds their number up to such
-    for first in range(0, len(prompts), at_once):
-        numbers = by_length[first : first + at_once]
-        batch = pack([prompts[i] for i in numbers], row_multiple)
-        room = rounded(max(len(prompts[i].tokens) for i in numbers) + max_tokens)
-        read_once = prefill(how.skeleton, room, params, router_bias, batch)
+    for numbers in by_length(prompts, max(1, rows // n)):
+        some = [prompts[i] for i in numbers]
+        room = rounded(max(length, *(len(prompt.tokens) for prompt in some)) + max_tokens)
+        read_once = read(skeleton, params, router_bias, some, room, row_multiple=row_multiple, length=length)
         for sample in range(0, n, rows):
             samples = range(sample, min(n, sample + rows))
             names = [(i, k) for i in numbers for k in samples]
@@ -131,7 +111,7 @@ def generate(
             state = begin(logits_BV, cache, rounded(max_tokens), len(names))
             keys_B = keys(sampling.seed, names, len(logits_BV))
             state = advance(how, params, router_bias, state, np.int32(max_tokens), chance, may_V, keys_B)
-            for (i, _), completion in zip(names, read(state, len(names), how.stop), strict=True):
+            for (i, _), completion in zip(names, completions(state, len(names), how.stop), strict=True):
                 done[i].append(completion)
     return done
 
@@ -164,9 +144,9 @@ def begin(logits_BV: Array, cache: Cache, S: int, real_rows: int) -> Going:
     return Going(cache, logits_BV, nothing.astype(jnp.int32), nothing, jnp.int32(0), done_B)
 
 
-def read(state: Going, rows: int, stop: Collection[int]) -> list[Completion]:
+def completions(state: Going, rows: int, stop: Collection[int]) -> list[Completion]:
     """The first `rows` completions, on the host."""
-    tokens, logp, count = jax.device_get((state.tokens, state.logp, state.count))
+    tokens, logp, count = place.fetch((state.tokens, state.logp, state.count))
     found = []
     for ids, logps in zip(tokens[:rows, :count].tolist(), logp[:rows, :count].tolist(), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stop), None)
@@ -176,28 +156,6 @@ def read(state: Going, rows: int, stop: Collection[int]) -> list[Completion]:
 
 
 # ------------------------------------------------------------------------------------------------------- the programs
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def prefill(skeleton: Skeleton, room: int, params, router_bias, batch: Batch) -> tuple[Array, Cache]:
-    """Logits [B, V] of the token after each prompt, and the cache that holds the prompts."""
-    model = skeleton.bind(params, router_bias)
-    hidden_BTD, cache = model.prefill(batch, room)
-    return model.logits(_last(hidden_BTD, batch)), cache
-
-
-@partial(jax.jit, static_argnums=0)
-def extend(skeleton: Skeleton, params, router_bias, batch: Batch, cache: Cache) -> tuple[Array, Cache]:
-    """The same for tokens that go on where the cache ends; the cache given stays as it was."""
-    model = skeleton.bind(params, router_bias)
-    hidden_BTD, cache = model.extend(batch, cache)
-    return model.logits(_last(hidden_BTD, batch)), cache
-
-
-def _last(hidden_BTD: Array, batch: Batch) -> Array:
-    """The hidden state of each row's last token [B, D]."""
-    last_B = jnp.where(batch.segment_ids > 0, batch.positions, -1).argmax(axis=1)
-    return hidden_BTD[jnp.arange(len(last_B)), last_B]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -215,7 +173,7 @@ def advance(
         token_B = draw(how, jnp.where(may_V, state.logits, -jnp.inf), chance, keys_B, state.count)
         logp_B = jax.nn.log_softmax(state.logits)[rows, token_B]
         next_B = state.cache.start + state.cache.length
-        hidden_B1D, cache = model.extend(_tokens(token_B[:, None], next_B[:, None], ~state.done[:, None]), state.cache)
+        hidden_B1D, cache = model.extend(one_each(token_B, next_B, ~state.done), state.cache)
         return Going(
             cache,
             model.logits(hidden_B1D[:, 0]),
@@ -248,43 +206,15 @@ def in_nucleus(p_BV: Array, top_p: Array) -> Array:
     return p_BV >= least_B1
 
 
-# ------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------------------------- inputs
 
 
-def rounded(n: int) -> int:
-    """n rounded up to one of few lengths, at most a quarter longer above 256."""
-    return _few(n, ROUND)
-
-
-def _few(n: int, least: int) -> int:
-    """n rounded up to a multiple of `least`, or of an eighth to a quarter of itself."""
-    step = max(least, 1 << max(0, n.bit_length() - 3))
-    return -(-n // step) * step
-
-
-def pack(prompts: Sequence[Prompt], row_multiple: int = 1) -> Batch:
-    """One prompt a row; rows beyond them hold padding only."""
-    T = rounded(max(len(p.tokens) for p in prompts))
-    B = 1 << (len(prompts) - 1).bit_length()
-    B = -(-B // row_multiple) * row_multiple
-    M = _few(max(len(p.tiles) for p in prompts), 1)
-    side = max(p.tiles.shape[1] for p in prompts)
-    tokens, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
-    tiles = np.zeros((B, M, side, side, 3), np.uint8)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.tokens)] = prompt.tokens
-        segments[row, : len(prompt.tokens)] = 1
-        tiles[row, : len(prompt.tiles)] = prompt.tiles if len(prompt.tiles) else 0
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-    return _tokens(tokens, positions, segments)._replace(tiles=tiles)
-
-
-def _tokens(tokens_BT, positions_BT, segments_BT) -> Batch:
-    """A batch of text to read: no targets."""
-    B, T = tokens_BT.shape
-    zeros = np.zeros((B, T), np.int32)
-    nothing = np.zeros((B, 0, 1, 1, 3), np.uint8)
-    return Batch(tokens_BT, zeros, zeros.astype(np.float32), segments_BT.astype(np.int32), positions_BT, zeros, nothing)
+def one_each(token_B: Array, position_B: Array, real_B: Array) -> Batch:
+    """A batch of one token a row."""
+    tokens_B1 = token_B[:, None]
+    zeros, nothing = jnp.zeros_like(tokens_B1), jnp.zeros((len(tokens_B1), 0, 1, 1, 3), jnp.uint8)
+    real_B1 = real_B[:, None].astype(jnp.int32)
+    return Batch(tokens_B1, zeros, zeros.astype(jnp.float32), real_B1, position_B[:, None], zeros, nothing)
 
 
 def may_be_drawn(allowed: Collection[int], vocab_size: int, patch_id: int) -> np.ndarray:

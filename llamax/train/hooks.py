@@ -237,6 +237,8 @@ class Evaluate:
         if report.pictures:
             images, captions = zip(*report.pictures, strict=True)
             self.board.pictures(f"eval/{name}", [np.asarray(i) for i in images], captions, step)
+        for plot, image in report.plots.items():
+            self.board.picture(f"eval/{name}/{plot}", image, step)
 
 
 def table(reports: Mapping[str, Report]) -> list[tuple[str, str, str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llamax.batch import Batch
+from llamax.kernels import attention
 from llamax.kernels.attention import TILE, blocked_attention, cached_attention, slow_attention
 from llamax.kernels.grouped import sorted_experts
 from llamax.model import cache as caches
@@ -156,8 +157,10 @@ def test_a_cache_grows_and_repeats():
     np.testing.assert_allclose(hidden, np.repeat(truth, 2, axis=0), **ORACLE)
 
 
-@pytest.mark.parametrize("queries", [1, 5, TILE + 3])
-def test_the_kernel_equals_attention_over_both_parts_together(queries):
+@pytest.mark.parametrize("queries, keys", [(1, 512), (5, 512), (TILE + 3, 512), (TILE + 3, 4), (2 * TILE, 16)])
+def test_the_kernel_equals_attention_over_both_parts_together(queries, keys, monkeypatch):
+    """Many queries meet `keys` places at a time, which the 11 places and the new tokens need not divide by."""
+    monkeypatch.setattr(attention, "KEYS", keys)
     rng = np.random.default_rng(0)
     B, H, K, Dh, S = 2, 6, 2, 8, 11
 

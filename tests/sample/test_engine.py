@@ -18,9 +18,10 @@ from llamax.model.seam import Seam, make_seam
 from llamax.model.skeleton import skeleton
 from llamax.parallel import rules
 from llamax.parallel.mesh import make_mesh
-from llamax.sample import engine
+from llamax.sample import engine, reading
 from llamax.sample.conversation import Conversation
-from llamax.sample.engine import Prompt, Sampling, generate, in_nucleus, pack, rounded
+from llamax.sample.engine import Prompt, Sampling, generate, in_nucleus
+from llamax.sample.reading import pack, rounded
 from tests import goldens
 from tests.model import twins
 from tests.tolerances import ORACLE, TWIN
@@ -135,7 +136,7 @@ def test_decoding_ends_when_every_prompt_has(tiny):
     first = tuple(sorted({ids[0] for (ids,) in texts(ask(tiny, *PROMPTS))}))
     how = engine.How(tiny[0], first, False, False)
     batch = pack([Prompt(p, NO_TILES) for p in PROMPTS])
-    state = engine.begin(*engine.prefill(tiny[0], 64, *tiny[1:], batch), 64, 3)
+    state = engine.begin(*reading.prefill(tiny[0], 64, *tiny[1:], batch), 64, 3)
     may, keys = np.ones(MODEL.vocab_size, bool), engine.keys(0, [(0, 0)], len(batch.tokens))
     state = engine.advance(how, *tiny[1:], state, np.int32(6), (np.float32(0), np.float32(1)), may, keys)
     assert state.count == 1
@@ -185,7 +186,7 @@ def test_the_nucleus_is_the_least_set_that_reaches_top_p():
 def test_shapes_are_few_and_prompts_get_their_own_pictures():
     assert sorted({rounded(n) for n in range(1, 1025)}) == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
     assert all(n <= rounded(n) <= max(n + 63, 1.25 * n) for n in range(1, 5000))
-    assert sorted({engine._few(n, 1) for n in range(18)}) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
+    assert sorted({reading.few(n, 1) for n in range(18)}) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20]
     for n, multiple, rows in ((1, 1, 1), (1, 8, 8), (3, 1, 4), (3, 8, 8), (70, 96, 192)):
         assert len(pack([Prompt([1, 2], NO_TILES)] * n, multiple).tokens) == rows
     rng = np.random.default_rng(0)
