@@ -63,7 +63,6 @@ bench: $(STAMP)
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 docs: $(STAMP)
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -qq -e '.[docs]'
 	$(BIN)/python docs/make_curves.py runs/quickstart docs/curves.png
 
 clean:

@@ -7,7 +7,7 @@ chunks of 512 tokens costs O(T C), rope_full costs O(T^2), and Llama 4's period 
 all. One row of T tokens, one document, a step: forward, backward with each layer computed again, AdamW. They run in
 turn, at most `--rounds` rounds and no new one after 20 seconds; the least time of each counts. The exponent is the
 slope of log CPU seconds (other work on the machine moves them less) over log T, between neighbours and over all T
-from 2,048 on. Memory is what the compiled step holds beside its arguments (XLA). The plot needs matplotlib.
+from 2,048 on. Memory is what the compiled step holds beside its arguments (XLA).
 """
 
 from __future__ import annotations
@@ -69,11 +69,8 @@ def stepper(segment: tuple, T: int) -> tuple[Callable[[], np.ndarray], int]:
 
 
 def plot(path: Path, seconds: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (extra `docs`)")
-        return
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

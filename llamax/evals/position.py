@@ -17,7 +17,7 @@ import numpy as np
 from llamax import config
 from llamax.config import ConfigError
 from llamax.data.sources import open_source, read_manifest
-from llamax.data.tokenizer import shared
+from llamax.data.tasks import Tokens
 from llamax.evals import samples
 from llamax.evals.report import Context, Report
 from llamax.observe import plots
@@ -36,8 +36,8 @@ def check(run: config.Run, cfg: config.Eval) -> None:
 
 def documents(run: config.Run, cfg: config.Eval) -> Iterator[list[int]]:
     """Tokens of the documents that are nothing but text, behind the begin-of-text id."""
-    tokenizer = shared(str(config.resolve_path(run.data.tokenizer)))
-    reader = open_source(read_manifest(config.resolve_path(cfg.path)))
+    tokens = Tokens(str(config.resolve_path(run.data.tokenizer)), run.model.vision)
+    tokenizer, reader = tokens.tokenizer, open_source(read_manifest(config.resolve_path(cfg.path)), tokens)
     n = min(cfg.max_docs, len(reader))
     for i in range(n):
         document = reader[i * len(reader) // n]
