@@ -104,9 +104,13 @@ def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
     assert len(SECTIONS) == 16 and "Mesh.data" in fields
     by_stages = {f"{c.__name__}.{f.name}" for c in (config.Stage, config.Init) for f in dataclasses.fields(c)}
     by_long_contexts = {f"Eval.{f.name}" for f in dataclasses.fields(config.Eval)}  # tests/evals/test_long_contexts.py
+    # tests/model/test_positions.py, tests/model/test_rope.py
+    yarn = {"Rope.beta_slow", "Rope.beta_fast", "Rope.ramp", "Rope.attention_factor"}
+    by_positions = yarn | {"Model.ssmax_len"}
     # tests/optim/test_schedules.py, below, tests/model/test_moe.py, tests/train/test_pipeline.py
     read_elsewhere = {"Optim.decay_steps", "Health.max_roll_backs", "Model.group_best", "Train.pipeline_microbatches"}
-    assert sorted(fields - READ - by_check_devices - by_stages - by_long_contexts - read_elsewhere) == []
+    elsewhere = by_check_devices | by_stages | by_long_contexts | by_positions | read_elsewhere
+    assert sorted(fields - READ - elsewhere) == []
 
 
 def test_the_golden_loss_curve(unbroken):
