@@ -159,6 +159,14 @@ def _eval(args: argparse.Namespace) -> None:
     evaluate(args.folder, args.kinds, settings=given, **how)
 
 
+def _harness(args: argparse.Namespace) -> None:
+    from llamax.evals.harness import run_harness
+
+    model = {name: getattr(args, name) for name in ("dtype", "batch_size", "max_length", "step", "seed")}
+    how = dict(include_path=args.include_path, limit=args.limit, fewshot=args.fewshot, chat_template=args.chat)
+    run_harness(args.folder, args.tasks, out=args.out, **how, **model)
+
+
 def _chat(args: argparse.Namespace) -> None:
     from llamax.generating import chat
     from llamax.sample.engine import Sampling
@@ -274,6 +282,9 @@ def parser() -> argparse.ArgumentParser:
 
     about = "evaluate a model: held-out loss, needles, RULER, loss by position; a table, JSON and PNG files"
     _evaluated(_command(commands, "eval", _eval, about, EVAL))
+
+    about = "evaluate a model on tasks of the lm-evaluation-harness (the extra `harness`)"
+    _harnessed(_command(commands, "harness", _harness, about, HARNESS))
 
     chat = _command(commands, "chat", _chat, "talk with a trained model, pictures included", CHAT)
     _sampled(chat, max_tokens=512, temperature=0.6, top_p=0.9)
@@ -391,6 +402,25 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
 
 
+def _harnessed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="MODEL", help=FOLDERS)
+    what = "tasks, groups or tags of the harness, or of --include-path"
+    command.add_argument("--tasks", required=True, type=_words, metavar="NAME,NAME", help=what)
+    own = "a folder with tasks of your own, YAML files"
+    command.add_argument("--include-path", type=_named, metavar="DIR", help=own)
+    command.add_argument("--limit", type=_count, metavar="N", help="the first N examples of each task only")
+    command.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (the task's own)")
+    command.add_argument("--chat", action="store_true", help="ask in the chat template, as a user asks the assistant")
+    together = "texts that are worked on together, rounded down to a power of two (%(default)s)"
+    command.add_argument("--batch-size", type=_count, default=8, metavar="N", help=together)
+    most = "tokens that the model is given at most; contexts are cut from the left (a training row's)"
+    command.add_argument("--max-length", type=_count, metavar="N", help=most)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of texts that a task samples (%(default)s)")
+    command.add_argument("--out", type=_named, metavar="DIR", help="write harness.json and every answer here")
+    command.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
+    command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     """Whole numbers from 1 up, with commas between."""
     return tuple(_count(word.strip()) for word in text.split(","))
@@ -502,6 +532,11 @@ EVAL = """
     llamax eval runs/x needle --lengths 256,512,2048 --samples 8 --data data/built/docs_heldout.toml --out results
     llamax eval models/scout ruler --lengths 4096,32768 --data data/built/docs_heldout.toml --qa squad.jsonl
     llamax eval runs/x position --lengths 2048 --data data/built/docs_heldout.toml --temperature-tuning off
+"""
+HARNESS = """
+    llamax harness runs/quickstart --tasks my_choice,my_answers --include-path tasks --out results
+    llamax harness models/scout --tasks hellaswag,arc_easy --limit 200 --batch-size 16 --dtype bfloat16
+    llamax harness models/scout_chat --tasks gsm8k --chat --fewshot 4
 """
 CHAT = """
     llamax chat models/scout
