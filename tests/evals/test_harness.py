@@ -1,0 +1,223 @@
+"""llamax in the lm-evaluation-harness: tasks from local files, beside one text at a time; the harness's own rules."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from llamax import cli, loading
+from llamax.checkpoint.saved import Saved
+from llamax.config import ConfigError
+from llamax.evals import continuations
+from llamax.sample.engine import Sampling
+from tests.evals.harness_model import MODEL, TOKENIZER, make, slow
+from tests.tolerances import ORACLE
+
+LENGTH = 48  # tokens that the model is given
+CHOICES = [
+    {"question": "import", "choices": [" os", " sys", " numpy as np"], "answer": 0},
+    {"question": "def main(", "choices": ["):", "argv):"], "answer": 1},
+    {"question": "for i in range(10):\n    print(i)\n" * 4, "choices": ["done", "x"], "answer": 1},
+]
+ANSWERS = [{"question": "import ", "answer": "os"}, {"question": "class A", "answer": ":"}]
+TEXTS = [{"text": "import os\n" * 30}, {"text": "def main():\n    pass\n"}]
+TASKS = {
+    "our_choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "our_answers": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: answer
+generation_kwargs: {until: ["e"], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+""",
+    "our_texts": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]
+""",
+}
+DOCUMENTS = {"our_choice": CHOICES, "our_answers": ANSWERS, "our_texts": TEXTS}
+
+
+def test_without_the_extra_the_command_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "llamax.evals.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["harness", "there", "--tasks", "x"]) == 2
+    assert 'lm_eval is not installed. Install it: pip install "llamax[harness]".' in capsys.readouterr().err
+
+
+@pytest.fixture
+def harness():
+    pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
+    from llamax.evals import harness
+
+    return harness
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path, model) -> str:
+    """A run's workdir, without its files."""
+    said = Saved(tmp_path, MODEL, -1, TOKENIZER.path, None, {}, LENGTH)
+    monkeypatch.setattr(loading, "find", lambda folder, step=None: loading.Found(said, 7))
+    monkeypatch.setattr(loading, "load", lambda folder, **how: model)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def tasks(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    place = tmp_path / "tasks"
+    place.mkdir()
+    for name, said in TASKS.items():
+        file = place / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[name]))
+        data = (
+            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        )
+        (place / f"{name}.yaml").write_text(f"task: {name}\ntest_split: test\n{data}{said}")
+    return place
+
+
+def requests(*args):
+    return [SimpleNamespace(args=of) for of in args]
+
+
+def test_tasks_of_local_files(harness, folder, tasks, model, tmp_path, capsys):
+    """Multiple choice, generation and perplexity, from the command line: beside one text at a time."""
+    out = tmp_path / "results"
+    words = ["--tasks", ",".join(TASKS), "--include-path", str(tasks), "--out", str(out), "--batch-size", "5"]
+    assert cli.main(["harness", folder, *words]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in TASKS)
+    results = json.loads((out / "harness.json").read_text())
+    assert results["config"]["model_step"] == 7 and results["config"]["max_length"] == LENGTH
+
+    truth, right, right_norm = {}, 0, 0
+    for document in CHOICES:
+        pairs = [continuations.pair(document["question"], choice, TOKENIZER) for choice in document["choices"]]
+        logp = [slow(model, *one) for one in continuations.fit(pairs, LENGTH)]
+        truth[document["question"]] = logp
+        per_byte = [value / len(choice) for (value, _), choice in zip(logp, document["choices"], strict=True)]
+        right += int(np.argmax([value for value, _ in logp])) == document["answer"]
+        right_norm += int(np.argmax(per_byte)) == document["answer"]
+    found = results["results"]["our_choice"]
+    assert found["acc,none"] == pytest.approx(right / 3) and found["acc_norm,none"] == pytest.approx(right_norm / 3)
+
+    samples = [json.loads(line) for line in (out / "harness_samples.jsonl").read_text().splitlines()]
+    assert len(samples) == len(CHOICES) + len(ANSWERS) + len(TEXTS)
+    for sample in samples:
+        if sample["task"] == "our_choice":
+            for said, (logp, greedy) in zip(sample["filtered_resps"], truth[sample["doc"]["question"]], strict=True):
+                np.testing.assert_allclose(float(said[0]), logp, **ORACLE)
+                assert str(said[1]) == str(greedy)
+        if sample["task"] == "our_answers":
+            prompts = continuations.prompts_of([sample["doc"]["question"]], TOKENIZER, 8, LENGTH)
+            (text,) = continuations.continued(model, prompts, continuations.How(8, ("e",), Sampling()), 1)
+            assert sample["filtered_resps"] == [text] and "e" not in text
+
+    nats, size = 0.0, 0
+    for document in TEXTS:
+        ids = TOKENIZER.encode(document["text"])
+        assert len(ids) > LENGTH or document is TEXTS[1]
+        nats -= sum(slow(model, *one)[0] for one in continuations.windows(ids, TOKENIZER.bos, LENGTH))
+        size += len(document["text"].encode())
+    found = results["results"]["our_texts"]["bits_per_byte,none"]
+    np.testing.assert_allclose(found, nats / np.log(2) / size, **ORACLE)
+
+
+def test_rules_are_the_harnesss(harness, folder):
+    """Pairs and windows beside `TemplateLM` and `lm_eval.utils`."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    class Theirs(TemplateLM):
+        eot_token_id = TOKENIZER.eos
+        prefix_token_id = TOKENIZER.bos
+        loglikelihood_rolling = generate_until = None
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return TOKENIZER.encode(string) if add_special_tokens is False else continuations.encode(string, TOKENIZER)
+
+        def _loglikelihood_tokens(self, asked, **kwargs):
+            return [continuations.Pair(context, continuation) for _, context, continuation in asked]
+
+    texts = [(d["question"], choice) for d in CHOICES for choice in d["choices"]] + [("", "import"), ("a \n", " b")]
+    theirs = Theirs().loglikelihood(requests(*texts), disable_tqdm=True)
+    assert [continuations.pair(*text, TOKENIZER) for text in texts] == theirs
+    for n in (0, 1, 4, 5, 8, 11):
+        rolling = utils.get_rolling_token_windows(list(range(n)), 99, 4, 1)
+        assert continuations.windows(range(n), 99, 4) == [utils.make_disjoint_window(one) for one in rolling]
+
+
+def test_answers_keep_their_order(harness, folder, model, caplog):
+    lm = harness.LlamaxLM(folder, batch_size="2")
+    asked = [("import os\n" * 20, "x"), ("a", "b"), ("import", " os"), ("c", "d" * 5)]
+    found = lm.loglikelihood(requests(*asked), disable_tqdm=True)
+    assert "1 of 4 contexts cut from the left" in caplog.text
+    for text, (logp, greedy) in zip(asked, found, strict=True):
+        truth = slow(model, *continuations.fit([continuations.pair(*text, TOKENIZER)], LENGTH)[0])
+        np.testing.assert_allclose(logp, truth[0], **ORACLE)
+        assert greedy == truth[1]
+    settings = [{"max_gen_toks": 4}, {"max_gen_toks": 6, "until": ["\n"]}, {"max_gen_toks": 4}]
+    texts = lm.generate_until(requests(*zip(["import", "a", "class"], settings, strict=True)), disable_tqdm=True)
+    prompts = continuations.prompts_of(["import", "class"], TOKENIZER, 4, LENGTH)
+    assert [texts[0], texts[2]] == continuations.continued(model, prompts, continuations.How(4, (), Sampling()), 2)
+
+
+def test_finished_answers_are_handed_to_the_harnesss_cache(harness, folder):
+    lm, kept = harness.LlamaxLM(folder, batch_size=2), []
+    lm.cache_hook = SimpleNamespace(add_partial=lambda *what: kept.append(what))
+    found = lm.loglikelihood(requests(("a", "b"), ("import", " os")), disable_tqdm=True)
+    assert sorted(kept) == sorted(
+        [("loglikelihood", ("a", "b"), found[0]), ("loglikelihood", ("import", " os"), found[1])]
+    )
+
+
+def test_it_is_known_by_its_name(harness, folder):
+    from lm_eval.api.registry import get_model
+
+    lm = get_model("llamax").create_from_arg_string(f"path={folder},max_length=32", {"batch_size": 3})
+    assert isinstance(lm, harness.LlamaxLM) and (lm.max_length, lm.rows) == (32, 2)
+    messages = [{"role": "user", "content": "Hi"}]
+    assert lm.apply_chat_template(messages).endswith("<|header_start|>assistant<|header_end|>\n\n")
+    assert "header_start" in lm.chat_template(True) and lm.tokenizer_name == str(TOKENIZER.path)
+
+
+def test_what_cannot_be_done_is_said_before_the_model_is_read(harness, folder, tasks, monkeypatch):
+    monkeypatch.setattr(loading, "load", None)
+    for given, said in (
+        (dict(tasks=["our_chioce"]), "task 'our_chioce', but none of the .* Did you mean 'our_choice'?"),
+        (dict(include_path="nowhere"), "--include-path nowhere, but there is no such folder"),
+        (dict(batch_size="auto"), "batch_size=auto, but it is a whole number from 1 up"),
+        (dict(max_lenght=3), "max_lenght=3, but the model llamax takes .* Did you mean max_length"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            harness.run_harness(folder, **dict(tasks=["our_choice"], include_path=tasks) | given)
+    with pytest.raises(ConfigError, match="model llamax without a path"):
+        harness.LlamaxLM()
+
+
+def test_the_length_that_a_folder_says(harness, tmp_path):
+    said = Saved(tmp_path, MODEL, -1, None, tmp_path, {}, None)
+    assert harness.length_of(said) == harness.UNKNOWN_LENGTH
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 77}}))
+    assert harness.length_of(said) == 77
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 78}))
+    assert harness.length_of(said) == 78 and harness.length_of(said._replace(seq_len=5)) == 5
