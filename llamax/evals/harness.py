@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ except ModuleNotFoundError as error:
 ROWS = 8  # texts that are worked on together
 NEW_TOKENS = 256  # where a task does not say, as in the harness
 UNKNOWN_LENGTH = 2048  # tokens that a model is given which does not say how many it can read, as in the harness
+OF_TORCH = ("device", "max_batch_size", "trust_remote_code")  # lm_eval gives them to all models; they mean nothing here
 ARGUMENTS = ("path", "dtype", "batch_size", "max_length", "max_gen_toks", "step", "seed")
 
 
@@ -69,10 +70,10 @@ class LlamaxLM(LM):
         max_gen_toks: int = NEW_TOKENS,
         step: int | None = None,
         seed: int = 0,
-        **unknown: Any,
+        **others: Any,
     ):
         super().__init__()
-        check_arguments(path, unknown)
+        check_arguments(path, others)
         self.rows = continuations.power_of_two(whole("batch_size", batch_size))
         self.max_gen_toks, self.seed = whole("max_gen_toks", max_gen_toks), whole("seed", seed, 0)
         found = loading.find(path, None if step is None else whole("step", step, 0))
@@ -124,24 +125,32 @@ class LlamaxLM(LM):
         return found if quiet else track(found, "log-likelihoods", len(pairs))
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        groups: dict[How, list[int]] = {}
-        for i, request in enumerate(requests):
-            how = continuations.how_of(request.args[1], self.max_gen_toks, self.seed)
-            groups.setdefault(how, []).append(i)
         found: dict[int, str] = {}
-        for how, numbers in groups.items() if disable_tqdm else track(groups.items(), "generations"):
-            texts = [requests[i].args[0] for i in numbers]
-            prompts = continuations.prompts_of(texts, self.tokenizer, how.max_tokens, self.max_length)
-            for i, text in zip(numbers, continuations.continued(self.model, prompts, how, self.rows), strict=True):
-                found[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        texts = self._generations([request.args for request in requests])
+        for i, text in texts if disable_tqdm else track(texts, "generations", len(requests)):
+            found[i] = text
+            self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return [found[i] for i in range(len(requests))]
 
+    def _generations(self, asked: Sequence[tuple[str, dict]]) -> Iterator[tuple[int, str]]:
+        """(number, text), those of the same settings together."""
+        groups: dict[How, list[int]] = {}
+        for i, (_, settings) in enumerate(asked):
+            groups.setdefault(continuations.how_of(settings, self.max_gen_toks, self.seed), []).append(i)
+        prompts = {
+            how: continuations.prompts_of([asked[i][0] for i in of], self.tokenizer, how.max_tokens, self.max_length)
+            for how, of in groups.items()
+        }
+        for how, of in groups.items():
+            yield from zip(of, continuations.continued(self.model, prompts[how], how, self.rows), strict=True)
 
-def check_arguments(path: str | Path, unknown: Mapping[str, Any]) -> None:
+
+def check_arguments(path: str | Path, others: Mapping[str, Any]) -> None:
     if not str(path):
         raise ConfigError("model llamax without a path", "it is the model of a folder", "Give path=runs/quickstart.")
-    for name, value in unknown.items():
+    for name, value in others.items():
+        if name in OF_TORCH:
+            continue
         true = f"the model llamax takes {', '.join(ARGUMENTS)}"
         close = nearest(name, ARGUMENTS)
         raise ConfigError(f"{name}={value}", true, f"Did you mean {close}?" if close else "Leave it out.")

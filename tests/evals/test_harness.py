@@ -193,7 +193,9 @@ def test_finished_answers_are_handed_to_the_harnesss_cache(harness, folder):
 def test_it_is_known_by_its_name(harness, folder):
     from lm_eval.api.registry import get_model
 
-    lm = get_model("llamax").create_from_arg_string(f"path={folder},max_length=32", {"batch_size": 3})
+    lm = get_model("llamax").create_from_arg_string(
+        f"path={folder},max_length=32", {"batch_size": 3, "device": "cuda:0"}
+    )
     assert isinstance(lm, harness.LlamaxLM) and (lm.max_length, lm.rows) == (32, 2)
     messages = [{"role": "user", "content": "Hi"}]
     assert lm.apply_chat_template(messages).endswith("<|header_start|>assistant<|header_end|>\n\n")
