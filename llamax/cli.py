@@ -534,7 +534,7 @@ EVAL = """
     llamax eval runs/x position --lengths 2048 --data data/built/docs_heldout.toml --temperature-tuning off
 """
 HARNESS = """
-    llamax harness runs/quickstart --tasks my_choice,my_answers --include-path tasks --out results
+    llamax harness runs/quickstart --tasks python_choice,python_next --include-path data/fixtures/harness --out results
     llamax harness models/scout --tasks hellaswag,arc_easy --limit 200 --batch-size 16 --dtype bfloat16
     llamax harness models/scout_chat --tasks gsm8k --chat --fewshot 4
 """

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import call, create_autospec
+from types import SimpleNamespace
+from unittest.mock import Mock, call, create_autospec
 
 import pytest
 
@@ -29,6 +30,7 @@ COMMANDS = [
     ["generate"],
     ["chat"],
     ["eval"],
+    ["harness"],
     ["inspect"],
     ["data"],
     ["data", "build"],
@@ -103,6 +105,19 @@ def test_eval(monkeypatch):
         call("there", [], settings={}, recipe=None, out=None, step=None, dtype="float32", positions={}),
         call("there", ["needle", "position"], settings=settings, **how),
     ]
+
+
+def test_harness(monkeypatch):
+    ran = Mock()
+    monkeypatch.setitem(sys.modules, "llamax.evals.harness", SimpleNamespace(run_harness=ran))  # lm_eval is an extra
+    assert cli.main(["harness", "there", "--tasks", "a"]) == 0
+    words = "--tasks a,b --include-path t --limit 3 --fewshot 0 --chat --batch-size 4 --max-length 64 --seed 1 --out o"
+    assert cli.main(["harness", "there", *words.split(), "--step", "2", "--dtype", "bfloat16"]) == 0
+    task = dict(include_path=None, limit=None, fewshot=None, chat_template=False, out=None)
+    model = dict(dtype="float32", batch_size=8, max_length=None, step=None, seed=0)
+    other = dict(include_path="t", limit=3, fewshot=0, chat_template=True, out="o")
+    other |= dict(dtype="bfloat16", batch_size=4, max_length=64, step=2, seed=1)
+    assert ran.call_args_list == [call("there", ("a",), **task, **model), call("there", ("a", "b"), **other)]
 
 
 def test_temperature_tuning(monkeypatch, capsys):

@@ -11,7 +11,7 @@ from llamax.data import chat
 from llamax.evals import continuations
 from llamax.evals.continuations import NO_TILES, How, Pair, continued, how_of, likelihoods, pair
 from llamax.sample import reading
-from llamax.sample.engine import Prompt, Sampling, generate
+from llamax.sample.engine import Completion, Prompt, Sampling, generate
 from tests.evals.harness_model import TOKENIZER, make, slow
 from tests.tolerances import ORACLE
 
@@ -137,6 +137,14 @@ def test_samples_follow_from_the_seed(model):
     first, again = (continued(model, prompts, sampled, 4) for _ in range(2))
     assert first == again and first[0] != first[1]
     assert continued(model, prompts, How(12, (), Sampling(1.0, 1.0, 4)), 4) != first
+
+
+def test_the_first_end_counts():
+    ids = TOKENIZER.encode("import os, sys")
+    completion = Completion([TOKENIZER.header_start, *ids, TOKENIZER.eot], [0.0] * (len(ids) + 2), True)
+    for until in (("sys", "os"), ("os", "sys")):
+        assert continuations.said(completion, until, TOKENIZER) == "import "
+    assert continuations.said(completion, (), TOKENIZER) == "import os, sys"
 
 
 def test_what_ends_a_text():
