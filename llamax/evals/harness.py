@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llamax.config_dict import nearest
 from llamax.data import chat
 from llamax.evals import continuations
 from llamax.evals.continuations import How, Likelihood, Pair
+from llamax.loading import Loaded
 from llamax.observe import log, provenance
 from llamax.observe.progress import track, waiting
 
@@ -83,9 +85,14 @@ class LlamaxLM(LM):
             change = "Put the model's tokenizer.model (tiktoken's format) or tokenizer.json beside it."
             raise ConfigError(f"Texts for the model in {path}", "it has no tokenizer that can be read", change)
         self.tokenizer = tokenizer
-        with waiting(f"loading {path}"):
-            self.model = loading.load(path, dtype=dtype, step=found.step)
+        self._load = partial(loading.load, path, dtype=dtype, step=found.step)
         self._about = {"model_path": str(path), "model_step": found.step, "model_dtype": dtype}
+
+    @cached_property
+    def model(self) -> Loaded:
+        """Read when the first text is asked about: all else that can be wrong is known by then."""
+        with waiting(f"loading {self._about['model_path']}"):
+            return self._load()
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
@@ -193,6 +200,7 @@ def run_harness(
     """The harness's results of a model on tasks, its groups and tags too; a table is printed.
 
     Args:
+        tasks: their names, or patterns such as mmlu_high_school_*.
         include_path: a folder of task files of one's own.
         limit: examples of each task, the first ones.
         fewshot: examples before each question, where the task does not insist on a number.
@@ -200,31 +208,85 @@ def run_harness(
         out: harness.json is written there, and each answer to harness_samples.jsonl.
         model: the arguments of `LlamaxLM`, but for its path.
     Raises:
-        ConfigError: there is no such task, model, or folder of tasks; before any work.
+        ConfigError: there is no such task, model, or folder of tasks, or a task's data cannot be read; before the
+            model's weights are.
     """
     log.setup()
+    if fewshot is not None:
+        whole("--fewshot", fewshot, 0)
     if include_path is not None and not Path(include_path).is_dir():
         asked, change = f"--include-path {include_path}", "Give the folder that holds the tasks' YAML files."
         raise ConfigError(asked, "there is no such folder", change)
     with waiting("looking for tasks"):
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            close = nearest(name, manager.all_tasks)
-            true = f"none of the {len(manager.all_tasks):,} tasks, groups and tags has that name"
-            hint = f"Did you mean {close!r}?" if close else "Name one, or --include-path for tasks of your own."
-            raise ConfigError(f"task {name!r}", true, hint)
+    names = names_of(manager, tasks, include_path)
     if out is not None:
         make(Path(out))
     lm = LlamaxLM(folder, **model)
+    asked = load_tasks(manager, names)
     how = dict(limit=limit, num_fewshot=fewshot, apply_chat_template=chat_template, batch_size=lm.rows)
-    results = simple_evaluate(lm, tasks=list(tasks), task_manager=manager, log_samples=out is not None, **how)
+    results = simple_evaluate(lm, tasks=asked, task_manager=manager, log_samples=out is not None, **how)
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     if out is not None:
         write(Path(out), results)
     return results
+
+
+def names_of(manager: TaskManager, asked: Sequence[str], include_path: str | Path | None) -> list[str]:
+    """The harness's names of what is asked for. ConfigError if one stands for nothing."""
+    names: list[str] = []
+    for name in asked:
+        found = manager.match_tasks([name])
+        if not found:
+            close = nearest(name, manager.all_tasks)
+            true = f"none of the {len(manager.all_tasks):,} tasks, groups and tags has that name"
+            if include_path is not None:  # files that are no YAML are passed over in silence
+                paths = {name: entry.yaml_path for name, entry in manager.task_index.items() if entry.yaml_path}
+                own = [name for name, path in paths.items() if Path(include_path).resolve() in path.resolve().parents]
+                true += f"; those that can be read in {include_path} are {', '.join(own) or 'none'}"
+            hint = f"Did you mean {close!r}?" if close else "Name one, or --include-path for tasks of your own."
+            raise ConfigError(f"task {name!r}", true, hint)
+        names += sorted(found)
+    return list(dict.fromkeys(names))
+
+
+def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
+    """Tasks and groups with their data. ConfigError if one cannot be read, stands there twice, or cannot be done."""
+    groups: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
+    named: dict[str, str] = {}  # task -> what it was asked for as
+    for name in names:
+        try:
+            loaded = manager.load(name)
+        except Exception as error:  # a task is the code and the data of others: anything can be wrong with it
+            true = f"it cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            change = "Correct its files, give what it needs (its data, the network, a package), or leave it out."
+            raise ConfigError(f"task {name!r}", true, change) from error
+        for task in loaded["tasks"]:
+            if task in named:
+                asked, true = f"tasks {named[task]!r} and {name!r}", f"both of them hold {task}"
+                raise ConfigError(asked, true, "Name only one of them.")
+            named[task] = name
+        tasks |= loaded["tasks"]
+        groups |= loaded["groups"]
+    for name, task in tasks.items():
+        check_task(name, task)
+    inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    below = {inner.name for group in groups.values() for inner in group.get_all_groups()}
+    tops = [group for name, group in groups.items() if name not in below]
+    return tops + [task for name, task in tasks.items() if name not in inside]
+
+
+def check_task(name: str, task: Any) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(
+            f"task {name!r}", "it shows pictures or plays sounds, and only texts are asked", "Leave it out."
+        )
+    if getattr(task, "UNSAFE_CODE", False):
+        change = "If you trust it: python -m llamax.evals.harness run ... --confirm_run_unsafe_code"
+        raise ConfigError(f"task {name!r}", "it runs the code that the model has written", change)
 
 
 def make(out: Path) -> None:

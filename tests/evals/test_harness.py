@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +63,26 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.chdir(FIXTURES.parents[1])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def own_tasks(harness, offline, monkeypatch, tmp_path):
+    """A folder of tasks, right and wrong ones; the harness's own, of which there are thousands, are not looked at."""
+    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
+    there = tmp_path / "tasks"
+    shutil.copytree(OURS, there)
+    choice = (OURS / "python_choice.yaml").read_text()
+    (there / "no_data.yaml").write_text(choice.replace(": python_choice", ": no_data").replace(".jsonl", ".nothing"))
+    for name, line in (("seen", "doc_to_image: picture"), ("run", "unsafe_code: true")):
+        (there / f"{name}.yaml").write_text(choice.replace(": python_choice", f": {name}") + line + "\n")
+    (there / "torn.yaml").write_text("task: torn\noutput_type: [multiple\n")
+    (there / "inner.yaml").write_text("group: inner\ntask: [python_choice]\n")
+    (there / "outer.yaml").write_text("group: outer\ntask: [inner, python_next]\n")
+    return there
+
+
+def unread(*_, **__):
+    raise AssertionError("the model's weights are read")
 
 
 def requests(*args):
@@ -167,10 +189,12 @@ def test_it_is_known_by_its_name(harness, folder):
 
 
 def test_what_cannot_be_done_is_said_before_the_model_is_read(harness, folder, monkeypatch):
-    monkeypatch.setattr(loading, "load", None)
+    monkeypatch.setattr(loading, "load", unread)
+    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
     for given, said in (
         (dict(tasks=["python_chioce"]), "task 'python_chioce', but none of the .* Did you mean 'python_choice'?"),
         (dict(include_path="nowhere"), "--include-path nowhere, but there is no such folder"),
+        (dict(fewshot=-1), "--fewshot=-1, but it is a whole number from 0 up"),
         (dict(batch_size="auto"), "batch_size=auto, but it is a whole number from 1 up"),
         (dict(max_lenght=3), "max_lenght=3, but the model llamax takes .* Did you mean max_length"),
     ):
@@ -178,6 +202,38 @@ def test_what_cannot_be_done_is_said_before_the_model_is_read(harness, folder, m
             harness.run_harness(folder, **dict(tasks=["python_choice"], include_path=OURS) | given)
     with pytest.raises(ConfigError, match="model llamax without a path"):
         harness.LlamaxLM()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["no_data"], r"task 'no_data', but it cannot be read \(FileNotFoundError: .*nothing'\)\. Correct its files"),
+        (
+            ["torn"],
+            "task 'torn', but .*; those that can be read in .*tasks are inner, no_data, outer, python_choice, ",
+        ),
+        (["python_next", "outer"], "tasks 'python_next' and 'outer', but both of them hold python_next. Name only one"),
+        (["inner", "outer"], "tasks 'inner' and 'outer', but both of them hold python_choice"),
+        (["seen"], "task 'seen', but it shows pictures .* only texts are asked"),
+        (["run"], "task 'run', but it runs the code .* --confirm_run_unsafe_code"),
+    ],
+)
+def test_tasks_that_cannot_be_asked_are_said_before_the_model_is_read(
+    harness, folder, own_tasks, monkeypatch, tasks, said
+):
+    monkeypatch.setattr(loading, "load", unread)
+    with pytest.raises(ConfigError, match=said):
+        harness.run_harness(folder, tasks, include_path=own_tasks)
+
+
+def test_patterns_and_groups_are_the_same_tasks(harness, folder, own_tasks):
+    how = dict(include_path=own_tasks, limit=2, fewshot=1)
+    plain = harness.run_harness(folder, ["python_choice", "python_next"], **how)
+    for asked in (["outer"], ["python_[cn]*"], ["inner", "python_next", "python_next"]):
+        found = harness.run_harness(folder, asked, **how)
+        assert {name: found["results"][name] for name in plain["results"]} == plain["results"]
+        assert found["n-shot"]["python_choice"] == 1
+    assert "python_choice" in plain["results"] and len(plain["results"]) == 2
 
 
 def test_the_length_that_a_folder_says(harness, tmp_path):
