@@ -183,6 +183,15 @@ def prompts_of(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, max_
     return [ids[-room:] for ids in whole]
 
 
+def batches(prompts: Sequence[list[int]], how: How, rows: int) -> list[Sequence[int]]:
+    """The prompts' numbers in groups that `continued` takes one after the other: longest first, `rows` at a time; all
+    at once where texts are sampled, for a sample depends on its prompt's number in the group."""
+    if how.sampling.temperature > 0:
+        return [range(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    return [order[first : first + rows] for first in range(0, len(order), rows)]
+
+
 def continued(model: Loaded, prompts: Sequence[list[int]], how: How, rows: int) -> list[str]:
     """What the model says behind each prompt, up to the end of its turn or text or to the first of `how.until`."""
     tokenizer = model.tokenizer

@@ -140,7 +140,7 @@ class LlamaxLM(LM):
         return [found[i] for i in range(len(requests))]
 
     def _generations(self, asked: Sequence[tuple[str, dict]]) -> Iterator[tuple[int, str]]:
-        """(number, text), those of the same settings together."""
+        """(number, text), those of the same settings together, as they are done."""
         groups: dict[How, list[int]] = {}
         for i, (_, settings) in enumerate(asked):
             groups.setdefault(continuations.how_of(settings, self.max_gen_toks, self.seed), []).append(i)
@@ -149,7 +149,9 @@ class LlamaxLM(LM):
             for how, of in groups.items()
         }
         for how, of in groups.items():
-            yield from zip(of, continuations.continued(self.model, prompts[how], how, self.rows), strict=True)
+            for some in continuations.batches(prompts[how], how, self.rows):
+                texts = continuations.continued(self.model, [prompts[how][j] for j in some], how, self.rows)
+                yield from zip((of[j] for j in some), texts, strict=True)
 
 
 def check_arguments(path: str | Path, others: Mapping[str, Any]) -> None:

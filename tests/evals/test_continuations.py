@@ -133,6 +133,12 @@ def test_generations_are_the_engines(model, monkeypatch):
     assert continued(model, prompts, How(12, until, Sampling()), 4) == cut
 
 
+def test_greedy_texts_are_done_batch_after_batch():
+    prompts = [[1] * n for n in (3, 5, 1, 4, 2)]
+    assert continuations.batches(prompts, How(4, (), Sampling()), 2) == [[1, 3], [0, 4], [2]]
+    assert [list(some) for some in continuations.batches(prompts, How(4, (), Sampling(0.5)), 2)] == [[0, 1, 2, 3, 4]]
+
+
 def test_samples_follow_from_the_seed(model):
     prompts, sampled = [[BOS], [BOS]], How(12, (), Sampling(1.0, 1.0, 3))
     first, again = (continued(model, prompts, sampled, 4) for _ in range(2))

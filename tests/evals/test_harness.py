@@ -165,6 +165,22 @@ def test_answers_keep_their_order(harness, folder, model, caplog):
     texts = lm.generate_until(requests(*zip(["import", "a", "class"], settings, strict=True)), disable_tqdm=True)
     prompts = continuations.prompts_of(["import", "class"], TOKENIZER, 4, LENGTH)
     assert [texts[0], texts[2]] == continuations.continued(model, prompts, How(4, (), Sampling()), 2)
+    many = ["a", "import os\n" * 3, "class A:", "def f(x):", "b = "]
+    prompts = continuations.prompts_of(many, TOKENIZER, 4, LENGTH)
+    for sampling, asked in ((Sampling(), {}), (Sampling(1.0), {"do_sample": True})):
+        texts = lm.generate_until(requests(*((text, {"max_gen_toks": 4} | asked) for text in many)), disable_tqdm=True)
+        assert texts == continuations.continued(model, prompts, How(4, (), sampling), 2) and len(set(texts)) > 1
+
+
+def test_a_batch_of_generations_is_handed_to_the_cache_before_the_next(harness, folder, monkeypatch):
+    lm, kept, calls = harness.LlamaxLM(folder, batch_size=2), [], []
+    lm.cache_hook = SimpleNamespace(add_partial=lambda name, args, text: kept.append(args[0]))
+    real = continuations.continued
+    monkeypatch.setattr(continuations, "continued", lambda *a: calls.append(list(kept)) or real(*a))
+    lm.generate_until(
+        requests(("a b c", {"max_gen_toks": 4}), ("d", {"max_gen_toks": 4}), ("e f", {"max_gen_toks": 4}))
+    )
+    assert calls == [[], ["a b c", "e f"]] and kept == ["a b c", "e f", "d"]
 
 
 def test_finished_answers_are_handed_to_the_harnesss_cache(harness, folder):
