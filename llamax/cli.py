@@ -404,7 +404,7 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
 
 def _harnessed(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="MODEL", help=FOLDERS)
-    what = "tasks, groups or tags of the harness, or of --include-path"
+    what = "tasks, groups, tags or patterns of the harness, or of --include-path"
     command.add_argument("--tasks", required=True, type=_words, metavar="NAME,NAME", help=what)
     own = "a folder with tasks of your own, YAML files"
     command.add_argument("--include-path", type=_named, metavar="DIR", help=own)

@@ -202,7 +202,7 @@ def run_harness(
     """The harness's results of a model on tasks, its groups and tags too; a table is printed.
 
     Args:
-        tasks: their names, or patterns such as mmlu_high_school_*.
+        tasks: their names, or patterns such as python_*.
         include_path: a folder of task files of one's own.
         limit: examples of each task, the first ones.
         fewshot: examples before each question, where the task does not insist on a number.

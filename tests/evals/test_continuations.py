@@ -133,6 +133,17 @@ def test_generations_are_the_engines(model, monkeypatch):
     assert continued(model, prompts, How(12, until, Sampling()), 4) == cut
 
 
+def test_texts_end_where_the_model_ends_them(model, monkeypatch):
+    """As if a token that it says were one that ends a turn."""
+    prompts = continuations.prompts_of(["import os"], TOKENIZER, 12, 100)
+    how = dict(max_tokens=12, stop=(), rows=4, row_multiple=4)
+    (((tokens, _, _),),) = generate(*weights(model), [Prompt(prompts[0], NO_TILES)], **how)
+    monkeypatch.setattr(type(TOKENIZER), "stop", frozenset({tokens[2]}))
+    (text,) = continued(model, prompts, How(12, (), Sampling()), 4)
+    upto = tokens[: tokens.index(tokens[2]) + 1]
+    assert text == TOKENIZER.decode(i for i in upto if i < TOKENIZER.n_ranks) and len(upto) < len(tokens)
+
+
 def test_greedy_texts_are_done_batch_after_batch():
     prompts = [[1] * n for n in (3, 5, 1, 4, 2)]
     assert continuations.batches(prompts, How(4, (), Sampling()), 2) == [[1, 3], [0, 4], [2]]
