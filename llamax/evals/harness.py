@@ -225,9 +225,9 @@ def run_harness(
     if out is not None:
         make(Path(out))
     lm = LlamaxLM(folder, **model)
-    asked = load_tasks(manager, names)
+    loaded = load_tasks(manager, names)
     how = dict(limit=limit, num_fewshot=fewshot, apply_chat_template=chat_template, batch_size=lm.rows)
-    results = simple_evaluate(lm, tasks=asked, task_manager=manager, log_samples=out is not None, **how)
+    results = simple_evaluate(lm, tasks=loaded, task_manager=manager, log_samples=out is not None, **how)
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
