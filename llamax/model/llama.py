@@ -63,8 +63,9 @@ class Llama(nnx.Module):
         return self.placed(caches.empty(self.model, rows, room, self.dtype))
 
     def placed(self, cache: Cache) -> Cache:
-        """Every device keeps its own rows: a cache comes back as it was given, so that its memory can be used again."""
-        layers = jax.tree.map(lambda x: self.seam.constrain(x, (None, "rows", None, None, None)), cache.layers)
+        """Every device keeps its own rows and kv heads: a cache comes back as it was given, so that its memory can be
+        used again."""
+        layers = jax.tree.map(lambda x: self.seam.constrain(x, (None, "rows", "kv_heads", None, None)), cache.layers)
         return Cache(layers, *(self.seam.constrain(x, ("rows",)) for x in (cache.start, cache.length)))
 
     def extend(self, batch: Batch, cache: Cache) -> tuple[Array, Cache]:

@@ -40,6 +40,8 @@ class Constrain:
         assert len(names) == x.ndim, f"{names} does not name the {x.ndim} dimensions of {x.shape}"
         if self.whole_rows:
             names = tuple({"rows": "flat", "tokens": None}.get(name, name) for name in names)
+        if "kv_heads" in names and x.shape[names.index("kv_heads")] % self.mesh.shape["tensor"]:
+            names = tuple(None if name == "kv_heads" else name for name in names)
         here = seen_here(self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(here, left_here(rules.spec(names, rules.ACTIVATIONS))))
 

@@ -56,6 +56,7 @@ ACTIVATIONS: Table = {
     "tokens": "context",
     "flat": (*ROWS, "context"),  # rows x tokens, or rows x tile slots, as one dimension: shard after shard
     "heads": "tensor",
+    "kv_heads": "tensor",  # of a cache; where there are more devices than kv heads, each has all (place.Constrain)
 }
 
 

@@ -146,13 +146,24 @@ def test_pieces_end_before_a_tile_that_would_not_fit():
     assert cut(9, 4, np.array([0, 4]), np.array([3, 7])) == [0, 4, 8, 9]  # tiles as long as a piece
 
 
-def test_a_mesh_gives_the_numbers_of_one_device(tiny):
-    """Rows over four devices, weights over two; a program that takes what it gave is not compiled again."""
-    mesh, texts = make_mesh({"fsdp": 4, "context": 2}), [prompt(length) for length in LENGTHS]
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"),
+    [
+        ({"fsdp": 4, "context": 2}, 2),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, 1),
+        pytest.param({"data": 2, "tensor": 4}, 2, marks=pytest.mark.slow),  # more devices than kv heads: each has all
+    ],
+    ids=str,
+)
+def test_a_mesh_gives_the_numbers_of_one_device(sizes, kv_heads, tiny):
+    """Rows and a cache's kv heads over devices, weights too; a program that takes what it gave is not compiled again."""
+    mesh, texts = make_mesh(sizes), [prompt(length) for length in LENGTHS]
     skel = build(make_seam(mesh))
     params = jax.device_put(tiny[1], rules.shardings(skel.axes, tiny[1], mesh))
     alone, _ = read(*tiny, texts, 96)
     reading.extend.clear_cache()
-    found, _ = read(skel, params, tiny[2], texts, 96, row_multiple=8)
+    found, cache = read(skel, params, tiny[2], texts, 96, row_multiple=8)
     np.testing.assert_allclose(found[:4], alone, **TWIN)
     assert reading.extend._cache_size() == 1
+    for x in jax.tree.leaves(cache.layers):
+        assert x.sharding.shard_shape(x.shape)[2] == kv_heads
