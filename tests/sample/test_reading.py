@@ -156,7 +156,7 @@ def test_pieces_end_before_a_tile_that_would_not_fit():
     ids=str,
 )
 def test_a_mesh_gives_the_numbers_of_one_device(sizes, kv_heads, tiny):
-    """Rows and a cache's kv heads over devices, weights too; a program that takes what it gave is not compiled again."""
+    """Rows, a cache's kv heads and weights over devices; a program that takes what it gave is not compiled again."""
     mesh, texts = make_mesh(sizes), [prompt(length) for length in LENGTHS]
     skel = build(make_seam(mesh))
     params = jax.device_put(tiny[1], rules.shardings(skel.axes, tiny[1], mesh))
