@@ -320,6 +320,7 @@ class Eval:
     depths: int = 5  # needle: places of what is asked for, evenly from the beginning of the context to its end
     samples: int = 8  # of every task at every length (and depth)
     tasks: tuple = ()  # keys of llamax.data.tasks.TASKS; (): the kind's own
+    options: dict = field(default_factory=dict)  # of tasks: {"key_value": {"n_words": 64}}, as in a manifest
     templates: str = "seen"  # seen | held_out: whether questions are worded as in training
     qa: str = ""  # ruler: a JSONL file of questions with contexts and answers, for RULER's two tasks of that sort
     threshold: float = 0.856  # ruler: a length counts as effective above it; in the paper, Llama 2 7B at 4k tokens

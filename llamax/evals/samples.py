@@ -17,6 +17,7 @@ from llamax.config_dict import nearest
 from llamax.data.encode import Encoder
 from llamax.data.sources import SKIP_REASONS, Document, open_source, read_manifest
 from llamax.data.tasks import TASKS, Sample, Texts, Tokens, score
+from llamax.data.tasks.source import check_options
 from llamax.evals.report import Context
 from llamax.model.count import cache_bytes
 from llamax.sample.engine import Prompt, generate
@@ -41,7 +42,7 @@ class Said(NamedTuple):
 
 def check(run: config.Run, cfg: config.Eval, own: Sequence[str]) -> None:
     """ConfigError if a task does not exist, needs eyes, or does not fit a length; or a length the cache's budget."""
-    for name in cfg.tasks:
+    for name in (*cfg.tasks, *cfg.options):
         if name not in TASKS:
             true = f"the tasks are {', '.join(TASKS)}"
             raise ConfigError(f"task {name!r}", true, f"Did you mean {nearest(name, TASKS) or 'needle'!r}?")
@@ -49,6 +50,8 @@ def check(run: config.Run, cfg: config.Eval, own: Sequence[str]) -> None:
             raise ConfigError(
                 f"task {name!r}", "it shows pictures, and the model has no vision encoder", "Leave it out."
             )
+    for name, options in cfg.options.items():
+        check_options(name, options, f"{cfg.kind} evaluation", "options")
     check_cache(run, cfg, cfg.lengths[-1] + BEYOND)
     for name, make in makers(run, cfg, own).items():
         make(rng(cfg, name, cfg.lengths[0], 0.5, 0), cfg.lengths[0], 0.5)
@@ -89,7 +92,8 @@ def makers(run: config.Run, cfg: config.Eval, own: Sequence[str]) -> dict[str, M
     filler = Texts(open_source(read_manifest(config.resolve_path(cfg.path)), tokens))
 
     def bound(name: str) -> Make:
-        return lambda rng, length, depth: TASKS[name](rng, filler, length, depth, tokens, "eval", cfg.templates)
+        task = TASKS[name].with_options(cfg.options.get(name, {}))
+        return lambda rng, length, depth: task(rng, filler, length, depth, tokens, "eval", cfg.templates)
 
     return {name: bound(name) for name in cfg.tasks or own}
 

@@ -138,10 +138,48 @@ def test_fewer_questions_where_they_do_not_fit(tmp_path):
 
 
 def test_options_change_a_task(tmp_path):
-    path = manifest(tmp_path, weights="{key_value = 1}", **{"options.key_value": '{records = 5, key_kind = "short"}'})
-    context = source(path)[0].pieces[0]
-    plain = source(manifest(tmp_path, weights="{key_value = 1}"))[0].pieces[0]
-    assert len(context) > 100 and context.count(":") != plain.count(":")
+    """Few records in much text, and records alone."""
+    records = []
+    for options in ('{wording = "colon", records = 5, key_kind = "short"}', '{wording = "colon"}'):
+        path = manifest(tmp_path, weights="{key_value = 1}", **{"options.key_value": options})
+        records.append(source(path)[0].pieces[0].count(": "))
+    assert records[0] == 5 < 20 < records[1]
+
+
+def test_a_question_may_be_learnt_behind_its_first_word(tmp_path):
+    """What follows from a key's first word is the rest of the key; the document says the same in the same tokens."""
+    options = {"options.key_value": '{wording = "plain", n_words = 40}'}
+    plain = source(manifest(tmp_path, weights="{key_value = 1}", **options))
+    weighed = source(manifest(tmp_path, weights="{key_value = 1}", question_weight="0.5", **options))
+    encode = Encoder(TOKENIZER, VISION)
+    for n in range(6):
+        document, pieces, weights = weighed[n], weighed[n].pieces, weighed[n].weights
+        assert "".join(pieces) == "".join(plain[n].pieces)
+        assert encode(document).tokens.tolist() == encode(plain[n]).tokens.tolist()
+        assert weights == (0.0, *(0.0, 0.5, 2.0) * len(document.meta["answers"]))
+        for begun, rest, (answer,) in zip(pieces[1::3], pieces[2::3], document.meta["answers"], strict=True):
+            assert f"\n{begun.strip()}{rest} {answer}\n" in f"\n{pieces[0]}"
+
+
+def test_records_are_drawn_between_text(tmp_path):
+    """Few or many, from `fewest` to a third of the length; each is asked for where there are questions enough."""
+    options = '{fewest = 2, wording = "plain", n_words = 64}'
+    documents = source(
+        manifest(
+            tmp_path,
+            weights="{key_value = 1}",
+            questions="100",
+            length_range="[64, 512]",
+            **{"options.key_value": options},
+        )
+    )
+    asked = {len(documents[n].meta["answers"]) / documents[n].meta["length"] for n in range(60)}
+    assert min(asked) < 0.01 and 1 / 20 < max(asked) <= 1 / 15
+    used = {word for n in range(60) for answers in documents[n].meta["answers"] for word in answers[0].split()}
+    assert used <= set(Tokens(TOKENIZER).some_words(64)) < set(Tokens(TOKENIZER).some_words(65))
+    short = '{fewest = 2, key_kind = "short", value_kind = "short", n_words = 16}'  # as many as there are words
+    few = source(manifest(tmp_path, weights="{key_value = 1}", questions="100", **{"options.key_value": short}))
+    assert 2 <= max(len(few[n].meta["answers"]) for n in range(40)) <= 8
 
 
 def test_pictures_come_with_their_tiles(tmp_path):
@@ -200,6 +238,8 @@ def test_another_table_is_other_data(tmp_path):
         (dict(answer_weight="0", context_weight="0"), "nothing of its tasks weighs"),
         (dict(answer_weight="nan"), "tasks.answer_weight is nan"),
         (dict(sed="3"), "unknown key 'sed'.*Did you mean 'seed'"),
+        ({"options": "{needle = 3}"}, "a table of options for each task"),
+        ({"options.key_value": "{wording = 'secret'}"}, "wording is 'secret'.*plain"),
         ({"options.needle": "{keis = 3}"}, "unknown key 'keis'.*Did you mean 'keys'"),
         ({"options.needle": '{keys = "3"}'}, "options.needle.keys is '3'"),
         ({"options.needle": "{key_kind = 'nouns'}"}, "key_kind is 'nouns'.*words"),

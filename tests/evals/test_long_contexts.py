@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llamax import config
 from llamax.config import ConfigError
-from llamax.data.tasks import RULER
+from llamax.data.tasks import RULER, TASKS, Tokens
 from llamax.data.tokenizer import Tokenizer
 from llamax.evals import CHECKS, answer, needle, position, qa, ruler, samples
 from llamax.evals.report import Context
@@ -102,12 +102,22 @@ def test_samples_follow_from_the_seed_and_are_for_evaluation(monkeypatch):
     assert asked[0] == asked[1] != asked[2] and len(set(asked[0])) == 3
     model_that(monkeypatch, numbers_of)
     seen = []
-    monkeypatch.setitem(samples.TASKS, "needle", lambda *how: seen.append(how[-2:]) or needle_task(*how))
+    monkeypatch.setattr(
+        type(TASKS["needle"]), "__call__", lambda task, *how: seen.append(how[-2:]) or asked_of(task, *how)
+    )
     needle.run(CTX, cfg_of("needle", lengths=(128,), depths=1, samples=1, templates="held_out"))
     assert seen == [("eval", "held_out")]
 
 
-needle_task = samples.TASKS["needle"]
+asked_of = type(TASKS["needle"]).__call__
+
+
+def test_tasks_are_asked_with_the_options_of_the_evaluation(monkeypatch):
+    calls = model_that(monkeypatch, numbers_of)
+    options = {"needle": {"wording": "plain", "key_kind": "pairs", "n_words": 2}}
+    needle.run(CTX, cfg_of("needle", lengths=(128,), depths=1, samples=4, options=options))
+    first, second = Tokens(RUN.data.tokenizer).some_words(2)
+    assert all(re.search(rf"Remember (?:{first} {second}|{second} {first})$", text_of(p)) for p in calls[0][0])
 
 
 def test_a_budget_bounds_the_rows_and_all_batches_have_one_shape(monkeypatch):
@@ -131,6 +141,9 @@ def test_a_budget_bounds_the_rows_and_all_batches_have_one_shape(monkeypatch):
         (dict(tasks=("nedle",)), "Did you mean 'needle'"),
         (dict(lengths=(16,)), "Ask for more tokens"),
         (dict(tasks=("picture_needle",)), "no vision encoder"),
+        (dict(options={"nedle": {}}), "Did you mean 'needle'"),
+        (dict(options={"needle": {"keis": 2}}), "Did you mean 'keys'"),
+        (dict(options={"needle": 2}), "options.needle is 2. Give a table of its fields"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_any_work(how, said):

@@ -1,14 +1,15 @@
 """Key-value lookup: records, one a line, and the value of some of them.
 
 With `records` records they stand spread over a haystack of text; with none stated they fill the context, and there is
-no other text. The keys and values may be as short as a token each, and a question may be the beginning of its record:
-the easiest way for a small model to show that it looks back.
+no other text. With `fewest` their number is drawn, and text stands between: what a model learns from that looks back
+beyond what is near. The keys and values may be as short as a token each, of few words, and a question may be the
+beginning of its record: the easiest way for a small model to show that it looks back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import haystack, words
 from llamax.data.tasks.haystack import Needle
@@ -16,34 +17,42 @@ from llamax.data.tasks.sample import Ask, Exam, Question
 
 
 class Wording(NamedTuple):
+    name: str
     record: str
     asked: str
 
 
 SEEN = (
-    Wording("{key}: {value}", "{key}:"),
-    Wording("{key} = {value}", "What is {key}? Answer:"),
-    Wording("The value of {key} is {value}.", "The value of {key} is"),
+    Wording("plain", "{key} {value}", "{key}"),
+    Wording("colon", "{key}: {value}", "{key}:"),
+    Wording("question", "{key} = {value}", "What is {key}? Answer:"),
+    Wording("sentence", "The value of {key} is {value}.", "The value of {key} is"),
 )
 HELD_OUT = (
-    Wording("{key} -> {value}", "{key} ->"),
-    Wording("Under {key} stands {value}.", "What stands under {key}? Answer:"),
+    Wording("arrow", "{key} -> {value}", "{key} ->"),
+    Wording("stands", "Under {key} stands {value}.", "What stands under {key}? Answer:"),
 )
 
 
 @dataclass(frozen=True)
 class Lookup:
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"wording": ("any", *(wording.name for wording in SEEN))}
+
     records: int = 0  # 0: as many as the context holds
+    fewest: int = 0  # if there is text between: log-uniform from so many to as many as take a third of the length
     key_kind: str = "pairs"  # of words.KINDS
     value_kind: str = "pairs"
+    n_words: int = 0  # of which keys and values are made; 0: all of the tokenizer's
+    wording: str = "any"  # of those that are seen in training
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
     def __call__(self, ask: Ask) -> Exam:
-        wording = ask.choose(self.seen, self.held_out)
-        drawn = haystack.draw(ask) if self.records else []
-        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
-        records = [self._record(supply) for _ in range(max(self.records, ask.questions))]
+        wording = ask.named(self.wording, self.seen, self.held_out)
+        drawn = haystack.draw(ask) if self.records or self.fewest else []
+        text = "".join(unit for unit, _ in drawn)
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, text, self.n_words)
+        records = self._drawn(ask, wording, supply) if self.fewest else self._stated(ask, supply)
         needles = [
             Needle(wording.record.format(key=key, value=value), depth)
             for (key, value), depth in zip(records, ask.depths(len(records)), strict=True)
@@ -53,11 +62,28 @@ class Lookup:
             for key, value in records[: ask.questions]
         ]
         room = ask.room(questions)
-        if not self.records:
+        if not drawn:
             drawn = self._fill(ask, wording, supply, room)
         hay = haystack.hide(ask, drawn, needles, room, "")
         questions = [q._replace(depth=depth) for q, depth in zip(questions, hay.depths, strict=False)]
         return Exam(hay.pieces, tuple(questions))
+
+    def _stated(self, ask: Ask, supply: words.Supply) -> list[tuple[str, str]]:
+        return [self._record(supply) for _ in range(max(self.records, ask.questions))]
+
+    def _drawn(self, ask: Ask, wording: Wording, supply: words.Supply) -> list[tuple[str, str]]:
+        """As many records as are drawn, fewer if their words are used up."""
+        records = [self._record(supply)]
+        key, value = records[0]
+        most = ask.length // (3 * ask.tokens.count(wording.record.format(key=key, value=value) + "\n"))
+        n = round(self.fewest * max(1.0, most / self.fewest) ** ask.rng.random())
+        try:
+            while len(records) < n:
+                records.append(self._record(supply))
+        except words.NoneLeft:
+            if len(records) < self.fewest:
+                raise
+        return records
 
     def _record(self, supply: words.Supply) -> tuple[str, str]:
         (key,), (value,) = supply.draw(self.key_kind, 1), supply.draw(self.value_kind, 1)

@@ -18,6 +18,7 @@ from llamax.data.tasks.sample import Ask, Exam, Question
 class Wording(NamedTuple):
     """{noun} and {nouns} are what a value is; {key} is one key, or in a question the keys that are asked for."""
 
+    name: str
     opening: str
     needle: str
     asked: str  # for one value
@@ -25,19 +26,23 @@ class Wording(NamedTuple):
 
 
 SEEN = (
+    Wording("plain", "", "Remember {key} {value}.", "Remember {key}", "Remember all of {key}:"),
     Wording(
+        "secret",
         "",
         "The secret {noun} of {key} is {value}.",
         "Question: What is the secret {noun} of {key}? Answer:",
         "Question: What are the secret {nouns} of {key}? Answer:",
     ),
     Wording(
+        "remember",
         "Read the text. It is asked for later.\n",
         "Remember that {key} has the {noun} {value}.",
         "Which {noun} does {key} have? It is",
         "Which {nouns} do {key} have? They are",
     ),
     Wording(
+        "note",
         "",
         "Note: {key} stands for {value}.",
         "{key} stands for",
@@ -46,12 +51,14 @@ SEEN = (
 )
 HELD_OUT = (
     Wording(
+        "by_the_way",
         "Some facts are hidden in what follows.\n",
         "By the way, the {noun} that belongs to {key} is {value}.",
         "Tell the {noun} that belongs to {key}:",
         "Tell the {nouns} that belong to {key}:",
     ),
     Wording(
+        "drawer",
         "",
         "In the drawer of {key} lies the {noun} {value}.",
         "Q: Which {noun} lies in the drawer of {key}? A:",
@@ -73,21 +80,26 @@ NOUNS = {
 
 @dataclass(frozen=True)
 class Needles:
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"haystack": ("text", "noise", "needles")}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "haystack": ("text", "noise", "needles"),
+        "wording": ("any", *(wording.name for wording in SEEN)),
+    }
 
     keys: int = 1
     values: int = 1  # of each key
     queries: int = 1  # keys of one question
     key_kind: str = "words"  # of words.KINDS
     value_kind: str = "numbers"
+    n_words: int = 0  # of which keys and values are made; 0: all of the tokenizer's
+    wording: str = "any"  # of those that are seen in training
     haystack: str = "text"  # | noise: RULER's five sentences | needles: more of them and nothing else
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
     def __call__(self, ask: Ask) -> Exam:
-        wording = ask.choose(self.seen, self.held_out)
+        wording = ask.named(self.wording, self.seen, self.held_out)
         drawn = [] if self.haystack == "needles" else haystack.draw(ask, NOISE if self.haystack == "noise" else None)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn), self.n_words)
         n_keys = max(self.keys, self.queries * ask.questions)
         keys = supply.draw(self.key_kind, n_keys)
         values = [supply.draw(self.value_kind, self.values) for _ in keys]

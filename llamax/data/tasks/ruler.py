@@ -23,6 +23,7 @@ _ALL = (
 )
 ONE = (
     needles.Wording(
+        "ruler_one",
         "A special magic {noun} is hidden within the following text. Make sure to memorize it. "
         "I will quiz you about the {noun} afterwards.\n",
         _NEEDLE,
@@ -32,6 +33,7 @@ ONE = (
 )
 ALL = (
     needles.Wording(
+        "ruler_all",
         "Some special magic {nouns} are hidden within the following text. Make sure to memorize it. "
         "I will quiz you about the {nouns} afterwards.\n",
         _NEEDLE,

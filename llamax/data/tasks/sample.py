@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,6 +72,10 @@ class Ask:
         """One of the wordings."""
         return self.rng.choice(seen if self.templates == "seen" else held_out)
 
+    def named(self, name: str, seen: Sequence[W], held_out: Sequence[W]) -> W:
+        """The same; of those that are seen in training the one of that name, if any."""
+        return self.choose([wording for wording in seen if name == wording.name] or seen, held_out)  # type: ignore[attr-defined]
+
     def depths(self, n: int) -> list[float]:
         """Of n needles, the first of which is asked for first."""
         drawn = [self.rng.random() for _ in range(n)]
@@ -103,6 +107,11 @@ class Task:
     @property
     def pictures(self) -> bool:
         return getattr(self.make, "pictures", False)
+
+    def with_options(self, options: Mapping[str, Any]) -> Task:
+        """The task with some of them changed."""
+        make: Any = self.make
+        return Task(self.name, dataclasses.replace(make, **options)) if options else self
 
     def __call__(
         self,

@@ -14,6 +14,7 @@
     templates = "seen"                         # or "held_out": wordings
     seed = 0
     answer_weight = 1.0                        # in the loss, of what has to be said
+    question_weight = 0.0                      # of what follows from a question's first word: the rest of the question
     context_weight = 0.0                       # of all else
     options.key_value = {records = 64}         # fields of a task that differ from its own
 
@@ -26,6 +27,7 @@ import dataclasses
 import difflib
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +37,11 @@ from llamax.config import ConfigError
 from llamax.data.document import Document
 from llamax.data.tasks import TASKS
 from llamax.data.tasks.filler import Texts
-from llamax.data.tasks.sample import SPLITS, TEMPLATES, Task, TooShort
+from llamax.data.tasks.sample import SPLITS, TEMPLATES, Question, Task, TooShort
 from llamax.data.tasks.tokens import Tokens
 from llamax.data.tasks.words import KINDS
+
+FIRST_WORD = re.compile(r"\s*\S+")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Table:
     templates: str = "seen"
     seed: int = 0
     answer_weight: float = 1.0
+    question_weight: float | None = None  # None: as the context
     context_weight: float = 0.0
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -76,8 +81,7 @@ class Table:
 
     def task(self, name: str) -> Task:
         """With the options that this table gives it."""
-        make: Any = TASKS[name].make
-        return Task(name, dataclasses.replace(make, **self.options.get(name, {})))
+        return TASKS[name].with_options(self.options.get(name, {}))
 
 
 def read_table(table: Mapping[str, Any], where: str, kind: str) -> Table:
@@ -94,6 +98,7 @@ def read_table(table: Mapping[str, Any], where: str, kind: str) -> Table:
         "questions": _is_count,
         "seed": _is_integer,
         "answer_weight": _is_weight,
+        "question_weight": _is_weight,
         "context_weight": _is_weight,
         "options": _is_tables,
     }
@@ -106,7 +111,7 @@ def read_table(table: Mapping[str, Any], where: str, kind: str) -> Table:
     if ("lengths" in table) == ("length_range" in table):
         raise ConfigError(where, "its [tasks] needs either lengths or length_range", "Give one of them.")
     read = Table(**table)
-    if not read.answer_weight and not read.context_weight:
+    if not (read.answer_weight or read.question_weight or read.context_weight):
         raise ConfigError(where, "nothing of its tasks weighs in the loss", "Raise tasks.answer_weight.")
     _check_tasks(read, where, kind)
     return read
@@ -120,18 +125,25 @@ def _check_tasks(table: Table, where: str, kind: str) -> None:
             raise ConfigError(where, f"it asks for a task {name!r}, which does not exist", hint)
         if TASKS[name].pictures and kind != "multimodal":
             raise ConfigError(where, f"its task {name} has pictures and its kind is {kind!r}", 'Say "multimodal".')
-        given, own = table.options.get(name, {}), TASKS[name].options
-        _check_keys(given, list(own), where, f"[tasks.options.{name}]")
-        for key, value in given.items():
-            true = f"its tasks.options.{name}.{key} is {value!r}"
-            if type(value) is not type(own[key]):
-                raise ConfigError(where, true, f"Give a value such as its own, {own[key]!r}.")
-            if isinstance(value, str):
-                choices = KINDS if key.endswith("kind") else TASKS[name].make.choices[key]  # type: ignore[attr-defined]
-                if value not in choices:
-                    raise ConfigError(where, true, f"Use one of {', '.join(choices)}.")
-            elif value < (least := min(1, own[key])):
-                raise ConfigError(where, true, f"Give {least} or more.")
+        check_options(name, table.options.get(name, {}), where, "tasks.options")
+
+
+def check_options(name: str, given: Mapping[str, Any], where: str, what: str) -> None:
+    """ConfigError if the fields that a task is given are not its own, or cannot be so. `what` they are a part of."""
+    own = TASKS[name].options
+    if not isinstance(given, Mapping):
+        raise ConfigError(where, f"its {what}.{name} is {given!r}", f"Give a table of its fields, {', '.join(own)}.")
+    _check_keys(given, list(own), where, f"[{what}.{name}]")
+    for key, value in given.items():
+        true = f"its {what}.{name}.{key} is {value!r}"
+        if type(value) is not type(own[key]):
+            raise ConfigError(where, true, f"Give a value such as its own, {own[key]!r}.")
+        if isinstance(value, str):
+            choices = KINDS if key.endswith("kind") else TASKS[name].make.choices[key]  # type: ignore[attr-defined]
+            if value not in choices:
+                raise ConfigError(where, true, f"Use one of {', '.join(choices)}.")
+        elif value < (least := min(1, own[key])):
+            raise ConfigError(where, true, f"Give {least} or more.")
 
 
 def _check_keys(table: Mapping[str, Any], keys: Sequence[str], where: str, what: str) -> None:
@@ -211,8 +223,9 @@ class Exams(Sequence[Document]):
         exam = self._exam(rng, name, length)
         pieces, weights = list(exam.context), [self.table.context_weight] * len(exam.context)
         for question in exam.questions:
-            pieces += [question.asked, question.said]
-            weights += [self.table.context_weight, self.table.answer_weight]
+            for piece, weight in self._weighed(question):
+                pieces.append(piece)
+                weights.append(weight)
         depths = [question.depth for question in exam.questions if question.depth is not None]
         meta = {
             "task": name,
@@ -225,6 +238,14 @@ class Exams(Sequence[Document]):
         where = f"document {number} of {self.where}"
         weighed = tuple(weights) if set(weights) != {1.0} else ()
         return Document(tuple(pieces), self.lang, f"{name}/{number}", meta, where=where, weights=weighed)
+
+    def _weighed(self, question: Question) -> list[tuple[str, float]]:
+        """What is asked and said, with weights in the loss."""
+        table, asked = self.table, [(question.asked, self.table.context_weight)]
+        if table.question_weight is not None and (first := FIRST_WORD.match(question.asked)):
+            begun, rest = first.group(), question.asked[first.end() :]
+            asked = [(begun, table.context_weight), *([(rest, table.question_weight)] if rest else [])]
+        return [*asked, (question.said, table.answer_weight)]
 
     def _exam(self, rng: random.Random, name: str, length: int):
         """With as many questions as fit, a quarter fewer each time."""

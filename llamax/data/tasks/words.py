@@ -85,28 +85,33 @@ KINDS: dict[str, Callable[[random.Random, Sequence[str]], str]] = {
 }
 
 
-class Supply:
-    """Draws keys and values of one split; none twice, and none that occurs in the text around them."""
+class NoneLeft(ConfigError):
+    """More keys and values than a kind has."""
 
-    def __init__(self, rng: random.Random, tokens: Tokens, split: str, text: str = ""):
-        self.rng, self.tokens, self.split, self.text = rng, tokens, split, text.lower()
+
+class Supply:
+    """Draws keys and values of one split; none twice, and none that occurs in the text around them. They are made of
+    `n_words` of the tokenizer's words, or of all (0)."""
+
+    def __init__(self, rng: random.Random, tokens: Tokens, split: str, text: str = "", n_words: int = 0):
+        self.rng, self.words, self.split, self.text = rng, tokens.some_words(n_words), split, text.lower()
         self._words_of_text = set(_WORDS.findall(self.text))
         self._drawn: set[str] = set()
 
     def draw(self, kind: str, n: int) -> list[str]:
-        """n of a kind. ConfigError if there are not so many."""
+        """n of a kind. NoneLeft if there are not so many."""
         return [self._one(kind) for _ in range(n)]
 
     def _one(self, kind: str) -> str:
         if kind not in KINDS:
             raise ConfigError(f"keys or values of the kind {kind!r}", "there is none", f"Use one of {list(KINDS)}.")
         for _ in range(MAX_DRAWS):
-            found = KINDS[kind](self.rng, self.tokens.words)
+            found = KINDS[kind](self.rng, self.words)
             if split_of(found) == self.split and found not in self._drawn and not self._occurs(found):
                 self._drawn.add(found)
                 return found
         true = f"{len(self._drawn)} are drawn, and no other is left that does not occur in the text"
-        raise ConfigError(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "uuids".')
+        raise NoneLeft(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "uuids".')
 
     def _occurs(self, spelling: str) -> bool:
         """Whether it stands in the text as a word, or anywhere if it is more than one."""
