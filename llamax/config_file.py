@@ -1,7 +1,7 @@
 """Recipe files and command-line overrides: what stands behind `config.load`.
 
 A recipe is a Python file with `get_config(size) -> ConfigDict`, and perhaps LAYOUTS: what its full size changes on a
-kind of cluster, by a name that stands for a size (`recipes/x.py:v5p_256`).
+kind of cluster, by a name that stands for a size (`recipes/x.py:v5p_256`); and SIZES: more that it offers.
 Overrides are parsed by ml_collections' own machinery (`config_flags`, on a private set of absl flags), so they are
 typed and locked as its users know them:
 `--config.train.steps=200`, `--config.model.qk_norm`, `--noconfig.model.qk_norm`, `--config.mesh="{'fsdp': 8}"`.
@@ -37,7 +37,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         name, size = spec, SIZES[0]
     recipe = _import(_find(name))
     layouts = getattr(recipe, "LAYOUTS", {})
-    sizes = (*SIZES, *layouts)
+    sizes = (*SIZES, *getattr(recipe, "SIZES", ()), *layouts)
     if size not in sizes:
         close = nearest(size, sizes) or SIZES[0]
         raise ConfigError(f"size {size} of {name}", f"its sizes are {', '.join(sizes)}", f"Use {name}:{close}.")

@@ -13,6 +13,7 @@ in two orders of RoPE's lanes, Meta's interleaved (ours) and Hugging Face's half
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from llamax.config import Model, Rope, Vision
 
@@ -86,6 +87,13 @@ def scout_tiny() -> Model:
     """Scout's shape in 4 layers, one period, of 4 experts."""
     rope = Rope(scaling="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_len=64)
     return _tiny(plan=((SCOUT_PERIOD, 1),), n_experts=4, qk_norm=True, rope=rope)
+
+
+def scout_context_tiny() -> Model:
+    """Scout's shape for work on long contexts: text alone, heads as wide as Scout's. QK norm bounds a local layer's
+    logits by the root of a head's width, and heads of 32 cannot tell one token from its neighbours."""
+    small = scout_tiny()
+    return replace(small, head_dim=128, chunk_len=128, init_std=0.02, rope=Rope(theta=10_000.0), vision=None)
 
 
 def maverick_tiny() -> Model:
@@ -225,7 +233,7 @@ def mixtral_8x7b() -> Model:
 VARIANTS: dict[str, Callable[[], Model]] = {
     make.__name__: make
     for make in (
-        *(scout, maverick, behemoth, scout_tiny, maverick_tiny, behemoth_tiny),
+        *(scout, maverick, behemoth, scout_tiny, scout_context_tiny, maverick_tiny, behemoth_tiny),
         *(llama1_7b, llama1_13b, llama1_33b, llama1_65b, llama2_7b, llama2_13b, llama2_70b, llama3_8b, llama3_70b),
         *(llama31_8b, llama31_70b, llama31_405b, llama32_1b, llama32_3b, llama33_70b, mixtral_8x7b),
     )

@@ -21,6 +21,13 @@ from llamax import config as lx
 from llamax import variants
 
 K = 1024
+SIZES = ("tiny_pretrain",)
+PAIRS = dict(key_kind="pairs", value_kind="pairs", wording="plain", n_words=64)
+ASKED = dict(  # of :tiny
+    key_value=PAIRS,  # 400 records in 2,048 tokens, and nothing else
+    key_value_short=dict(records=16, **PAIRS),  # 16 of them in text
+    needle=PAIRS,  # one
+)
 
 TO_1024K = dict(
     tokens=5_000_000_000,
@@ -48,8 +55,8 @@ LAYOUTS = dict(  # rows of 16k to 32k tokens a device
 def get_config(size: str = "full"):
     run = lx.recipe(name="scout_context", model=variants.scout(), seed=17)
     run.train.steps = 0  # as many as the stages take
-    if size == "tiny":
-        return tiny(run)
+    if size in SIZES or size == "tiny":
+        return tiny(run) if size == "tiny" else tiny_pretrain(run)
 
     run.init.path = "runs/scout_pretrain"
     run.data.tokenizer = "data/llama4.model"
@@ -86,13 +93,77 @@ def get_config(size: str = "full"):
 
 
 def tiny(run):
-    """From rows of 256 tokens to 1,024 and to 2,048."""
-    run = lx.tiny(run, variants.scout_tiny())
-    run.train.steps = 0
+    """From rows of 256 tokens to 2,048; keys of two words are new to the model."""
+    run = small(run, batch_tokens=4096)
+    run.init.path = "runs/short"
     run.data.seq_len = 256
-    run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+    run.data.sources = sources("lookups_256", "needles_256")
+    run.optim.update(peak_lr=3e-3, schedule="wsd", warmup_steps=20, decay_steps=20, end_lr_ratio=0.3)
     run.stages = dict(
-        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024)),
-        to_2048=dict(tokens=200 * 4096, data=dict(seq_len=2048)),
+        at_256=dict(tokens=250 * 4096),
+        to_512=dict(tokens=100 * 4096, data=dict(seq_len=512, sources=sources("lookups_512", "needles_512"))),
+        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024, sources=sources("lookups_1024", "needles_1024"))),
+        to_2048=dict(
+            tokens=150 * 4096,
+            data=dict(seq_len=2048, sources=sources("lookups_2048", "needles_2048")),
+            optim=dict(decay_steps=100, end_lr_ratio=0.05),
+        ),
     )
     return run
+
+
+def tiny_pretrain(run):
+    """The model that :tiny goes on from: it looks single words up in 256 tokens, and has read some text."""
+    run = small(run, batch_tokens=2048)
+    run.name = "scout_short"
+    run.data.seq_len = 64
+    run.data.sources = dict(tasks=source("tasks/words_near"))
+    run.optim.update(peak_lr=3e-3, schedule="wsd", warmup_steps=40, decay_steps=50, end_lr_ratio=0.1)
+    text = dict(docs=source("built/docs", 0.25), python=source("built/python", 0.25))
+    run.stages = dict(
+        words_1_near=dict(tokens=300 * 2048),
+        words_2_far=dict(  # 16: or layers that see chunks would do all the work
+            tokens=300 * 2048, model=dict(chunk_len=16), data=dict(sources=dict(tasks=source("tasks/words_far")))
+        ),
+        words_3_text=dict(
+            tokens=400 * 2048,
+            data=dict(seq_len=256, sources=dict(tasks=source("tasks/words", 0.5), **text)),
+            optim=dict(decay_steps=100, end_lr_ratio=0.05),
+        ),
+    )
+    return run
+
+
+def small(run, batch_tokens):
+    """What the laptop's two runs share."""
+    run = lx.tiny(run, variants.scout_context_tiny())
+    run.train.steps = 0
+    run.data.batch_tokens = batch_tokens
+    run.data.multimodal_steps = 0.0
+    held_out = "data/built/docs_heldout.toml"
+    far = dict(kind="needle", path=held_out, tasks=tuple(ASKED), options=ASKED, samples=8, every_steps=0)
+    run.evals = dict(
+        far=dict(lengths=(256, 2048), **far),
+        further=dict(lengths=(4096,), **far),
+        otherwise=dict(lengths=(2048,), templates="held_out", **far),
+        position=dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,), every_steps=0),
+        short_docs=dict(kind="position", path=held_out, lengths=(256,), every_steps=0),
+        short_python=dict(kind="position", path="data/built/python_heldout.toml", lengths=(256,), every_steps=0),
+    )
+    run.checkpoint.every_steps = 100
+    return run
+
+
+def source(name, weight=1.0):
+    return dict(path=f"data/{name}.toml", weight=weight)
+
+
+def sources(lookups, needles):
+    """Half of the tokens are text, a part of it short and a part long."""
+    return dict(
+        tasks=source(f"tasks/{lookups}", 0.35),
+        needles=source(f"tasks/{needles}", 0.15),
+        docs=source("built/docs", 0.1),
+        python=source("built/python", 0.2),
+        packages=source("built/packages", 0.2),
+    )

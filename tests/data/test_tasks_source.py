@@ -158,7 +158,27 @@ def test_a_question_may_be_learnt_behind_its_first_word(tmp_path):
         assert encode(document).tokens.tolist() == encode(plain[n]).tokens.tolist()
         assert weights == (0.0, *(0.0, 0.5, 2.0) * len(document.meta["answers"]))
         for begun, rest, (answer,) in zip(pieces[1::3], pieces[2::3], document.meta["answers"], strict=True):
-            assert f"\n{begun.strip()}{rest} {answer}\n" in f"\n{pieces[0]}"
+            assert f"\n{begun}{rest} {answer}\n" in f"\n{pieces[0]}"
+
+
+def test_the_end_of_an_answer_may_weigh_otherwise(tmp_path):
+    plain, weighed = source(manifest(tmp_path)), source(manifest(tmp_path, end_weight="0.0"))
+    for n in range(12):
+        before, after = plain[n], weighed[n]
+        assert "".join(after.pieces) == "".join(before.pieces)
+        learnt = [piece for piece, weight in zip(after.pieces, after.weights, strict=True) if weight]
+        whole = [piece for piece, weight in zip(before.pieces, before.weights, strict=True) if weight]
+        assert [f"{text}\n" for text in learnt] == whole
+
+
+def test_records_are_asked_for_where_there_are_questions_enough(tmp_path):
+    """But for what fills the rest of the length."""
+    options = {"options.key_value": '{wording = "plain", key_kind = "short", value_kind = "short"}'}
+    few = manifest(tmp_path, weights="{key_value = 1}", questions="100", length_range="[20, 200]", **options)
+    for document in (source(few)[n] for n in range(30)):
+        lines = document.pieces[0].splitlines()
+        asked = [answer for (answer,) in document.meta["answers"]]
+        assert set(asked) <= {line.split()[1] for line in lines} and len(lines) - len(asked) <= 2
 
 
 def test_records_are_drawn_between_text(tmp_path):

@@ -27,6 +27,7 @@ class Needle(NamedTuple):
     text: str  # a sentence, without white space at its ends
     depth: float  # where it should stand
     picture: Picture | None = None  # behind the text
+    alone: bool = False  # on a line of its own
 
 
 class Haystack(NamedTuple):
@@ -97,7 +98,7 @@ def hide(ask: Ask, drawn: Sequence[tuple[str, int]], needles: Sequence[Needle], 
     tokens are others than those of the units: the haystack is cut again by the difference. ConfigError if the needles
     alone take more than the room.
     """
-    most, taken = room + ask.tokens.count(opening), ask.tokens.count(*(f" {needle.text}\n" for needle in needles))
+    most, taken = room + ask.tokens.count(opening), ask.tokens.count(*(_spaced(needle) for needle in needles))
     free = room - taken - ask.tokens.count(*(needle.picture for needle in needles if needle.picture))
     found, left, tries = None, room, TRIES
     while free >= 0 and (tries or not found):
@@ -112,6 +113,10 @@ def hide(ask: Ask, drawn: Sequence[tuple[str, int]], needles: Sequence[Needle], 
         return found
     true = f"{room} are left for what it hides, which takes {room - free}"
     raise TooShort(f"task {ask.name} at {ask.length} tokens", true, "Ask for more tokens.")
+
+
+def _spaced(needle: Needle) -> str:
+    return f"{needle.text}\n" if needle.alone else f" {needle.text}\n"
 
 
 def _put(kept: Sequence[tuple[str, int]], needles: Sequence[Needle], opening: str) -> tuple[tuple, list[float]]:
@@ -134,7 +139,7 @@ def _put(kept: Sequence[tuple[str, int]], needles: Sequence[Needle], opening: st
 def _add(pieces: list[str | Picture], parts: list[str], needle: Needle) -> None:
     """Puts a needle behind the open text, with white space before it, and behind it as there is before it."""
     begun = not parts or parts[-1].endswith("\n")
-    spaced = begun or parts[-1][-1].isspace()
+    spaced = (begun or parts[-1][-1].isspace()) and not needle.alone
     if needle.picture:
         pieces += ["".join([*parts, needle.text if begun else f"\n{needle.text}"]), needle.picture]
         parts[:] = ["\n"]

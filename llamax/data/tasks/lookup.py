@@ -23,7 +23,7 @@ class Wording(NamedTuple):
 
 
 SEEN = (
-    Wording("plain", "{key} {value}", "{key}"),
+    Wording("plain", " {key} {value}", " {key}"),  # the space: every word is the token that it is within a line
     Wording("colon", "{key}: {value}", "{key}:"),
     Wording("question", "{key} = {value}", "What is {key}? Answer:"),
     Wording("sentence", "The value of {key} is {value}.", "The value of {key} is"),
@@ -52,36 +52,51 @@ class Lookup:
         drawn = haystack.draw(ask) if self.records or self.fewest else []
         text = "".join(unit for unit, _ in drawn)
         supply = words.Supply(ask.rng, ask.tokens, ask.split, text, self.n_words)
-        records = self._drawn(ask, wording, supply) if self.fewest else self._stated(ask, supply)
+        records = self._drawn(ask, wording, supply) if self.fewest else self._stated(ask, wording, supply)
         needles = [
-            Needle(wording.record.format(key=key, value=value), depth)
+            Needle(wording.record.format(key=key, value=value), depth, alone=True)
             for (key, value), depth in zip(records, ask.depths(len(records)), strict=True)
         ]
-        questions = [
-            Question("\n" + wording.asked.format(key=key), f" {value}\n", (value,))
-            for key, value in records[: ask.questions]
-        ]
+        questions = [self._question(wording, *record) for record in records[: ask.questions]]
         room = ask.room(questions)
         if not drawn:
             drawn = self._fill(ask, wording, supply, room)
-        hay = haystack.hide(ask, drawn, needles, room, "")
+        hay = haystack.hide(ask, drawn, needles, room - 1, "")
+        (context,) = hay.pieces
         questions = [q._replace(depth=depth) for q, depth in zip(questions, hay.depths, strict=False)]
-        return Exam(hay.pieces, tuple(questions))
+        return Exam((context if str(context).endswith("\n") else f"{context}\n",), tuple(questions))
 
-    def _stated(self, ask: Ask, supply: words.Supply) -> list[tuple[str, str]]:
-        return [self._record(supply) for _ in range(max(self.records, ask.questions))]
+    def _question(self, wording: Wording, key: str, value: str) -> Question:
+        asked = wording.asked.format(key=key)
+        return Question(asked, f" {value}\n", (value,), told=words.told(asked, key))
+
+    def _stated(self, ask: Ask, wording: Wording, supply: words.Supply) -> list[tuple[str, str]]:
+        """Those that are asked for, and of a stated number the others."""
+        if self.records:
+            return self._some(supply, max(self.records, ask.questions), least=self.records)
+        first = self._record(supply)
+        most = (ask.length - 2) // (2 * self._tokens_of(ask, wording, first))  # of each, a record and a question
+        return [first, *self._some(supply, min(ask.questions, most) - 1, least=0)]
 
     def _drawn(self, ask: Ask, wording: Wording, supply: words.Supply) -> list[tuple[str, str]]:
-        """As many records as are drawn, fewer if their words are used up."""
-        records = [self._record(supply)]
-        key, value = records[0]
-        most = ask.length // (3 * ask.tokens.count(wording.record.format(key=key, value=value) + "\n"))
+        """As many records as are drawn."""
+        first = self._record(supply)
+        most = ask.length // (3 * self._tokens_of(ask, wording, first))
         n = round(self.fewest * max(1.0, most / self.fewest) ** ask.rng.random())
+        return [first, *self._some(supply, n - 1, least=self.fewest - 1)]
+
+    def _tokens_of(self, ask: Ask, wording: Wording, record: tuple[str, str]) -> int:
+        key, value = record
+        return ask.tokens.count(wording.record.format(key=key, value=value) + "\n")
+
+    def _some(self, supply: words.Supply, n: int, least: int) -> list[tuple[str, str]]:
+        """n records, or fewer if words are used up before."""
+        records: list[tuple[str, str]] = []
         try:
             while len(records) < n:
                 records.append(self._record(supply))
         except words.NoneLeft:
-            if len(records) < self.fewest:
+            if len(records) < least:
                 raise
         return records
 

@@ -134,8 +134,9 @@ class Needles:
             answers += [values[k][v] for v in sorted(range(self.values), key=stand.__getitem__)]
         named = [keys[k] for k in of]
         said = ", ".join(named[:-1]) + f" and {named[-1]}" if len(named) > 1 else named[0]
-        asked = wording.asked if len(answers) == 1 else wording.asked_all
-        return Question("\n" + self._say(asked, said, ""), f" {', '.join(answers)}\n", tuple(answers))
+        asked = "\n" + self._say(wording.asked if len(answers) == 1 else wording.asked_all, said, "")
+        told = words.told(asked, said) if len(named) == 1 else ""
+        return Question(asked, f" {', '.join(answers)}\n", tuple(answers), told=told)
 
     def _say(self, template: str, key: str, value: str) -> str:
         noun = NOUNS[self.value_kind]

@@ -45,6 +45,7 @@ class Question(NamedTuple):
     said: str  # the answer as it is learnt: a space before it, the end of the line behind
     answers: tuple[str, ...]
     depth: float | None = None  # share of the context before what is asked for; None where it is all over the context
+    told: str = ""  # the beginning of `asked` from which the rest of it follows; "": it does not
 
 
 class Exam(NamedTuple):

@@ -14,7 +14,8 @@
     templates = "seen"                         # or "held_out": wordings
     seed = 0
     answer_weight = 1.0                        # in the loss, of what has to be said
-    question_weight = 0.0                      # of what follows from a question's first word: the rest of the question
+    end_weight = 1.0                           # of the end of an answer's line
+    question_weight = 0.0                      # of what follows from a key's first word: the rest of the question
     context_weight = 0.0                       # of all else
     options.key_value = {records = 64}         # fields of a task that differ from its own
 
@@ -27,7 +28,6 @@ import dataclasses
 import difflib
 import math
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +40,6 @@ from llamax.data.tasks.filler import Texts
 from llamax.data.tasks.sample import SPLITS, TEMPLATES, Question, Task, TooShort
 from llamax.data.tasks.tokens import Tokens
 from llamax.data.tasks.words import KINDS
-
-FIRST_WORD = re.compile(r"\s*\S+")
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Table:
     templates: str = "seen"
     seed: int = 0
     answer_weight: float = 1.0
+    end_weight: float | None = None  # None: as the answer
     question_weight: float | None = None  # None: as the context
     context_weight: float = 0.0
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -98,6 +97,7 @@ def read_table(table: Mapping[str, Any], where: str, kind: str) -> Table:
         "questions": _is_count,
         "seed": _is_integer,
         "answer_weight": _is_weight,
+        "end_weight": _is_weight,
         "question_weight": _is_weight,
         "context_weight": _is_weight,
         "options": _is_tables,
@@ -242,10 +242,14 @@ class Exams(Sequence[Document]):
     def _weighed(self, question: Question) -> list[tuple[str, float]]:
         """What is asked and said, with weights in the loss."""
         table, asked = self.table, [(question.asked, self.table.context_weight)]
-        if table.question_weight is not None and (first := FIRST_WORD.match(question.asked)):
-            begun, rest = first.group(), question.asked[first.end() :]
-            asked = [(begun, table.context_weight), *([(rest, table.question_weight)] if rest else [])]
-        return [*asked, (question.said, table.answer_weight)]
+        if table.question_weight is not None and question.told:
+            rest = question.asked[len(question.told) :]
+            asked = [(question.told, table.context_weight), (rest, table.question_weight)]
+        said = [(question.said, table.answer_weight)]
+        if table.end_weight is not None:
+            answer = question.said.rstrip("\n")
+            said = [(answer, table.answer_weight), (question.said[len(answer) :], table.end_weight)]
+        return [*asked, *said]
 
     def _exam(self, rng: random.Random, name: str, length: int):
         """With as many questions as fit, a quarter fewer each time."""

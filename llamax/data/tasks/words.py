@@ -85,6 +85,13 @@ KINDS: dict[str, Callable[[random.Random, Sequence[str]], str]] = {
 }
 
 
+def told(asked: str, key: str) -> str:
+    """The beginning of a question up to its key's first word; nothing if the question ends there."""
+    first = key.split(" ")[0]
+    begun = asked[: asked.index(key) + len(first)]
+    return begun if begun != asked else ""
+
+
 class NoneLeft(ConfigError):
     """More keys and values than a kind has."""
 
