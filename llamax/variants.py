@@ -93,7 +93,7 @@ def scout_context_tiny() -> Model:
     """Scout's shape for work on long contexts: text alone, heads as wide as Scout's. QK norm bounds a local layer's
     logits by the root of a head's width, and heads of 32 cannot tell one token from its neighbours."""
     small = scout_tiny()
-    return replace(small, head_dim=128, chunk_len=128, init_std=0.02, rope=Rope(theta=10_000.0), vision=None)
+    return replace(small, head_dim=128, chunk_len=32, init_std=0.02, rope=Rope(theta=10_000.0), vision=None)
 
 
 def maverick_tiny() -> Model:

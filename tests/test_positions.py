@@ -117,6 +117,7 @@ def trained(tmp_path_factory):
     return workdir, train(one_step(**WHEN), workdir)
 
 
+@pytest.mark.slow
 def test_the_training_step_may_leave_the_temperature_out(trained, tmp_path):
     train(one_step(attn_temperature=0.0), tmp_path)
     assert losses(trained[0]) == losses(tmp_path)
@@ -153,6 +154,7 @@ def test_a_model_is_loaded_with_its_temperature_or_another(trained):
 # ------------------------------------------------------------------------------------- from a checkpoint that lacks it
 
 
+@pytest.mark.slow
 def test_a_run_with_scalable_softmax_starts_from_a_model_without(trained, tmp_path):
     """Its own parameter begins as configured; all else is the other model's."""
     run = one_step(attn_scale="ssmax", ssmax_len=100)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llamax import config, stages
+from llamax.data.sources import read_manifest
 from llamax.plan.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 LAYOUTS = [
     (path.relative_to(ROOT), layout) for path in RECIPES for layout in runpy.run_path(str(path)).get("LAYOUTS", {})
 ]
+MORE = [(path.relative_to(ROOT), size) for path in RECIPES for size in runpy.run_path(str(path)).get("SIZES", ())]
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -59,6 +61,16 @@ def test_freezes(path, size):
     assert run.name == path.stem
     for part in stages.parts(run):
         assert config.check_devices(part.run, 1 if size == "tiny" else 1024)
+
+
+@pytest.mark.parametrize(("path", "size"), MORE, ids=str)
+def test_more_sizes_freeze_and_their_tasks_can_be_read(path, size):
+    """And are named where the recipe says what it is."""
+    for part in stages.parts(config.freeze(config.load(f"{path}:{size}"))):
+        assert config.check_devices(part.run, 1)
+        for source in part.run.data.sources.values():
+            assert Path(source.path).parts[1] == "built" or read_manifest(ROOT / source.path).tasks
+    assert f"{path.name}:{size}" in ast.get_docstring(ast.parse((ROOT / path).read_text()))
 
 
 @every_recipe

@@ -142,9 +142,8 @@ def test_a_run_starts_from_another_models_weights_with_a_fresh_optimizer(pretrai
     run = tiny_run(4, data=ROWS, optim=dict(peak_lr=1e-3, warmup_steps=0), mesh=dict(data=-1))
     alone = go(dataclasses.replace(run, init=config.Init(path=str(pretrained[0]))), tmp_path / "alone")
     assert losses(tmp_path / "alone") == losses(unbroken[0])[: len(losses(tmp_path / "alone"))]
-    random = go(run, tmp_path / "random")
-    assert losses(tmp_path / "random")[0] > losses(unbroken[0])[0], "two steps have taught something"
-    assert int(alone.state.opt[1][0].count) == int(random.state.opt[1][0].count) == 4
+    assert losses(tmp_path / "alone")[0] < losses(pretrained[0])[0], "two steps have taught something"
+    assert int(alone.state.opt[1][0].count) == 4
     record = json.loads((tmp_path / "alone" / "run.json").read_text())
     assert record["init"] == {"path": str(pretrained[0]), "step": 2}
 

@@ -17,6 +17,7 @@ from llamax.data.pipeline import HeldOut, build, text_bytes
 from llamax.data.show import show
 from llamax.data.sources import open_source, read_manifest, verify
 from llamax.data.tasks import Tokens
+from llamax.data.tasks.words import few, split_of
 from llamax.preflight import data_files
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -196,10 +197,11 @@ def test_records_are_drawn_between_text(tmp_path):
     asked = {len(documents[n].meta["answers"]) / documents[n].meta["length"] for n in range(60)}
     assert min(asked) < 0.01 and 1 / 20 < max(asked) <= 1 / 15
     used = {word for n in range(60) for answers in documents[n].meta["answers"] for word in answers[0].split()}
-    assert used <= set(Tokens(TOKENIZER).some_words(64)) < set(Tokens(TOKENIZER).some_words(65))
+    all_words = Tokens(TOKENIZER).words
+    assert used <= set(few(all_words, 64)) < set(few(all_words, 65)) and {split_of(word) for word in used} == {"train"}
     short = '{fewest = 2, key_kind = "short", value_kind = "short", n_words = 16}'  # as many as there are words
-    few = source(manifest(tmp_path, weights="{key_value = 1}", questions="100", **{"options.key_value": short}))
-    assert 2 <= max(len(few[n].meta["answers"]) for n in range(40)) <= 8
+    documents = source(manifest(tmp_path, weights="{key_value = 1}", questions="100", **{"options.key_value": short}))
+    assert 2 <= max(len(documents[n].meta["answers"]) for n in range(40)) <= 8
 
 
 def test_pictures_come_with_their_tiles(tmp_path):

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llamax import config
 from llamax.config import ConfigError
 from llamax.data.tasks import RULER, TASKS, Tokens
+from llamax.data.tasks.words import few
 from llamax.data.tokenizer import Tokenizer
 from llamax.evals import CHECKS, answer, needle, position, qa, ruler, samples
 from llamax.evals.report import Context
@@ -116,7 +117,7 @@ def test_tasks_are_asked_with_the_options_of_the_evaluation(monkeypatch):
     calls = model_that(monkeypatch, numbers_of)
     options = {"needle": {"wording": "plain", "key_kind": "pairs", "n_words": 2}}
     needle.run(CTX, cfg_of("needle", lengths=(128,), depths=1, samples=4, options=options))
-    first, second = Tokens(RUN.data.tokenizer).some_words(2)
+    first, second = few(Tokens(RUN.data.tokenizer).words, 2)
     assert all(re.search(rf"Remember (?:{first} {second}|{second} {first})$", text_of(p)) for p in calls[0][0])
 
 

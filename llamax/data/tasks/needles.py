@@ -68,6 +68,7 @@ HELD_OUT = (
 NOUNS = {
     "short": "word",
     "pairs": "word",
+    "phrases": "word",
     "words": "word",
     "digits": "number",
     "five_digits": "number",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 import re
 from dataclasses import dataclass
 
@@ -41,20 +40,9 @@ class Tokens:
         """The words of 3 to 10 small letters that are one token where a space stands before them."""
         return _words(self.path)
 
-    def some_words(self, n: int) -> tuple[str, ...]:
-        """n of them, always the same; fewer are among more. 0: all."""
-        return _shuffled(self.path)[:n] if n else self.words
-
 
 @functools.cache
 def _words(path: str) -> tuple[str, ...]:
     tokenizer = shared(path)
     spelt = (tokenizer.decode_bytes([i]) for i in range(tokenizer.n_ranks))
     return tuple(sorted(token[1:].decode() for token in spelt if WORD.fullmatch(token)))
-
-
-@functools.cache
-def _shuffled(path: str) -> tuple[str, ...]:
-    words = list(_words(path))
-    random.Random(0).shuffle(words)
-    return tuple(words)

@@ -5,6 +5,7 @@ them; the same spelling is never in both. Kinds:
 
     short     one word that is one token where a space stands before it (tokens.py): for the smallest models
     pairs     two of these with a space between, two tokens: "amber fox"
+    phrases   one to four of these with spaces between
     words     two of these with a hyphen, as RULER's adjectives and nouns: "amber-fox"
     digits    three digits
     five_digits
@@ -16,6 +17,7 @@ them; the same spelling is never in both. Kinds:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import re
@@ -42,6 +44,10 @@ def _short(rng: random.Random, words: Sequence[str]) -> str:
 
 def _pair(rng: random.Random, words: Sequence[str]) -> str:
     return " ".join(rng.sample(words, 2))
+
+
+def _phrase(rng: random.Random, words: Sequence[str]) -> str:
+    return " ".join(rng.sample(words, rng.randint(1, 4)))
 
 
 def _hyphenated(rng: random.Random, words: Sequence[str]) -> str:
@@ -75,6 +81,7 @@ def _letters(rng: random.Random, words: Sequence[str]) -> str:
 KINDS: dict[str, Callable[[random.Random, Sequence[str]], str]] = {
     "short": _short,
     "pairs": _pair,
+    "phrases": _phrase,
     "words": _hyphenated,
     "digits": _digits,
     "five_digits": _five_digits,
@@ -92,6 +99,15 @@ def told(asked: str, key: str) -> str:
     return begun if begun != asked else ""
 
 
+@functools.cache
+def few(words: Sequence[str], n: int) -> tuple[str, ...]:
+    """n of the words, always the same ones; fewer are among more. They are of those that training draws as single ones,
+    so that pairs of them, for training or evaluation, have no word that a small model could not know."""
+    shuffled = list(words)
+    random.Random(0).shuffle(shuffled)
+    return tuple(word for word in shuffled if split_of(word) == "train")[:n]
+
+
 class NoneLeft(ConfigError):
     """More keys and values than a kind has."""
 
@@ -101,7 +117,8 @@ class Supply:
     `n_words` of the tokenizer's words, or of all (0)."""
 
     def __init__(self, rng: random.Random, tokens: Tokens, split: str, text: str = "", n_words: int = 0):
-        self.rng, self.words, self.split, self.text = rng, tokens.some_words(n_words), split, text.lower()
+        self.rng, self.split, self.text = rng, split, text.lower()
+        self.words = few(tokens.words, n_words) if n_words else tokens.words
         self._words_of_text = set(_WORDS.findall(self.text))
         self._drawn: set[str] = set()
 
