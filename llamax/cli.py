@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -368,8 +369,8 @@ def _planned(plan: argparse.ArgumentParser) -> None:
 
 
 EVAL_SETTINGS = (  # fields of config.Eval that have an option
-    *("path", "max_docs", "lengths", "depths", "samples", "tasks", "templates", "qa", "threshold", "buckets", "seed"),
-    "cache_gb",
+    *("path", "max_docs", "lengths", "depths", "samples", "tasks", "options", "templates", "qa", "threshold"),
+    *("buckets", "seed", "cache_gb"),
 )
 
 
@@ -385,6 +386,8 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
     each = "of every task at every length, and depth (8)"
     command.add_argument("--samples", type=_count, metavar="N", help=each)
     command.add_argument("--tasks", type=_words, metavar="NAME,NAME", help="of llamax/data/tasks (the kind's own)")
+    changed = """fields of tasks, in JSON: {"needle": {"keys": 4}}"""
+    command.add_argument("--options", type=_table, metavar="JSON", help=changed)
     command.add_argument("--templates", metavar="SET", help="seen or held_out: how questions are worded (seen)")
     command.add_argument("--qa", metavar="FILE", help="ruler: questions with contexts and answers, JSONL")
     above = "ruler: a length is effective if it scores above (0.856)"
@@ -446,6 +449,13 @@ def _assigned(text: str) -> tuple[str, Any]:
         with contextlib.suppress(ValueError):
             return name, number(value)
     return name, value
+
+
+def _table(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(table := json.loads(text), dict):
+            return table
+    raise argparse.ArgumentTypeError(f'{text} is no table in JSON, as {{"needle": {{"keys": 4}}}}')
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -95,10 +95,11 @@ def test_eval(monkeypatch):
     assert cli.main(["eval", "there"]) == 0
     words = "needle position --lengths 256,1024 --depths 3 --samples 2 --tasks needle,key_value --filler x.toml"
     words += " --templates held_out --cache-gb 0.5 --seed 0 --out o --step 3 --dtype bfloat16 --recipe r.py"
+    words += ' --options {"needle":{"keys":4}}'
     words += " --temperature-tuning 64,0.2 --positions rope.scaling=yarn --positions rope.factor=8"
     assert cli.main(["eval", "there", *words.split()]) == 0
     settings = dict(lengths=(256, 1024), depths=3, samples=2, tasks=("needle", "key_value"), path="x.toml")
-    settings |= dict(templates="held_out", cache_gb=0.5, seed=0)
+    settings |= dict(templates="held_out", cache_gb=0.5, seed=0, options={"needle": {"keys": 4}})
     positions = {"attn_temperature_floor": 64, "attn_temperature": 0.2, "rope.scaling": "yarn", "rope.factor": 8}
     how = dict(recipe="r.py", out="o", step=3, dtype="bfloat16", positions=positions)
     assert evaluate.call_args_list == [
@@ -124,9 +125,10 @@ def test_temperature_tuning(monkeypatch, capsys):
     evaluate = called(monkeypatch, "llamax.evaluating.evaluate")
     assert cli.main(["eval", "there", "--temperature-tuning", "off"]) == 0
     assert evaluate.call_args.kwargs["positions"] == {"attn_temperature": 0.0}
-    for wrong in (["--temperature-tuning", "of"], ["--temperature-tuning", "8"], ["--positions", "rope.theta"]):
+    wrong = (["--temperature-tuning", "of"], ["--temperature-tuning", "8"], ["--positions", "rope.theta"])
+    for words in (*wrong, ["--options", "needle.keys=4"], ["--options", "[4]"]):
         with pytest.raises(SystemExit):
-            cli.main(["eval", "there", *wrong])
+            cli.main(["eval", "there", *words])
     assert "neither off nor a floor and a scale, as 8192,0.1" in capsys.readouterr().err
 
 
