@@ -350,22 +350,20 @@ def _stages(run: Run) -> None:
         raise ConfigError(asked, true, "Set --config.train.steps=0, and --config.stages.NAME.tokens.")
     for name in run.stages:
         _named(name, "stage", "stages")
-    before, seq_len = "the run", run.data.seq_len
+    before, seq_len, chunk_len = "the run", run.data.seq_len, run.model.chunk_len
     for part in stages.parts(run):
         with stages.in_stage(part.name):
             check(part.run)
-            _rows_grow(part.run.data.seq_len, seq_len, before)
+            _grows("data.seq_len", part.run.data.seq_len, seq_len, before)
+            _grows("model.chunk_len", part.run.model.chunk_len, chunk_len, before)
             _whole_chunks(part.run)
-        before, seq_len = part.name, part.run.data.seq_len
+        before, seq_len, chunk_len = part.name, part.run.data.seq_len, part.run.model.chunk_len
 
 
-def _rows_grow(here: int, there: int, before: str) -> None:
+def _grows(field: str, here: int, there: int, before: str) -> None:
     if here < there:
-        asked, true = (
-            f"--config.data.seq_len={here}",
-            f"stages do not shrink, and {before}, which comes before, has {there}",
-        )
-        change = f"Set --config.data.seq_len={there} or more, or name the stages in the order in which they come."
+        asked, true = f"--config.{field}={here}", f"stages do not shrink, and {before}, which comes before, has {there}"
+        change = f"Set --config.{field}={there} or more, or name the stages in the order in which they come."
         raise ConfigError(asked, true, change)
 
 

@@ -74,6 +74,7 @@ def changed(name: str, **fields) -> config.Run:
     ("run", "asked", "true"),
     [
         (changed("to_256", data=dict(seq_len=64)), "stages.to_256.data.seq_len=64", "stages do not shrink, and to_128"),
+        (changed("to_256", model=dict(chunk_len=16)), "stages.to_256.model.chunk_len=16", "has 32"),
         (changed("to_128", data=dict(seq_len=32)), "stages.to_128.data.seq_len=32", "the run, which comes before, has"),
         (changed("to_256", model=dict(chunk_len=96)), "stages.to_256.data.seq_len=256", "chunks of .*=96 tokens"),
         (changed("to_256", mesh=dict(context=8)), "stages.to_256.mesh.context=8", "whole chunks of 64"),
