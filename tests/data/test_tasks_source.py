@@ -196,6 +196,10 @@ def test_records_are_drawn_between_text(tmp_path):
     )
     asked = {len(documents[n].meta["answers"]) / documents[n].meta["length"] for n in range(60)}
     assert min(asked) < 0.01 and 1 / 20 < max(asked) <= 1 / 15
+    for document in (documents[n] for n in range(60)):
+        lines = document.pieces[0].splitlines()  # each record is one, also behind a sentence
+        for asked, said in zip(document.pieces[1::2], document.pieces[2::2], strict=True):
+            assert f"{asked}{said}".rstrip("\n") in lines
     used = {word for n in range(60) for answers in documents[n].meta["answers"] for word in answers[0].split()}
     all_words = Tokens(TOKENIZER).words
     assert used <= set(few(all_words, 64)) < set(few(all_words, 65)) and {split_of(word) for word in used} == {"train"}
