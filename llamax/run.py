@@ -110,7 +110,7 @@ def _train(
         open_things.callback(goodput.write, now=True)
         written = open_written(workdir, asked, first, ends[-1], open_things)
         clock = metrics.Clock(peak.flops_per_s, ledger)
-        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop)
+        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop, ends[-1])
         for one in ready:
             if first <= one.part.end:
                 result = train_part(one, house, weights)
@@ -273,6 +273,7 @@ class House(NamedTuple):
     clock: metrics.Clock
     ledger: Ledger
     stop: StopRequest
+    end: int  # the last step
 
 
 def leave(around: Hooks, step: int, state: State) -> None:
@@ -311,7 +312,7 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
         hooks.Log(run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, warn, every),
         Health(run.health, every, newest_before, f"{checkpoints.folder}", warn),
         hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
-        hooks.Evaluate(run, context, house.ledger, file, board, logger.info),
+        hooks.Evaluate(run, context, house.ledger, file, board, logger.info, house.end),
     )
 
 

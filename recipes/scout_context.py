@@ -16,8 +16,7 @@ are meshes; `v5p_256_1024k` adds a stage of rows of 1,048,576 tokens. What each 
 
 Expected of :tiny: it runs every code path of the full size, and is too small to look anything up far back. What a
 small model can do, and what it took, is what the two others are for (docs/how-to/extend-context.md), text alone, on two
-cores: a model of 256 tokens a row, 6 minutes, and its context extended to 2,048, 12 minutes and as long again for the
-evaluations after every stage.
+cores: a model of 256 tokens a row, and its context extended to 2,048.
 
     llamax train recipes/scout_context.py:small_short --workdir runs/short
     llamax train recipes/scout_context.py:small --workdir runs/small
@@ -128,7 +127,7 @@ def small(run):
         to_512=dict(tokens=100 * 4096, model=dict(chunk_len=256), data=dict(seq_len=512, sources=sources(512))),
         to_1024=dict(tokens=100 * 4096, model=dict(chunk_len=256), data=dict(seq_len=1024, sources=sources(1024))),
         to_2048=dict(
-            tokens=150 * 4096,
+            tokens=200 * 4096,
             model=dict(chunk_len=256),
             data=dict(seq_len=2048, sources=sources(2048)),
             optim=dict(decay_steps=100, end_lr_ratio=0.05),
@@ -163,15 +162,16 @@ def _small(run, batch_tokens):
     run.data.batch_tokens = batch_tokens
     run.data.multimodal_steps = 0.0
     held_out = "data/built/docs_heldout.toml"
-    asked = dict(kind="needle", path=held_out, options=ASKED, samples=8, every_steps=0)
-    run.evals = dict(
-        far=dict(lengths=(256, 2048), tasks=tuple(ASKED), **asked),
-        further=dict(lengths=(4096,), tasks=("key_value_short", "needle"), **asked),
-        otherwise=dict(lengths=(2048,), templates="held_out", tasks=tuple(ASKED), **asked),
-        position=dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,), every_steps=0),
-        short_docs=dict(kind="position", path=held_out, lengths=(256,), every_steps=0),
-        short_python=dict(kind="position", path="data/built/python_heldout.toml", lengths=(256,), every_steps=0),
+    run.evals = dict(  # at the end. Depths are fifths: at quarters of 2,048 tokens a chunk ends
+        far=dict(
+            kind="needle", path=held_out, lengths=(256, 2048), depths=6, samples=10, tasks=tuple(ASKED), options=ASKED
+        ),
+        position=dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,)),
+        short_docs=dict(kind="position", path=held_out, lengths=(256,)),
+        short_python=dict(kind="position", path="data/built/python_heldout.toml", lengths=(256,)),
     )
+    for one in run.evals.values():
+        one.every_steps = 0
     run.checkpoint.every_steps = 100
     return run
 

@@ -187,6 +187,7 @@ class Evaluate:
     file: MetricsFile
     board: TensorBoard
     say: Callable[[str], None]
+    end: int  # the last step of the run, whose stages may end before
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of each
 
     def __call__(self, event: Event) -> None:
@@ -209,14 +210,14 @@ class Evaluate:
                 for name, cfg in self.run.evals.items():
                     new = not any(key.startswith(f"eval/{name}/") for key in known)
                     missed = new and step > 0 and cfg.every_steps > 0 and step % cfg.every_steps == 0
-                    if missed or step == self.run.train.steps:
+                    if missed or step == self.end:
                         self.evaluate(name, step, params, router_bias, write=new)
         except Stopped:
             return False
         return True
 
     def wanted(self, event: Event, every: int) -> bool:
-        return event.step == self.run.train.steps or (every > 0 and event.step % every == 0)
+        return event.step == self.end or (every > 0 and event.step % every == 0)
 
     def evaluate(self, name: str, step: int, params: Any, router_bias: Any, write: bool = True) -> None:
         cfg = self.run.evals[name]
@@ -224,7 +225,7 @@ class Evaluate:
         try:
             report = EVALS[cfg.kind](self.context._replace(params=params, router_bias=router_bias), cfg)
         except ConfigError as error:  # its data cannot be used: no reason to end a run that has steps to take
-            if step == self.run.train.steps:
+            if step == self.end:
                 raise
             self.say(f"evaluation {name} left out: {error}")
             return

@@ -185,7 +185,7 @@ def test_in_training_the_heat_map_goes_to_tensorboard(monkeypatch, tmp_path):
     run = dataclasses.replace(RUN, evals={"far": cfg})
     state = SimpleNamespace(params={}, router_bias={})
     with MetricsFile(tmp_path / "metrics.jsonl", 0) as file, TensorBoard(tmp_path / "board") as board:
-        evaluate = hooks.Evaluate(run, CTX, Ledger(), file, board, lambda text: None)
+        evaluate = hooks.Evaluate(run, CTX, Ledger(), file, board, lambda text: None, end=8)
         for step in (3, 5):
             evaluate(Event(step, False, state, None, None))
     events = EventAccumulator(str(tmp_path / "board")).Reload()
@@ -193,6 +193,18 @@ def test_in_training_the_heat_map_goes_to_tensorboard(monkeypatch, tmp_path):
     assert [event.step for event in events.Scalars("eval/far/needle/128")] == [5]
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["eval/far/needle/192"] == 1 and line["eval/far/accuracy"] == 1
+
+
+def test_what_is_asked_at_the_end_only_is_asked_at_the_end_of_the_run_and_not_of_a_stage(monkeypatch):
+    model_that(monkeypatch, numbers_of)
+    cfg = cfg_of("needle", lengths=(128,), depths=1, samples=1, every_steps=0)
+    stage = dataclasses.replace(RUN, evals={"far": cfg}, train=dataclasses.replace(RUN.train, steps=4))
+    state, seen = SimpleNamespace(params={}, router_bias={}), []
+    monkeypatch.setattr(hooks.Evaluate, "evaluate", lambda self, name, step, *weights, write=True: seen.append(step))
+    evaluate = hooks.Evaluate(stage, CTX, Ledger(), None, None, lambda text: None, end=8)
+    for step in (3, 4, 8):
+        evaluate(Event(step, False, state, None, None))
+    assert seen == [8]
 
 
 # -------------------------------------------------------------------------------------------------------------- ruler
