@@ -160,7 +160,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
                 stop=stop,
                 hooks=around,
                 leave=partial(leave, around),
-                go_back=partial(starting.go_back, shapes, house.checkpoints, around.log, house.ledger),
+                go_back=partial(starting.go_back, part, shapes, house.checkpoints, around.log, house.ledger),
             )
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
@@ -301,7 +301,8 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
 
     def newest_before(step: int) -> int | None:
-        return max((saved for saved in checkpoints.steps() if saved < step), default=None)
+        of_this_part = (saved for saved in checkpoints.steps() if run.optim.begins <= saved < step)
+        return max(of_this_part, default=None)
 
     combine = processes.largest if run.data.lanes > 1 else None  # else each process has seen all
     left_out, patch_id = partial(pipeline.skipped, batches, run.data, combine), context.tokenizer.patch

@@ -111,7 +111,15 @@ def start(
         logger.info("stage %s begins after step %d", part.name, latest)
     else:
         logger.info("resumed from step %d in %s", latest, checkpoints.folder)
-    return state, latest
+    return in_stage(part, state), latest
+
+
+def in_stage(part: Part, state: State) -> State:
+    """At a stage's beginning the last losses, which spikes are told by, are forgotten: they are of other data."""
+    if int(jax.device_get(state.step)) != part.first:
+        return state
+    recent = np.full(state.recent.shape, np.inf, state.recent.dtype)
+    return state._replace(recent=jax.device_put(recent, state.recent.sharding))
 
 
 def begun(fresh: Callable[[], State], shapes: State, weights: Found | None) -> State:
@@ -171,13 +179,16 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: 
     return State(rng=found["rng"]["key"], recent=found["rng"]["recent"], **trees, **counts)
 
 
-def go_back(shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack) -> State:
+def go_back(
+    part: Part, shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack
+) -> State:
     """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
     logger.log(logging.WARNING if processes.is_first() else logging.DEBUG, "%s, past the batches in between", back)
     for step in reversed(checkpoints.steps()):  # the newest first: a death in between leaves no gap
         if step > back.to:
             checkpoints.set_aside(step, "rolled-back")
-    state = restore(shapes, checkpoints, None, None)  # the one before, should its files be damaged by now
+    # The one before, should its files be damaged by now.
+    state = in_stage(part, restore(shapes, checkpoints, None, None))
     to = int(jax.device_get(state.step))
     written.rewind(to)
     ledger.lose_steps_after(to)

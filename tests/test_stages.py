@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import llamax
@@ -156,6 +157,7 @@ def test_stages_follow_each_other(unbroken):
     rates = {line["step"]: line["optim/lr"] for line in lines(workdir) if "optim/lr" in line}
     assert rates[4] < rates[2] < 1e-3 and rates[6] == pytest.approx(5e-4 / 2), "each has its own schedule"
     assert int(result.state.opt[1][0].count) == 8, "the optimizer goes on"
+    assert np.isfinite(result.state.recent).sum() == 4, "spikes are told by losses of the stage"
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert steps == [4, 8], "the end of a stage is kept"
 
