@@ -76,7 +76,7 @@ class _Asker:
         documents = "".join(_document(i, context) for i, context in enumerate(shown, start=1))
         said = f" {asked.answers[0]}\n"
         pieces = (OPENING + documents, _asked(asked))
-        about = {"task": self.name, "length": length, "depth": None, "said": said, "any": True}
+        about = {"task": self.name, "length": length, "depth": None, "said": said, "rule": "contains", "any": True}
         return Sample(pieces, asked.answers, about | {"tokens": self.tokens.count(*pieces)})
 
 

@@ -437,10 +437,33 @@ def test_several_questions_on_one_context_each_have_their_answer():
 
 def test_a_share_of_the_answers_scores():
     made = Sample(("?",), ("Red fox", "4711"), {})
-    for text, points in ((" red FOX and 4711", 1), ("4711", 0.5), ("the red", 0), ("", 0)):
+    for text, points in ((" red FOX and 4711", 1), ("4711", 0.5), ("the red", 0), ("", 0), (" \n", 0)):
         assert score(made, text) == points
-    anyone = made._replace(meta={"any": True})
+    for text, points in (
+        ("red foxes, 4711", 0.5),
+        ("infrared fox", 0),
+        ("red fox-hole", 0),
+        ("blue ox\nred fox, 4711", 0),
+    ):
+        assert score(made, text) == points, "the first line counts, and whole words"
+    assert score(made, "red fox, 4711, 12, 13, 14, 15, 16, 17") == 2 / 8, "listing all there is, is no answer"
+    assert (
+        score(made._replace(answers=("b, a, c",)), "b, a, c") == 1
+        and score(made._replace(answers=("b",)), "a, b") == 0.5
+    )
+    ruler = made._replace(meta={"rule": "contains"})
+    assert score(ruler, "1, 2, 3,\n infrared foxes, 4711.") == 1 and score(ruler, "4711") == 0.5
+    anyone = made._replace(meta={"rule": "contains", "any": True})
     assert score(anyone, "4711") == 1 and score(anyone, "47") == 0
+
+
+def test_reciting_the_context_is_no_answer():
+    for name in ("needle", "needle_multikey", "key_value", "key_value_short", "tracking"):
+        made = sample(name, 3)
+        everything = ", ".join(word for piece in made.pieces if isinstance(piece, str) for word in piece.split())
+        assert score(made, everything) < 0.1, name
+    assert {task.rule for name, task in TASKS.items() if name in RULER} == {"contains"}
+    assert {task.rule for name, task in TASKS.items() if name not in RULER} == {"line"}
 
 
 def test_short_keys_and_values_are_a_token_each():

@@ -38,4 +38,6 @@ MAKERS = {
     "picture_change": Pictures("change"),
     **RULER,
 }
-TASKS: dict[str, Task] = {name: Task(name, make) for name, make in MAKERS.items()}
+TASKS: dict[str, Task] = {
+    name: Task(name, make, rule="contains" if name in RULER else "line") for name, make in MAKERS.items()
+}

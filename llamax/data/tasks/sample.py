@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -98,6 +99,7 @@ class Task:
 
     name: str
     make: Callable[[Ask], Exam]  # a frozen dataclass with the task's parameters
+    rule: str = "line"  # how answers are scored: line | contains (see `score`)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class Task:
     def with_options(self, options: Mapping[str, Any]) -> Task:
         """The task with some of them changed."""
         make: Any = self.make
-        return Task(self.name, dataclasses.replace(make, **options)) if options else self
+        return dataclasses.replace(self, make=dataclasses.replace(make, **options)) if options else self
 
     def __call__(
         self,
@@ -135,6 +137,7 @@ class Task:
             "split": split,
             "templates": templates,
             "said": question.said,
+            "rule": self.rule,
             "tokens": tokens.count(*pieces),
         }
         return Sample(pieces, question.answers, about)
@@ -158,9 +161,24 @@ class Task:
 
 
 def score(sample: Sample, text: str) -> float:
-    """0 .. 1: the share of the answers that a text contains, in any case of letters; with meta["any"] one is enough.
+    """0 .. 1: the share of the answers that a text gives, in any case of letters.
 
-    RULER's rule (arXiv 2404.06654): matching all for the synthetic tasks, any for questions and answers.
+    Of our own tasks the first line counts, and in it whole words; who lists more than was asked for has the share of
+    what was asked for in what is listed, so that saying all of the context is no answer. With meta["rule"] "contains"
+    it is RULER's rule (arXiv 2404.06654): what the text contains anywhere; with meta["any"], of its questions and
+    answers, one answer is enough.
     """
-    found = [answer.lower() in text.lower() for answer in sample.answers]
-    return float(any(found)) if sample.meta.get("any") else sum(found) / len(found)
+    text = text.strip().lower()
+    answers = [answer.lower() for answer in sample.answers]
+    if sample.meta.get("rule") == "contains":
+        found = [answer in text for answer in answers]
+        return float(any(found)) if sample.meta.get("any") else sum(found) / len(found)
+    line = text.partition("\n")[0]
+    found = [bool(re.search(rf"(?<![\w-]){re.escape(answer)}(?![\w-])", line)) for answer in answers]
+    asked, said = sum(map(_items, answers)), _items(line)
+    return sum(found) / len(found) * min(1.0, asked / max(1, said))
+
+
+def _items(text: str) -> int:
+    """Of a list with commas."""
+    return sum(bool(item.strip()) for item in text.split(","))
