@@ -207,7 +207,7 @@ def make_ready(part: Part, devices: Sequence[jax.Device]) -> Ready:
     cut = stripes.of(part.run.model, part.run.data.seq_len, mesh.shape["context"])
     run = preflight.aligned(part.run, mesh.shape["context"])
     share = place.rows_here(mesh, run.data.rows)
-    data = processes.together(partial(pipeline.build, run.data, run.model.vision, run.seed, share))
+    data = processes.together(partial(pipeline.build, run.data, run.model.vision, part.data_seed, share))
     return Ready(part._replace(run=run), mesh, cut, data)
 
 

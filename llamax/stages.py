@@ -2,7 +2,8 @@
 
 A stage is written as what differs from the run (`config.Stage`); here each becomes a whole `config.Run`, so that
 little else knows of stages. Steps go on counting; the schedule of the learning rate begins anew, and so do the data,
-whose rows have another length now. A stage of S tokens takes ceil(S / data.batch_tokens) steps.
+whose rows have another length now, in an order of the stage's own. A stage of S tokens takes
+ceil(S / data.batch_tokens) steps.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Part(NamedTuple):
     @property
     def end(self) -> int:
         return self.run.train.steps
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of documents: the run's seed, of 32 bits, and above it the steps before this part, so that a
+        source that several parts read is dealt anew in each. Of the first part it is the run's own."""
+        return self.run.seed + (self.first << 32)
 
 
 def parts(run: Run) -> list[Part]:
@@ -93,7 +100,7 @@ def _resolved(run: Run, name: str, first: int) -> Run:
         raise ConfigError(f"{asked}.tokens={stage.tokens}", "a stage trains on some", change)
     changes = {section: getattr(stage, section) for section in SECTIONS}
     for key in flat(changes):
-        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_DIFFER):
+        if not may_differ(key):
             true = "it is the same in all stages, or no setting at all: a stage may set " + ", ".join(MAY_DIFFER)
             raise ConfigError(f"{asked}.{key}", true, f"Set --config.{key} for the whole run, or take it out.")
     values = merged(to_dict(run), changes) | {"stages": {}}
@@ -104,14 +111,29 @@ def _resolved(run: Run, name: str, first: int) -> Run:
         return from_dict(Run, values)
 
 
+def may_differ(key: str) -> bool:
+    """Whether a stage may set this field."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_DIFFER)
+
+
 @contextlib.contextmanager
 def in_stage(name: str) -> Iterator[None]:
-    """ConfigErrors that are raised inside speak of the stage's settings; "" changes nothing."""
+    """ConfigErrors that are raised inside speak of the stage's settings where it may have such; "" changes nothing."""
     try:
         yield
     except ConfigError as error:
         if not name:
             raise
-        here = f"--config.stages.{name}."
-        said = (text.replace("--config.", here) for text in (error.asked, error.true, error.change))
+        said = (_of_stage(name, text) for text in (error.asked, error.true, error.change))
         raise type(error)(*said) from None
+
+
+def _of_stage(name: str, text: str) -> str:
+    """Settings that a stage may have of its own are called the stage's; the others can be changed in the run only."""
+
+    def key(found: re.Match[str]) -> str:
+        if found[1] == "train.steps":
+            return f"--config.stages.{name}.tokens"
+        return f"--config.stages.{name}.{found[1]}" if may_differ(found[1]) else found[0]
+
+    return re.sub(r"--config\.(\w+(?:\.\w+)*)", key, text)

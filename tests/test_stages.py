@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -14,8 +15,10 @@ import pytest
 import llamax
 from llamax import config, stages
 from llamax.config import ConfigError
+from llamax.config_file import override
+from llamax.data import pipeline
 from llamax.observe import provenance
-from llamax.run import Result
+from llamax.run import Result, make_ready
 from tests.runs import tiny_run
 from tests.test_run import lines, losses, same_bits, stop_at, train
 
@@ -61,9 +64,22 @@ def test_each_stage_is_a_whole_run():
     assert [stages.at(run, step).name for step in (0, 1, 4, 5, 8)] == ["to_128"] * 3 + ["to_256"] * 2
 
 
+def test_each_stage_reads_its_sources_in_an_order_of_its_own():
+    """The first one in that of a run without stages."""
+    run = staged(data=ROWS)
+    run = dataclasses.replace(run, stages={name: config.Stage(tokens=2 * 1024) for name in ("a1", "a2", "a3")})
+    read = [next(iter(make_ready(part, jax.devices()[:2]).data)).tokens for part in stages.parts(run)]
+    assert (read[0] == next(iter(pipeline.build(run.data, run.model.vision, run.seed))).tokens).all()
+    firsts = {tokens[0].tobytes() for tokens in read}
+    assert len(firsts) == 3, "none begins with the documents that another began with"
+
+
 def test_a_number_in_a_name_counts_as_a_number():
     names = ["to_256k", "to_32k", "a10", "a9", "to_1M"]
     assert sorted(names, key=stages.in_order) == ["a9", "a10", "to_1M", "to_32k", "to_256k"]
+
+
+VALUE = r"--config\.[\w.]+=[^\s,]+\b"  # a setting as it is advised
 
 
 def changed(name: str, **fields) -> config.Run:
@@ -80,6 +96,10 @@ def changed(name: str, **fields) -> config.Run:
         (changed("to_256", model=dict(chunk_len=96)), "stages.to_256.data.seq_len=256", "chunks of .*=96 tokens"),
         (changed("to_256", mesh=dict(context=8)), "stages.to_256.mesh.context=8", "whole chunks of 64"),
         (changed("to_256", mesh=dict(fsdp=3)), "fsdp=3", "has 4 rows"),
+        (changed("to_256", data=dict(seq_len=192)), "config.data.batch_tokens=1", "of to_256 have seq_len=192"),
+        (changed("to_256", optim=dict(warmup_steps=9)), "stages.to_256.optim.warmup_steps=9", "4 of them before"),
+        (changed("to_256", train=dict(accumulate=3)), "stages.to_256.train.accumulate=3", "= 4 rows"),
+        (staged(checkpoint=dict(keep_every_steps=3)), "--config.checkpoint.keep_every_steps=3", "every 2 steps"),
         (changed("to_256", data=dict(batch_tokens=512)), "stages.to_256.data.batch_tokens", "same in all stages"),
         (changed("to_256", model=dict(n_heads=2)), "stages.to_256.model.n_heads", "same in all stages"),
         (changed("to_256", model=dict(rope=dict(teta=2.0))), "stages.to_256.model.rope.teta", "no teta"),
@@ -94,6 +114,21 @@ def test_what_no_stage_can_be_is_refused_before_anything_starts(run, asked, true
     with pytest.raises(ConfigError, match=true) as refused:
         config.freeze(config.to_config(run))
     assert asked in refused.value.asked and refused.value.change
+    assert not re.search(VALUE, refused.value.change) or followed(run, refused.value)
+
+
+def followed(run: config.Run, refused: ConfigError) -> bool:
+    """Whether the run works once the values that are advised are set on the command line."""
+    for _ in range(3):  # one setting may ask for another
+        advised = re.findall(VALUE, refused.change)
+        cfg = override(config.to_config(run), advised[:1])
+        try:
+            config.freeze(cfg)
+        except ConfigError as error:
+            run, refused = config.from_dict(config.Run, cfg), error
+        else:
+            return True
+    return False
 
 
 def test_a_recipes_stages_can_be_set_on_the_command_line(tmp_path):
