@@ -350,14 +350,30 @@ def _stages(run: Run) -> None:
         raise ConfigError(asked, true, "Set --config.train.steps=0, and --config.stages.NAME.tokens.")
     for name in run.stages:
         _named(name, "stage", "stages")
-    before, seq_len, chunk_len = "the run", run.data.seq_len, run.model.chunk_len
-    for part in stages.parts(run):
+    before, seq_len, chunk_len, found = "the run", run.data.seq_len, run.model.chunk_len, stages.parts(run)
+    _rows_of_all(found)
+    for part in found:
         with stages.in_stage(part.name):
             check(part.run)
             _grows("data.seq_len", part.run.data.seq_len, seq_len, before)
             _grows("model.chunk_len", part.run.model.chunk_len, chunk_len, before)
             _whole_chunks(part.run)
         before, seq_len, chunk_len = part.name, part.run.data.seq_len, part.run.model.chunk_len
+
+
+def _rows_of_all(parts: list[stages.Part]) -> None:
+    """Tokens a step are the same in all stages: whole rows of each, for what suits one may not suit the next."""
+    for part in parts:
+        with stages.in_stage(part.name):
+            _each(_fields(part.run))
+    for part in parts:
+        data = part.run.data
+        if data.batch_tokens % data.seq_len:
+            unit = math.lcm(*(other.run.data.seq_len * other.run.train.accumulate for other in parts))
+            asked = f"--config.data.batch_tokens={data.batch_tokens}"
+            true = f"rows of {part.name} have seq_len={data.seq_len} tokens, and a step is whole rows in each"
+            fits = nearest_multiple(unit, data.batch_tokens)
+            raise ConfigError(asked, true, f"Set --config.data.batch_tokens={fits}.")
 
 
 def _grows(field: str, here: int, there: int, before: str) -> None:
