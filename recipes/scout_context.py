@@ -127,10 +127,10 @@ def small(run):
         to_512=dict(tokens=100 * 4096, model=dict(chunk_len=256), data=dict(seq_len=512, sources=sources(512))),
         to_1024=dict(tokens=100 * 4096, model=dict(chunk_len=256), data=dict(seq_len=1024, sources=sources(1024))),
         to_2048=dict(
-            tokens=200 * 4096,
+            tokens=300 * 4096,
             model=dict(chunk_len=256),
             data=dict(seq_len=2048, sources=sources(2048)),
-            optim=dict(decay_steps=100, end_lr_ratio=0.05),
+            optim=dict(decay_steps=150, end_lr_ratio=0.05),
         ),
     )
     return run
@@ -183,8 +183,8 @@ def source(name, weight=1.0):
 def sources(length):
     """What stands beside short text. Half of the tokens ask for what stands far back, a fifth are long documents."""
     return dict(
-        lookups=source(f"tasks/lookups_{length}", 0.4),
-        needles=source(f"tasks/needles_{length}", 0.1),
+        lookups=source(f"tasks/lookups_{length}", 0.35),
+        needles=source(f"tasks/needles_{length}", 0.15),
         packages=source("built/packages", 0.2),
     )
 

@@ -485,3 +485,52 @@ def test_what_cannot_be_asked_is_refused():
         words.Supply(random.Random(0), TOKENS, "eval").draw("nonsense", 1)
     with pytest.raises(ConfigError, match="have no text"):
         Texts([Document((Picture(b""),))])[0]
+
+
+# -------------------------------------------------------------------------------------------------- words that run out
+
+PLAIN = dict(key_kind="pairs", value_kind="pairs", wording="plain", n_words=64)
+
+
+@pytest.mark.parametrize("length", [4096, 8192])
+def test_records_of_few_words_fill_any_length(length):
+    """What is asked for stands there once and is one of many that do; the other records are repeated, anywhere."""
+    task = TASKS["key_value"].with_options(PLAIN)
+    for seed in range(3):
+        made = task(random.Random(seed), FILLER, length, None, TOKENS)
+        assert 0.98 * length < made.meta["tokens"] < length
+        lines = Counter(made.pieces[0].splitlines())
+        asked, (answer,) = made.pieces[1], made.answers
+        assert [line for line in lines if line.startswith(asked)] == [f"{asked} {answer}"]
+        once = {line for line, n in lines.items() if n == 1}
+        assert f"{asked} {answer}" in once and len(once) > 100 and len(lines) < lines.total()
+        assert sum(line.endswith(f" {answer}") for line in lines) == 1
+        assert all(len(line.split()) == 4 for line in lines)
+        at = [i for i, line in enumerate(made.pieces[0].splitlines()) if line in once]
+        assert 0.4 < sum(at) / len(at) / lines.total() < 0.6
+
+
+def test_values_run_out_before_keys_do_and_keys_before_values():
+    """Then a value stands at several keys, but a key never has two; nor does a value that is asked for have two keys."""
+    for kinds in (("uuids", "digits"), ("digits", "uuids")):
+        options = dict(haystack="needles", key_kind=kinds[0], value_kind=kinds[1], wording="plain")
+        for task in (TASKS["needle_multikey"].with_options(options), TASKS["key_value"].with_options(kinds_of(kinds))):
+            made = task(random.Random(1), FILLER, 30_000, None, TOKENS)
+            found = re.findall(r"^ ?(?:Remember )?(\S+) ([^\s.]+)\.?$", made.pieces[0], re.MULTILINE)
+            keys = {key: {v for k, v in found if k == key} for key, _ in found}
+            assert {len(values) for values in keys.values()} == {1} and len(found) > 400
+            assert len({value for _, value in found}) < len(found)
+            assert [value for _, value in found].count(made.answers[0]) == 1
+            assert (len(keys) == len(found)) == (kinds[0] == "uuids")
+
+
+def kinds_of(kinds: tuple[str, str]) -> dict:
+    return dict(key_kind=kinds[0], value_kind=kinds[1], wording="plain")
+
+
+def test_records_are_repeated_only_once_words_have_run_out():
+    made = sample("key_value", 2, 8192)
+    lines = made.pieces[0].splitlines()
+    assert len(set(lines)) == len(lines)
+    with pytest.raises(ConfigError, match="no other is left"):
+        TASKS["key_value"].with_options(PLAIN | dict(n_words=2))(random.Random(0), FILLER, 200, None, TOKENS)

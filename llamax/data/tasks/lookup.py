@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from llamax.data.tasks import haystack, words
+from llamax.data.tasks import distractors, haystack, words
 from llamax.data.tasks.haystack import Needle
 from llamax.data.tasks.sample import Ask, Exam, Question
 
@@ -20,6 +20,9 @@ class Wording(NamedTuple):
     name: str
     record: str
     asked: str
+
+    def said(self, key: str, value: str) -> str:
+        return self.record.format(key=key, value=value)
 
 
 SEEN = (
@@ -54,13 +57,13 @@ class Lookup:
         supply = words.Supply(ask.rng, ask.tokens, ask.split, text, self.n_words)
         records = self._drawn(ask, wording, supply) if self.fewest else self._stated(ask, wording, supply)
         needles = [
-            Needle(wording.record.format(key=key, value=value), depth, alone=True)
-            for (key, value), depth in zip(records, ask.depths(len(records)), strict=True)
+            Needle(wording.said(*record), depth, alone=True)
+            for record, depth in zip(records, ask.depths(len(records)), strict=True)
         ]
         questions = [self._question(wording, *record) for record in records[: ask.questions]]
         room = ask.room(questions)
         if not drawn:
-            drawn = self._fill(ask, wording, supply, room)
+            drawn = distractors.fill(ask, supply, self.key_kind, self.value_kind, wording.said, room)
         hay = haystack.hide(ask, drawn, needles, room - 1, "")
         (context,) = hay.pieces
         questions = [q._replace(depth=depth) for q, depth in zip(questions, hay.depths, strict=False)]
@@ -86,8 +89,7 @@ class Lookup:
         return [first, *self._some(supply, n - 1, least=self.fewest - 1)]
 
     def _tokens_of(self, ask: Ask, wording: Wording, record: tuple[str, str]) -> int:
-        key, value = record
-        return ask.tokens.count(wording.record.format(key=key, value=value) + "\n")
+        return ask.tokens.count(f"{wording.said(*record)}\n")
 
     def _some(self, supply: words.Supply, n: int, least: int) -> list[tuple[str, str]]:
         """n records, or fewer if words are used up before."""
@@ -103,13 +105,3 @@ class Lookup:
     def _record(self, supply: words.Supply) -> tuple[str, str]:
         (key,), (value,) = supply.draw(self.key_kind, 1), supply.draw(self.value_kind, 1)
         return key, value
-
-    def _fill(self, ask: Ask, wording: Wording, supply: words.Supply, room: int) -> list[tuple[str, int]]:
-        """Records that nobody asks for, as units."""
-        drawn, total = [], 0
-        while total <= room:
-            key, value = self._record(supply)
-            unit = wording.record.format(key=key, value=value) + "\n"
-            drawn.append((unit, ask.tokens.count(unit)))
-            total += drawn[-1][1]
-        return drawn

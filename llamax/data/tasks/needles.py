@@ -7,10 +7,11 @@ section 3 (NIAH).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from llamax.data.tasks import haystack, words
+from llamax.data.tasks import distractors, haystack, words
 from llamax.data.tasks.haystack import NOISE, Needle
 from llamax.data.tasks.sample import Ask, Exam, Question
 
@@ -112,7 +113,8 @@ class Needles:
         opening = self._say(wording.opening, "", "")
         room = ask.room(asked, opening)
         if self.haystack == "needles":
-            drawn = self._more(ask, wording, supply, room)
+            say = functools.partial(self._say, wording.needle)
+            drawn = distractors.fill(ask, supply, self.key_kind, self.value_kind, say, room)
         hay = haystack.hide(ask, drawn, needles, room, opening)
         depths = [hay.depths[q * self.queries * self.values] for q in range(ask.questions)]
         questions = [question._replace(depth=depth) for question, depth in zip(asked, depths, strict=True)]
@@ -142,13 +144,3 @@ class Needles:
     def _say(self, template: str, key: str, value: str) -> str:
         noun = NOUNS[self.value_kind]
         return template.format(key=key, value=value, noun=noun, nouns=f"{noun}s")
-
-    def _more(self, ask: Ask, wording: Wording, supply: words.Supply, room: int) -> list[tuple[str, int]]:
-        """Distractors as units, as many as there is room for."""
-        drawn, total = [], 0
-        while total <= room:
-            key, value = supply.draw(self.key_kind, 1)[0], supply.draw(self.value_kind, 1)[0]
-            unit = self._say(wording.needle, key, value) + "\n"
-            drawn.append((unit, ask.tokens.count(unit)))
-            total += drawn[-1][1]
-        return drawn

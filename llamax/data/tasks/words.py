@@ -121,10 +121,20 @@ class Supply:
         self.words = few(tokens.words, n_words) if n_words else tokens.words
         self._words_of_text = set(_WORDS.findall(self.text))
         self._drawn: set[str] = set()
+        self._used_up: set[str] = set()  # kinds
 
     def draw(self, kind: str, n: int) -> list[str]:
         """n of a kind. NoneLeft if there are not so many."""
         return [self._one(kind) for _ in range(n)]
+
+    def another(self, kind: str) -> str | None:
+        """One of a kind; None from the first time on that none is left."""
+        if kind not in self._used_up:
+            try:
+                return self._one(kind)
+            except NoneLeft:
+                self._used_up.add(kind)
+        return None
 
     def _one(self, kind: str) -> str:
         if kind not in KINDS:
@@ -134,8 +144,11 @@ class Supply:
             if split_of(found) == self.split and found not in self._drawn and not self._occurs(found):
                 self._drawn.add(found)
                 return found
+        raise self.none_left(kind)
+
+    def none_left(self, kind: str) -> NoneLeft:
         true = f"{len(self._drawn)} are drawn, and no other is left that does not occur in the text"
-        raise NoneLeft(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "uuids".')
+        return NoneLeft(f"keys and values of the kind {kind!r}", true, 'Take a kind with more, such as "uuids".')
 
     def _occurs(self, spelling: str) -> bool:
         """Whether it stands in the text as a word, or anywhere if it is more than one."""
