@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llamax import config
 from llamax.config import ConfigError
-from llamax.data.tasks import RULER, TASKS, Tokens
-from llamax.data.tasks.words import few
+from llamax.data.tasks import RULER, TASKS, Task, Tokens
+from llamax.data.tasks.words import NoneLeft, few
 from llamax.data.tokenizer import Tokenizer
 from llamax.evals import CHECKS, answer, needle, position, qa, ruler, samples
 from llamax.evals.report import Context
@@ -145,12 +145,32 @@ def test_a_budget_bounds_the_rows_and_all_batches_have_one_shape(monkeypatch):
         (dict(options={"nedle": {}}), "Did you mean 'needle'"),
         (dict(options={"needle": {"keis": 2}}), "Did you mean 'keys'"),
         (dict(options={"needle": 2}), "options.needle is 2. Give a table of its fields"),
+        (dict(options={"key_value": {"records": 4}}), "options of task key_value .*, but its tasks are needle. Take"),
+        (dict(tasks=("vt",), templates="held_out"), "RULER's tasks have one wording each"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_any_work(how, said):
     blind = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, vision=None))
     with pytest.raises(ConfigError, match=said):
         CHECKS["needle"](blind, cfg_of("needle", **(dict(lengths=(256,)) | how)))
+
+
+def test_a_sample_of_every_length_is_made_before_any_work(monkeypatch):
+    """Words run out at long lengths, room at short ones."""
+    made = []
+
+    def make(task, rng, filler, length, depth, *how):
+        made.append((task.name, length, depth))
+        if length > 512:
+            raise NoneLeft("keys of the kind 'short'", "3 are drawn", "Take more.")
+
+    monkeypatch.setattr(Task, "__call__", make)
+    cfg = cfg_of("needle", lengths=(128, 256, 512), tasks=("needle", "vt"))
+    CHECKS["needle"](RUN, cfg)
+    assert made == [(t, n, d) for t in cfg.tasks for n, d in ((128, 0.0), (128, 1.0), (256, 0.0), (512, 0.0))]
+    said = r"ruler evaluation, task vt at 1024 tokens, but keys of the kind 'short': 3 are drawn\. Take more\."
+    with pytest.raises(ConfigError, match=said):
+        CHECKS["ruler"](RUN, cfg_of("ruler", lengths=(128, 1024), tasks=("vt",)))
 
 
 def test_a_needle_may_be_a_picture(monkeypatch):
@@ -161,17 +181,20 @@ def test_a_needle_may_be_a_picture(monkeypatch):
 
 
 def test_every_program_is_compiled_once_a_length():
-    """With a real model: two tasks at several depths, in batches of which the last are not full."""
-    model = dataclasses.replace(RUN.model, plan=((("nope_full+dense",), 1),), vision=None)
-    bones = skeleton(model, Seam(attention=blocked_attention), patch_id=-1, train=config.Train(remat="none"))
+    """With a real model: tasks with pictures and without, several depths, batches of which the last are not full."""
+    vision = dataclasses.replace(RUN.model.vision, encoder="linear")  # compiles in no time
+    model = dataclasses.replace(RUN.model, plan=((("nope_full+dense",), 1),), vision=vision)
+    train = config.Train(remat="none")
+    bones = skeleton(model, Seam(attention=blocked_attention), patch_id=TOKENIZER.patch, train=train)
     params, bias = (jax.tree.map(lambda x: jnp.zeros(x.shape), tree) for tree in bones.shapes())
     run = dataclasses.replace(RUN, model=model)
     ctx = Context(run, bones, bones, TOKENIZER, lambda batch: batch, 1, params, bias)
     budget = 4.5 * samples.row_bytes(run, 136 + 32) / 1e9
     cfg = cfg_of("needle", lengths=(136,), depths=5, samples=1, tasks=("needle", "key_value"), cache_gb=budget)
     # Prompts of one task have at most 128 tokens, and of the other more, which rounds to 192.
+    pictured = dataclasses.replace(cfg, tasks=(*cfg.tasks, "picture_needle"), options={"picture_needle": {"n": 2}})
     jax.clear_caches()
-    needle.run(ctx, cfg)
+    needle.run(ctx, pictured)
     buckets = 2  # the length, and no context
     assert reading.prefill._cache_size() == buckets and engine.advance._cache_size() == buckets
     answer.run(ctx, dataclasses.replace(cfg, samples=5))
