@@ -311,6 +311,28 @@ def test_questions_that_cannot_be_used_are_told(tmp_path, questions):
             qa.read(str(bad))
 
 
+def test_lines_of_questions_are_json_as_it_is(tmp_path):
+    """Signs that end lines elsewhere, a byte order mark, a context that is given twice."""
+    path = tmp_path / "qa.jsonl"
+    contexts = ["One\u2028and\u0085two.", "Three.", "Three."]
+    line = json.dumps(dict(question="Who?", contexts=contexts, answers=["two"]), ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\r\n{line}", encoding="utf-8")
+    assert qa.read(str(path)) == [qa.Question("Who?", (contexts[0], "Three."), ("two",))] * 2
+    path.write_text(f"{line}\n" + line.replace("Three", "\\ud800"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 2 of .* half of a surrogate pair"):
+        qa.read(str(path))
+
+
+def test_documents_with_long_numbers_are_counted_too(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(f'{{"question": "{i}?", "context": "{i}.", "answers": ["a"]}}\n' for i in range(1500)))
+    (make,) = qa.makers(str(path), RUN.data.tokenizer, (1024, 12_000)).values()
+    for number in range(3):
+        sample = make(samples.rng(cfg_of("ruler"), "qa_1", 12_000, None, number), 12_000, None)
+        assert "Document 1001:" in sample.pieces[0]
+        assert 12_000 * 0.97 < 1 + sample.meta["tokens"] + len(TOKENIZER.encode(sample.meta["said"])) <= 12_000
+
+
 # ----------------------------------------------------------------------------------------------------------- position
 
 
