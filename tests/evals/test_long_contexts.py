@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llamax import config
+from llamax import checks, config
 from llamax.config import ConfigError
 from llamax.data.tasks import RULER, TASKS, Task, Tokens
 from llamax.data.tasks.words import NoneLeft, few
 from llamax.data.tokenizer import Tokenizer
-from llamax.evals import CHECKS, answer, needle, position, qa, ruler, samples
+from llamax.evals import CHECKS, EVALS, answer, needle, position, qa, ruler, samples
 from llamax.evals.report import Context
 from llamax.kernels.attention import blocked_attention
 from llamax.model.seam import Seam
@@ -74,6 +76,14 @@ def test_every_setting_of_an_evaluation_is_read():
     folder = Path(needle.__file__).parent
     source = "".join(path.read_text() for path in [*folder.glob("*.py"), folder.parent / "train" / "hooks.py"])
     assert [f.name for f in dataclasses.fields(config.Eval) if f"cfg.{f.name}" not in source] == []
+
+
+def test_what_kinds_read_is_what_is_said_of_them():
+    source = {kind: inspect.getsource(sys.modules[run.__module__]) for kind, run in EVALS.items()}
+    shared = inspect.getsource(samples)
+    for field, kinds in checks.READ_BY.items():
+        found = {kind for kind, text in source.items() if f"cfg.{field}" in text}
+        assert found == set(kinds) or (found < set(kinds) and f"cfg.{field}" in shared), field
 
 
 def test_a_reader_of_the_second_half_finds_what_is_deep(monkeypatch):
