@@ -51,6 +51,10 @@ class Planned(NamedTuple):
         return f"{self.spec.replace('.py', '')}{f' {self.stage}' if self.stage else ''}"
 
     @property
+    def how(self) -> str:
+        return ", estimated" if self.estimate else ""
+
+    @property
     def run(self) -> config.Run:
         return stages.named(config.freeze(config.load(str(ROOT / "recipes" / self.spec))), self.stage)
 
@@ -78,7 +82,7 @@ def row(what: Planned, made: dict[str, Any]) -> str:
     limit = f"{size['peak'] / 2**30:.1f} of {size['limit'] / 2**30:.1f} GiB"
     useful = (flops["total"] - flops["recomputed"]) / flops["model"]
     cells = [
-        f"`{what.title}` on `{what.topology}`",
+        f"`{what.title}` on `{what.topology}`{what.how}",
         f"{mesh}",
         f"{limit}{'' if size['fits'] else ', does not fit'}",
         f"{flops['total']:.3g}, {flops['recomputed'] / flops['total']:.0%} again; rest / model {useful:.3f}",
@@ -103,7 +107,7 @@ def rows_of_traffic(what: Planned, made: dict[str, Any]) -> list[str]:
 
 def _cells(what: Planned, axes: str, much: float, low: float, tokens: float, slow: float) -> str:
     ratio = f"{much / low:.2f}" if low else ""
-    cells = [f"`{what.title}`", axes, f"{much / tokens / 1e6:.3g}", f"{low / tokens / 1e6:.3g}", ratio]
+    cells = [f"`{what.title}`{what.how}", axes, f"{much / tokens / 1e6:.3g}", f"{low / tokens / 1e6:.3g}", ratio]
     return f"| {' | '.join([*cells, f'{slow / tokens / 1e6:.3g}' if slow else 'no'])} |"
 
 

@@ -1,7 +1,8 @@
 """Maverick's context extended from 8,192 to 262,144 tokens in two stages, from a pretrained Maverick.
 
-    llamax train recipes/maverick_context.py:tiny --workdir runs/context --config.init.path=runs/short   # a laptop
-    llamax show  recipes/maverick_context.py                       # every setting, every stage
+    llamax train recipes/maverick_pretrain.py:tiny --workdir runs/maverick          # what :tiny goes on from
+    llamax train recipes/maverick_context.py:tiny --workdir runs/maverick_context   # a laptop, minutes
+    llamax show  recipes/maverick_context.py                   # every setting, every stage
     llamax plan  recipes/maverick_context.py:v5p_512 --topology v5p:8x8x8 --stage to_256k
     llamax train recipes/maverick_context.py --workdir DIR --config.init.path=PRETRAINED   # or a layout, as :v5p_512
 
@@ -11,10 +12,14 @@ short documents, so that what was learnt on short rows is held; a seventh asks f
 answers. No position method is set: local layers never see a distance beyond their chunk of 8,192 tokens, whatever the
 row (docs/how-to/positions.md).
 
+The data of the full size is yours: a manifest for each source (docs/how-to/add-a-dataset.md), and data/llama4.model as
+for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at both
+lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
+
 Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. What the
 layout needs is in docs/plans.md.
 
-Expected of :tiny: see docs/how-to/extend-context.md.
+Expected of :tiny: as of Scout's, from rows of 512 tokens to 2,048.
 """
 
 from llamax import config as lx

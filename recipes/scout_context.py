@@ -1,7 +1,7 @@
 """Scout's context extended from 8,192 to 262,144 tokens in two stages, from a pretrained Scout.
 
-    llamax train recipes/scout_context.py:tiny --workdir runs/context --config.init.path=runs/quickstart   # a laptop
-    llamax show  recipes/scout_context.py                       # every setting, every stage
+    llamax train recipes/scout_context.py:tiny --workdir runs/context   # a laptop, minutes; after `make quickstart`
+    llamax show  recipes/scout_context.py                      # every setting, every stage
     llamax plan  recipes/scout_context.py:v5p_256 --topology v5p:8x8x4 --stage to_256k
     llamax train recipes/scout_context.py --workdir DIR --config.init.path=PRETRAINED   # or a layout, as :v5p_256
 
@@ -11,10 +11,17 @@ short documents, so that what was learnt on short rows is held; a seventh asks f
 answers. No position method is set: local layers never see a distance beyond their chunk of 8,192 tokens, whatever the
 row (docs/how-to/positions.md).
 
-Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. LAYOUTS
-are meshes; `v5p_256_1024k` adds a stage of rows of 1,048,576 tokens. What each needs is in docs/plans.md.
+The data of the full size is yours: a manifest for each source (docs/how-to/add-a-dataset.md), and data/llama4.model as
+for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at both
+lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
 
-Expected of :tiny: it runs every code path of the full size, and is too small to look anything up far back. What a
+Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. LAYOUTS
+are meshes; `v5p_256_1024k` adds a stage of rows of 1,048,576 tokens, text alone. What the stages of v5p_256 need is in
+docs/plans.md, and what longer rows do in docs/ten-million.md.
+
+Expected of :tiny, from rows of 512 tokens to 2,048: it takes the code paths of the full size (tasks, joined files and
+pictures beside what the pretraining read, another mixture in each stage), predicts 2,048 tokens of held-out text without
+breaking beyond 512, and is too small to look anything up far back. What a
 small model can do, and what it took, is what the two others are for (docs/how-to/extend-context.md), text alone, on two
 cores: a model of 256 tokens a row, and its context extended to 2,048.
 
