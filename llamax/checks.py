@@ -310,11 +310,37 @@ def _evals(run: Run) -> None:
         if not all(isinstance(task, str) for task in evaluation.tasks):
             asked, true = f"{here}.tasks={evaluation.tasks}", "they are names of tasks"
             raise ConfigError(asked, true, f"""Write it like {here}.tasks="('needle',)".""")
+        for field in READ_BY:
+            value = getattr(evaluation, field)
+            if not reads(evaluation.kind, field) and value != getattr(Eval(), field):
+                true = f"{readers(field)} alone read it, and this is a {evaluation.kind} evaluation"
+                change = f"Take it out, or set {here}.kind={READ_BY[field][0]}."
+                raise ConfigError(f"{here}.{field}={value}", true, change)
         if evaluation.kind in LONG_KINDS:
             _lengths(here, evaluation)
 
 
 LONG_KINDS = ("needle", "ruler", "position", "answer")  # those with lengths
+TASK_KINDS = ("needle", "ruler", "answer")
+READ_BY = {  # fields of an evaluation that some kinds alone read
+    "max_docs": ("perplexity", "drawings", "position"),
+    "lengths": LONG_KINDS,
+    "cache_gb": LONG_KINDS,
+    "buckets": ("position",),
+    **dict.fromkeys(("samples", "tasks", "options", "templates", "seed"), TASK_KINDS),
+    "depths": ("needle",),
+    **dict.fromkeys(("qa", "threshold"), ("ruler",)),
+}
+
+
+def reads(kind: str, field: str) -> bool:
+    """Whether evaluations of a kind look at a field of theirs."""
+    return kind in READ_BY.get(field, EVAL_KINDS)
+
+
+def readers(field: str) -> str:
+    *most, last = READ_BY[field]
+    return f"evaluations of the kind {', '.join(most)} or {last}" if most else f"{last} evaluations"
 
 
 def _lengths(here: str, evaluation: Eval) -> None:

@@ -39,9 +39,9 @@ def evaluate(
 ) -> dict[str, Report]:
     """The reports, by name, of what `kinds` names: kinds of evaluations, or the run's own (or the recipe's) by name.
 
-    Without any, all of these. `settings` replace fields of `config.Eval`; `positions` change how the model reads
-    positions, as in `llamax.load`. With `out`, NAME.json and a PNG for each plot
-    are written there, one evaluation after the other as they end.
+    Without any, all of these. `settings` replace fields of `config.Eval` in the evaluations that read them; `positions`
+    change how the model reads positions, as in `llamax.load`. With `out`, NAME.json and a PNG for each plot are written
+    there, one evaluation after the other as they end. One device does it.
 
     Raises:
         ConfigError: there is no such model or evaluation, or it cannot be done with its settings, model or data; before
@@ -49,7 +49,7 @@ def evaluate(
     """
     log.setup()
     found = loading.find(folder, step)
-    run = run_of(found.said, dtype, recipe)
+    run = run_of(found, dtype, recipe)
     evals = chosen(run, kinds, dict(settings or {}), folder)
     model_changed = changed(run.model, positions) if positions else run.model
     run = dataclasses.replace(run, evals=evals, model=model_changed)
@@ -72,26 +72,27 @@ def evaluate(
     return reports
 
 
-def run_of(found: Saved | Source, dtype: str, recipe: str | None) -> config.Run:
-    """The run that the model belongs to, as its checkpoint's stage was, or one that is made up around the model.
+def run_of(found: loading.Found, dtype: str, recipe: str | None) -> config.Run:
+    """The run that the model belongs to, as the stage of its step was, or one that is made up around the model.
 
     Its evaluations are the run's own, or those of the recipe.
     """
-    tokenizer = _tokenizer(found)
-    said = provenance.read(found.folder)
+    model, tokenizer = found.said.model, _tokenizer(found.said)
+    said = provenance.read(found.said.folder)
     if said is not None:
         run = config.from_dict(config.Run, said["config"])
         evals = run.evals
-        run = next((p.run for p in reversed(stages.parts(run)) if p.run.model == found.model), run)
+        assert found.step is not None, "a run's weights are those of a step"
+        run = stages.at(run, found.step).run
     else:
-        evals, tiles = {}, found.model.vision.max_tiles + 1 if found.model.vision else 1
+        evals, tiles = {}, model.vision.max_tiles + 1 if model.vision else 1
         data = config.Data(seq_len=2048, batch_tokens=4 * 2048, tiles_per_row=max(32, tiles))
         run = config.Run(name="model", data=data)
     if recipe is not None:
         evals = config.freeze(config.load(recipe)).evals
     data = dataclasses.replace(run.data, tokenizer=str(tokenizer))
     train = dataclasses.replace(run.train, compute_dtype=dtype)
-    return dataclasses.replace(run, model=found.model, data=data, train=train, evals=evals, stages={})
+    return dataclasses.replace(run, model=model, data=data, train=train, evals=evals, stages={})
 
 
 def _tokenizer(found: Saved | Source) -> Path:
@@ -116,11 +117,16 @@ def chosen(
         if name not in known:
             true, close = f"there are {', '.join(known)}", nearest(name, known) or known[0]
             raise ConfigError(f"evaluation {name!r}", true, f"Did you mean {close!r}?")
-        cfg = dataclasses.replace(run.evals.get(name) or config.Eval(kind=name), **settings)
+        cfg = run.evals.get(name) or config.Eval(kind=name)
+        cfg = dataclasses.replace(cfg, **{field: v for field, v in settings.items() if checks.reads(cfg.kind, field)})
         if not cfg.path:
             asked, true = f"evaluation {name!r} without --data", "it needs a manifest of held-out text"
             raise ConfigError(asked, true, "Give --data data/built/docs_heldout.toml.")
         evals[name] = dataclasses.replace(cfg, path=str(config.resolve_path(cfg.path)))
+    for field, value in settings.items():
+        if not any(checks.reads(cfg.kind, field) for cfg in evals.values()):
+            asked, true = f"{_option(field)} {value} for {', '.join(evals)}", f"{checks.readers(field)} alone read it"
+            raise ConfigError(asked, true, "Leave it out, or name one of these.")
     return evals
 
 
@@ -138,7 +144,11 @@ def check(run: config.Run) -> None:
 
 def _as_option(text: str) -> str:
     """--config.evals.needle.cache_gb=4 as --cache-gb 4."""
-    return OF_CONFIG.sub(lambda m: f"--{OPTIONS.get(m[1], m[1]).replace('_', '-')}{' ' if m[2] else ''}", text)
+    return OF_CONFIG.sub(lambda m: f"{_option(m[1])}{' ' if m[2] else ''}", text)
+
+
+def _option(field: str) -> str:
+    return f"--{OPTIONS.get(field, field).replace('_', '-')}"
 
 
 OPTIONS = {"path": "data"}  # fields of config.Eval whose option has another name

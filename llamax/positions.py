@@ -22,7 +22,8 @@ def changed(model: Model, changes: Mapping[str, Any]) -> Model:
     """The same weights with positions read in another way: `{"attn_temperature": 0.0, "rope.scaling": "yarn"}`.
 
     Raises:
-        ConfigError: a name that is no field of WEIGHTLESS, or a value of the wrong type.
+        ConfigError: a name that is no field of WEIGHTLESS, a value of the wrong type, or a temperature that no layer of
+        the model has.
     """
     tree: dict[str, Any] = {}
     for key, value in changes.items():
@@ -30,6 +31,9 @@ def changed(model: Model, changes: Mapping[str, Any]) -> Model:
             close = nearest(key, WEIGHTLESS)
             true = f"without training, a model's positions change by {', '.join(WEIGHTLESS)}"
             raise ConfigError(f"positions: {key}", true, f"Did you mean {close}?" if close else "Name one of these.")
+        if key.startswith("attn_temperature") and not tempered(model):
+            true = "no layer of the model has a temperature: that is for layers nope_full, with attn_scale=temperature"
+            raise ConfigError(f"positions: {key}={value} (--temperature-tuning)", true, "Leave it out.")
         *sections, name = key.split(".")
         for section in reversed(sections):
             value, name = {name: value}, section
@@ -44,10 +48,15 @@ def check(model: Model) -> None:
         _scaling(model, kinds)
     if model.attn_scale == "ssmax":
         _ssmax(model, kinds)
-    if model.attn_temperature_when != "always" and (model.attn_scale != "temperature" or "nope_full" not in kinds):
+    if model.attn_temperature_when != "always" and not tempered(model):
         asked = f"--config.model.attn_temperature_when={model.attn_temperature_when}"
         true = "no layer has a temperature: that is for layers nope_full, with attn_scale=temperature"
         raise ConfigError(asked, true, "Set --config.model.attn_temperature_when=always.")
+
+
+def tempered(model: Model) -> bool:
+    """Whether a layer's queries are scaled by a temperature."""
+    return model.attn_scale == "temperature" and any(kind.split("+")[0] == "nope_full" for kind in model.layers)
 
 
 def _scaling(model: Model, kinds: set[str]) -> None:

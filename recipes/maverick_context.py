@@ -1,7 +1,8 @@
 """Maverick's context extended from 8,192 to 262,144 tokens in two stages, from a pretrained Maverick.
 
-    llamax train recipes/maverick_context.py:tiny --workdir runs/context --config.init.path=runs/short   # a laptop
-    llamax show  recipes/maverick_context.py                       # every setting, every stage
+    llamax train recipes/maverick_pretrain.py:tiny --workdir runs/maverick          # what :tiny goes on from
+    llamax train recipes/maverick_context.py:tiny --workdir runs/maverick_context   # a laptop, minutes
+    llamax show  recipes/maverick_context.py                   # every setting, every stage
     llamax plan  recipes/maverick_context.py:v5p_512 --topology v5p:8x8x8 --stage to_256k
     llamax train recipes/maverick_context.py --workdir DIR --config.init.path=PRETRAINED   # or a layout, as :v5p_512
 
@@ -11,10 +12,14 @@ short documents, so that what was learnt on short rows is held; a seventh asks f
 answers. No position method is set: local layers never see a distance beyond their chunk of 8,192 tokens, whatever the
 row (docs/how-to/positions.md).
 
+The data of the full size is yours: a manifest for each source (docs/how-to/add-a-dataset.md), and data/llama4.model as
+for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at both
+lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
+
 Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. What the
 layout needs is in docs/plans.md.
 
-Expected of :tiny: see docs/how-to/extend-context.md.
+Expected of :tiny: as of Scout's, from rows of 512 tokens to 2,048.
 """
 
 from llamax import config as lx
@@ -22,6 +27,9 @@ from llamax import variants
 
 K = 1024
 
+LONGER = dict(  # tasks of to_256k
+    tasks=dict(path="data/tasks/to_256k.toml"), pictures=dict(path="data/tasks/pictures_256k.toml")
+)
 LAYOUTS = dict(  # rows of 16k tokens a device, two of them
     v5p_512=dict(
         stages=dict(
@@ -48,7 +56,8 @@ def get_config(size: str = "full"):
         captions=dict(path="data/captions.toml", weight=0.05),
         books=dict(path="data/books.toml", weight=0.25),
         repositories=dict(path="data/repositories.toml", weight=0.29),  # `llamax data join` makes such of files
-        tasks=dict(path="data/tasks_64k.toml", weight=0.14),
+        tasks=dict(path="data/tasks/to_64k.toml", weight=0.12),
+        pictures=dict(path="data/tasks/pictures_64k.toml", weight=0.02),
     )
     run.data.multimodal_steps = 0.1
     run.data.workers = 8
@@ -62,24 +71,55 @@ def get_config(size: str = "full"):
         to_64k=dict(tokens=30_000_000_000, data=dict(seq_len=64 * K, lanes=64), mesh=dict(fsdp=32, context=8)),
         to_256k=dict(
             tokens=30_000_000_000,
-            data=dict(seq_len=256 * K, lanes=64, sources=dict(tasks=dict(path="data/tasks_256k.toml"))),
+            data=dict(seq_len=256 * K, lanes=64, sources=LONGER),
             optim=dict(peak_lr=1e-5),
             mesh=dict(fsdp=8, context=32),
         ),
     )
-    run.evals = dict(web=dict(kind="perplexity", path="data/web_heldout.toml", every_steps=200))
+    run.evals = dict(
+        web=dict(kind="perplexity", path="data/web_heldout.toml", every_steps=200),
+        far=dict(kind="needle", path="data/books_heldout.toml", lengths=(64 * K, 256 * K), samples=4),
+        position=dict(kind="position", path="data/books_heldout.toml", lengths=(256 * K,), max_docs=64),
+    )
+    for name in ("far", "position"):
+        run.evals[name].update(every_steps=1000, cache_gb=20.0)  # 256k tokens and an answer take 17.3
     run.checkpoint.every_steps = 200
     return run
 
 
 def tiny(run):
-    """From rows of 256 tokens to 1,024 and to 2,048."""
+    """From the pretraining's rows of 512 tokens to 1,024 and to 2,048."""
     run = lx.tiny(run, variants.maverick_tiny())
+    run.init.path = "runs/maverick"
     run.train.steps = 0
-    run.data.seq_len = 256
+    run.data.multimodal_steps = 0.5
+    for name, weight in dict(python=0.13, docs=0.07, drawings=0.22, interleaved=0.05, clips=0.03).items():
+        run.data.sources[name].weight = weight
     run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     run.stages = dict(
-        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024)),
-        to_2048=dict(tokens=200 * 4096, data=dict(seq_len=2048)),
+        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024, tiles_per_row=48, sources=beside(1024, packages=0.2))),
+        to_2048=dict(
+            tokens=100 * 4096,
+            data=dict(seq_len=2048, tiles_per_row=96, sources=beside(2048, packages=0.4)),
+            optim=dict(peak_lr=2.5e-4),
+            train=dict(remat="block"),
+        ),
     )
+    run.evals.far = dict(
+        kind="needle",
+        path="data/built/docs_heldout.toml",
+        lengths=(512, 2048),
+        depths=3,
+        samples=4,
+        options=dict(needle=dict(key_kind="pairs", value_kind="pairs", wording="plain", n_words=64)),
+        every_steps=0,
+    )
+    run.evals.position = dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,), every_steps=0)
     return run
+
+
+def beside(length, packages):
+    """What stands beside the pretraining's data: tasks of that length, and the files of a folder joined."""
+    tasks = dict(lookups=0.2, needles=0.1, pictures=0.05)
+    made = {name: dict(path=f"data/tasks/{name}_{length}.toml", weight=weight) for name, weight in tasks.items()}
+    return made | dict(packages=dict(path="data/built/packages.toml", weight=packages))

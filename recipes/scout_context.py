@@ -1,7 +1,7 @@
 """Scout's context extended from 8,192 to 262,144 tokens in two stages, from a pretrained Scout.
 
-    llamax train recipes/scout_context.py:tiny --workdir runs/context --config.init.path=runs/quickstart   # a laptop
-    llamax show  recipes/scout_context.py                       # every setting, every stage
+    llamax train recipes/scout_context.py:tiny --workdir runs/context   # a laptop, minutes; after `make quickstart`
+    llamax show  recipes/scout_context.py                      # every setting, every stage
     llamax plan  recipes/scout_context.py:v5p_256 --topology v5p:8x8x4 --stage to_256k
     llamax train recipes/scout_context.py --workdir DIR --config.init.path=PRETRAINED   # or a layout, as :v5p_256
 
@@ -11,10 +11,17 @@ short documents, so that what was learnt on short rows is held; a seventh asks f
 answers. No position method is set: local layers never see a distance beyond their chunk of 8,192 tokens, whatever the
 row (docs/how-to/positions.md).
 
-Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. LAYOUTS
-are meshes; `v5p_256_1024k` adds a stage of rows of 1,048,576 tokens. What each needs is in docs/plans.md.
+The data of the full size is yours: a manifest for each source (docs/how-to/add-a-dataset.md), and data/llama4.model as
+for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at both
+lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
 
-Expected of :tiny: it runs every code path of the full size, and is too small to look anything up far back. What a
+Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. LAYOUTS
+are meshes; `v5p_256_1024k` adds a stage of rows of 1,048,576 tokens, text alone. What the stages of v5p_256 need is in
+docs/plans.md, and what longer rows do in docs/ten-million.md.
+
+Expected of :tiny, from rows of 512 tokens to 2,048: it takes the code paths of the full size (tasks, joined files and
+pictures beside what the pretraining read, another mixture in each stage), predicts 2,048 tokens of held-out text without
+breaking beyond 512, and is too small to look anything up far back. What a
 small model can do, and what it took, is what the two others are for (docs/how-to/extend-context.md), text alone, on two
 cores: a model of 256 tokens a row, and its context extended to 2,048.
 
@@ -34,9 +41,21 @@ ASKED = dict(  # of :small
     needle=PAIRS,  # one
 )
 
-TO_1024K = dict(
+LONGER = dict(  # tasks of to_256k
+    tasks=dict(path="data/tasks/to_256k.toml"), pictures=dict(path="data/tasks/pictures_256k.toml")
+)
+TO_1024K = dict(  # text alone
     tokens=5_000_000_000,
-    data=dict(seq_len=1024 * K, lanes=8, multimodal_steps=0.0),
+    data=dict(
+        seq_len=1024 * K,
+        lanes=8,
+        multimodal_steps=0.0,
+        sources=dict(
+            captions=dict(weight=0.0),
+            pictures=dict(weight=0.0),
+            tasks=dict(path="data/tasks/to_1024k.toml", weight=0.14),
+        ),
+    ),
     optim=dict(peak_lr=1e-5),
     mesh=dict(data=1, fsdp=2, expert=4, context=32),
 )
@@ -73,7 +92,8 @@ def get_config(size: str = "full"):
         captions=dict(path="data/captions.toml", weight=0.05),
         books=dict(path="data/books.toml", weight=0.25),
         repositories=dict(path="data/repositories.toml", weight=0.29),  # `llamax data join` makes such of files
-        tasks=dict(path="data/tasks_64k.toml", weight=0.14),
+        tasks=dict(path="data/tasks/to_64k.toml", weight=0.12),
+        pictures=dict(path="data/tasks/pictures_64k.toml", weight=0.02),
     )
     run.data.multimodal_steps = 0.1
     run.data.workers = 8
@@ -87,27 +107,58 @@ def get_config(size: str = "full"):
         to_64k=dict(tokens=20_000_000_000, data=dict(seq_len=64 * K, lanes=64), mesh=dict(fsdp=32, context=8)),
         to_256k=dict(
             tokens=20_000_000_000,
-            data=dict(seq_len=256 * K, lanes=32, sources=dict(tasks=dict(path="data/tasks_256k.toml"))),
+            data=dict(seq_len=256 * K, lanes=32, sources=LONGER),
             optim=dict(peak_lr=1e-5),
             mesh=dict(fsdp=8, context=32),
         ),
     )
-    run.evals = dict(web=dict(kind="perplexity", path="data/web_heldout.toml", every_steps=200))
+    run.evals = dict(
+        web=dict(kind="perplexity", path="data/web_heldout.toml", every_steps=200),
+        far=dict(kind="needle", path="data/books_heldout.toml", lengths=(64 * K, 256 * K), samples=4),
+        position=dict(kind="position", path="data/books_heldout.toml", lengths=(256 * K,), max_docs=64),
+    )
+    for name in ("far", "position"):
+        run.evals[name].update(every_steps=1000, cache_gb=20.0)  # 256k tokens and an answer take 17.3
     run.checkpoint.every_steps = 200
     return run
 
 
 def tiny(run):
-    """From rows of 256 tokens to 1,024 and to 2,048."""
+    """From the quickstart's rows of 512 tokens to 1,024 and to 2,048."""
     run = lx.tiny(run, variants.scout_tiny())
+    run.init.path = "runs/quickstart"
     run.train.steps = 0
-    run.data.seq_len = 256
+    run.data.multimodal_steps = 0.5
+    for name, weight in dict(python=0.13, docs=0.07, drawings=0.22, interleaved=0.05, clips=0.03).items():
+        run.data.sources[name].weight = weight
     run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     run.stages = dict(
-        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024)),
-        to_2048=dict(tokens=200 * 4096, data=dict(seq_len=2048)),
+        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024, tiles_per_row=48, sources=beside(1024, packages=0.2))),
+        to_2048=dict(
+            tokens=100 * 4096,
+            data=dict(seq_len=2048, tiles_per_row=96, sources=beside(2048, packages=0.4)),
+            optim=dict(peak_lr=2.5e-4),
+            train=dict(remat="block"),
+        ),
     )
+    run.evals.far = dict(
+        kind="needle",
+        path="data/built/docs_heldout.toml",
+        lengths=(512, 2048),
+        depths=3,
+        samples=4,
+        options=dict(needle=PAIRS),
+        every_steps=0,
+    )
+    run.evals.position = dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,), every_steps=0)
     return run
+
+
+def beside(length, packages):
+    """What stands beside the pretraining's data: tasks of that length, and the files of a folder joined."""
+    tasks = dict(lookups=0.2, needles=0.1, pictures=0.05)
+    made = {name: dict(path=f"data/tasks/{name}_{length}.toml", weight=weight) for name, weight in tasks.items()}
+    return made | dict(packages=dict(path="data/built/packages.toml", weight=packages))
 
 
 def small(run):

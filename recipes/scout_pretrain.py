@@ -19,7 +19,8 @@ drawings that it has never seen; `make quickstart` prints the table.
 from llamax import config as lx
 from llamax import variants
 
-LONG = dict(seq_len=262_144, batch_tokens=32 * 262_144, lanes=32, multimodal_steps=0.0)
+TEXT = dict(multimodal_steps=0.0, sources=dict(captions=dict(weight=0.0)))
+LONG = dict(seq_len=262_144, batch_tokens=32 * 262_144, lanes=32, **TEXT)
 
 LAYOUTS = dict(
     v5p_256=dict(mesh=dict(fsdp=64, expert=4), train=dict(remat="block")),  # a slice of 8x8x4

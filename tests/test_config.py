@@ -248,6 +248,7 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.train.compute_dtype=bf16"], "one of float32, bfloat16"),
     (["--config.train.remat=full"], "one of none, block, period"),
     (["--config.evals.docs.kind=perplex"], "one of perplexity, drawings"),
+    (["--config.evals.docs.lengths=(64,)"], "kind needle, ruler, position or answer alone read it, and this is a perp"),
     (["--config.model.plan=((('rope_chunk+meo',), 4),)"], "a layer is one of"),
     (["--config.model.plan=((('rope_chunk+moe',), 0),)"], "a segment is (layer kinds, repeats >= 1)"),
     (["--config.model.plan=('rope_chunk+moe', 4)"], "a segment is"),

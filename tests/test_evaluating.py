@@ -82,8 +82,30 @@ def test_any_kind_and_settings_by_name(model, trained):
     evaluating.evaluate(trained, ["needle", "held_out"], settings=settings, dtype="bfloat16")
     needle, own = (cfg for _, cfg in model.asked)
     assert needle == config.Eval(kind="needle", **settings)
-    assert own == dataclasses.replace(OWN["held_out"], **settings)
+    assert own == dataclasses.replace(OWN["held_out"], path=TEXT)  # which reads nothing else
     assert model.asked[0][0].run.train.compute_dtype == "bfloat16"
+
+
+def test_a_step_is_evaluated_with_the_rows_of_its_stage(model, tmp_path, monkeypatch):
+    """Of two stages that have one model."""
+    tokens = 2 * RUN.data.batch_tokens
+    parts = dict(first=config.Stage(tokens), second=config.Stage(tokens, data=dict(seq_len=256)))
+    run = dataclasses.replace(RUN, stages=parts, train=dataclasses.replace(RUN.train, steps=0))
+    provenance.record(tmp_path, config.to_dict(run), [], {})
+    monkeypatch.setattr(loading, "find", lambda folder, step: loading.Found(saved.find(folder, step), step))
+    for step in (2, 4):
+        evaluating.evaluate(tmp_path, ["held_out"], step=step)
+    assert [ctx.run.data.seq_len for ctx, _ in model.asked] == [128, 256]
+
+
+def test_a_temperature_that_no_layer_has_is_told(model, tmp_path, monkeypatch):
+    blunt = dataclasses.replace(RUN.model, plan=((("rope_chunk+dense",), 1),))
+    found = Saved(tmp_path, blunt, 0, RUN.data.tokenizer, None, {}, None)
+    monkeypatch.setattr(loading, "find", lambda folder, step: loading.Found(found, None))
+    with pytest.raises(ConfigError, match=r"attn_temperature=0.0 \(--temperature-tuning\), but no layer"):
+        settings = dict(path=TEXT)
+        evaluating.evaluate(tmp_path, ["perplexity"], settings=settings, positions={"attn_temperature": 0.0})
+    assert not model.loaded
 
 
 def test_positions_may_be_read_in_another_way(model, trained, tmp_path):
@@ -145,6 +167,8 @@ def test_what_was_found_stays_when_the_next_is_interrupted(model, converted, tmp
         (["perplexity"], dict(path="data/none.toml"), "there is no such file"),
         (["ruler"], dict(path=TEXT, lengths=(4096,), threshold=1.5), "--threshold 1.5, but it is at most 1"),
         (["answer"], dict(path=TEXT, lengths=(256,), samples=1), "another sample"),
+        (["perplexity"], dict(path=TEXT, lengths=(256,)), r"--lengths \(256,\) for perplexity, but .* needle, ruler, "),
+        (["needle", "position"], dict(path=TEXT, lengths=(256,), qa="x"), "--qa x for .*, but ruler evaluations alone"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_before_the_model_is_loaded(model, converted, kinds, settings, said):

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 import runpy
 import tomllib
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from llamax import config, stages
+from llamax.data.tasks import TASKS
 from llamax.data.tasks.source import read_table
+from llamax.evals import samples
 from llamax.plan.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +25,8 @@ LAYOUTS = [
     (path.relative_to(ROOT), layout) for path in RECIPES for layout in runpy.run_path(str(path)).get("LAYOUTS", {})
 ]
 MORE = [(path.relative_to(ROOT), size) for path in RECIPES for size in runpy.run_path(str(path)).get("SIZES", ())]
+EVERY = [(path.relative_to(ROOT), size) for path in RECIPES for size in config.SIZES] + LAYOUTS + MORE
+PICTURES = ("captions", "drawings", "interleaved", "clips")  # sources that have some, beside tasks
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -65,15 +70,52 @@ def test_freezes(path, size):
 
 
 @pytest.mark.parametrize(("path", "size"), MORE, ids=str)
-def test_more_sizes_freeze_and_their_tasks_can_be_read(path, size):
+def test_more_sizes_freeze(path, size):
     """And are named where the recipe says what it is."""
     for part in stages.parts(config.freeze(config.load(f"{path}:{size}"))):
         assert config.check_devices(part.run, 1)
-        for source in part.run.data.sources.values():
-            if Path(source.path).parts[1] == "tasks":
-                table = tomllib.loads((ROOT / source.path).read_text())
-                assert read_table(table["tasks"], source.path, table["kind"]).filler == "../built/docs.toml"
     assert f"{path.name}:{size}" in ast.get_docstring(ast.parse((ROOT / path).read_text()))
+
+
+@pytest.mark.parametrize(("path", "size"), EVERY, ids=str)
+def test_tasks_can_be_read_and_fit_rows_and_pictures_come_in_steps_that_have_some(path, size):
+    for part in stages.parts(config.freeze(config.load(f"{path}:{size}"))):
+        data, pictures = part.run.data, 0.0
+        read = {source.path for source in data.sources.values()}
+        for name, source in data.sources.items():
+            multimodal = name in PICTURES
+            if source.path.startswith("data/tasks/"):
+                table = tomllib.loads((ROOT / source.path).read_text())
+                tasks, multimodal = (
+                    read_table(table["tasks"], source.path, table["kind"]),
+                    table["kind"] == "multimodal",
+                )
+                assert tasks.filler.replace("../", "data/") in {"data/built/docs.toml", *read}, "text that is there"
+                assert tasks.longest <= data.seq_len
+            pictures += multimodal * source.weight
+        assert pictures / sum(source.weight for source in data.sources.values()) <= data.multimodal_steps
+
+
+@every_recipe
+def test_evaluations_of_the_full_size_fit_their_caches(path):
+    run = config.freeze(config.load(str(path)))
+    for evaluation in run.evals.values():
+        if evaluation.lengths:
+            samples.check_cache(run, evaluation, evaluation.lengths[-1] + samples.BEYOND)
+
+
+@pytest.mark.parametrize("stem", ["scout_context", "maverick_context"])
+def test_the_stages_of_a_tiny_context_extend_one(stem):
+    run = config.freeze(config.load(f"recipes/{stem}.py:tiny"))
+    assert run.init.path, "nothing starts from random weights unasked"
+    first, last = stages.parts(run)
+    assert run.data.seq_len < first.run.data.seq_len < last.run.data.seq_len
+    for part in (first, last):
+        sources = part.run.data.sources
+        assert sources["lookups"].path == f"data/tasks/lookups_{part.run.data.seq_len}.toml"
+        assert sources["packages"].weight and sources["docs"].weight and sources["drawings"].weight
+    assert first.run.data.sources != last.run.data.sources and last.run.train.remat == "block"
+    assert {"needle", "position"} <= {evaluation.kind for evaluation in run.evals.values()}
 
 
 @every_recipe
@@ -108,22 +150,37 @@ def test_tiny_trains_two_steps(path, built, tmp_path):
     from llamax.run import train
 
     cfg = config.load(f"{path}:tiny")
-    for source in cfg.data.sources.values():
-        source.path = str(built / Path(source.path).name)
     cfg.evals = {}
     # Text first, then pictures. Both are compiled, and that takes most of the time: elsewhere there are pictures only.
     shown = 0.6 if path.stem == "scout_pretrain" else 1.0
-    cfg.data.update(seq_len=128, batch_tokens=8 * 128, multimodal_steps=shown)
+    rows = dict(seq_len=128, tiles_per_row=24)
+    cfg.data.update(batch_tokens=8 * 128, multimodal_steps=shown, **rows)
     cfg.optim.update(schedule="cosine", warmup_steps=1)
     cfg.train.update(steps=0 if cfg.stages else 2, log_every_steps=1)
     cfg.init.path = ""
     for name in list(cfg.stages)[:-1]:  # each would be compiled: tests/test_stages.py has more than one
         del cfg.stages[name]
-    for name in cfg.stages:
-        cfg.stages[name] = dict(tokens=2 * 8 * 128, data=dict(seq_len=128), optim=dict(warmup_steps=0))
+    for stage in cfg.stages.values():
+        stage.update(tokens=2 * 8 * 128, optim=dict(warmup_steps=0))
+        stage.data.update(rows)
+        small(stage.data.sources, built)
+    small(cfg.data.sources, built)
     result = train(config.freeze(cfg), tmp_path)
     assert result.finished
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert 0 < line["loss/next_token"] < 2 * math.log(config.freeze(cfg).model.vocab_size)
+
+
+def small(sources, built):
+    """Sources read the small data; tasks are of a length that fits in its rows, and have few pictures."""
+    for source in sources.values():
+        name = Path(source.path)
+        source.path = str(built / name.name)
+        if name.parent.name == "tasks":
+            text = re.sub("length_range = .*", "length_range = [96, 128]", (ROOT / name).read_text())
+            few = "".join(f"options.{task} = {{n = 2}}\n" for task in TASKS if task in text and TASKS[task].pictures)
+            source.path = str(built.parent / "tasks" / name.name)
+            Path(source.path).parent.mkdir(exist_ok=True)
+            Path(source.path).write_text(f"{text}{few}")

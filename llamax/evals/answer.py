@@ -13,7 +13,7 @@ from llamax.config import ConfigError
 from llamax.data.tasks import Sample
 from llamax.evals import samples
 from llamax.evals.report import Context, Report
-from llamax.sample.reading import score_tokens
+from llamax.sample.reading import most_tiles, score_tokens
 
 TASKS = ("needle", "key_value")
 CONTEXTS = ("right", "shuffled", "none")
@@ -70,7 +70,8 @@ def losses(
     firsts = [len(prompt.tokens) for prompt in asked]
     longest = max(0 if name == "none" else length + samples.BEYOND, *(len(prompt.tokens) for prompt in prompts))
     rows = samples.rows_at(ctx.run, cfg, longest, len(prompts))
-    how = dict(rows=rows, row_multiple=-(-rows // ctx.row_multiple) * ctx.row_multiple, length=longest, likeliest=False)
+    how = dict(rows=rows, row_multiple=-(-rows // ctx.row_multiple) * ctx.row_multiple, likeliest=False)
+    how |= dict(length=longest, tiles=most_tiles(prompts))
     nats: list[float] = []
     for first in ctx.track(range(0, len(prompts), rows), f"answer at {length} tokens, {name} context"):
         ctx.check_stop()

@@ -34,7 +34,7 @@ def makers(path: str, tokenizer: str, lengths: Sequence[int]) -> dict[str, Make]
     """The tasks that the file has questions for. ConfigError if it cannot be used at these lengths."""
     questions, tokens = read(path), Tokens(tokenizer)
     contexts = list(dict.fromkeys(context for question in questions for context in question.contexts))
-    total = sum(tokens.count(_document(len(contexts), context)) for context in contexts)
+    total = tokens.count(*_documents(contexts))
     if total < lengths[-1]:
         true = f"its {len(contexts)} contexts have {total} tokens together, and none may stand there twice"
         change = f"Bring a file with more contexts, or lengths of at most {total}."
@@ -65,7 +65,7 @@ class _Asker:
         asked = rng.choice(self.questions)
         shown, free = list(asked.contexts), length - _bare_length(self.tokens, asked)
         for other in rng.sample(self.contexts, len(self.contexts)):
-            taken = self.tokens.count(_document(len(self.contexts), other))
+            taken = self.tokens.count(_document(len(shown) + 1, other))  # whichever will have the number
             if other in asked.contexts or taken > free:
                 continue
             shown.append(other)
@@ -73,7 +73,7 @@ class _Asker:
             if free < length // 50:
                 break
         rng.shuffle(shown)
-        documents = "".join(_document(i, context) for i, context in enumerate(shown, start=1))
+        documents = "".join(_documents(shown))
         said = f" {asked.answers[0]}\n"
         pieces = (OPENING + documents, _asked(asked))
         about = {"task": self.name, "length": length, "depth": None, "said": said, "rule": "contains", "any": True}
@@ -88,9 +88,13 @@ def _asked(question: Question) -> str:
     return f"{CLOSING}{question.question} Answer:"
 
 
+def _documents(contexts: Sequence[str]) -> list[str]:
+    return [_document(i, context) for i, context in enumerate(contexts, start=1)]
+
+
 def _bare_length(tokens: Tokens, question: Question) -> int:
     """Tokens of a question with its own contexts and its answer."""
-    own = "".join(_document(999, context) for context in question.contexts)
+    own = "".join(_documents(question.contexts))
     return 1 + tokens.count(OPENING + own, _asked(question), f" {max(question.answers, key=len)}\n")
 
 
@@ -102,7 +106,8 @@ def read(path: str) -> list[Question]:
             f"questions of {path}", "there is no such file", f"Name a JSONL file of lines like {EXAMPLE}."
         )
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    # Not `splitlines`: JSON may hold U+2028 and its like as they are. A byte order mark is no part of line 1.
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
         if line.strip():
             found.append(_parsed(line, f"line {number} of {path}"))
     if not found:
@@ -119,7 +124,10 @@ def _parsed(line: str, where: str) -> Question:
         contexts = record.get("contexts", [record.get("context")])
         question, answers = record.get("question"), record.get("answers")
         if all(map(_texts, ([question], contexts, answers))):
-            return Question(question, tuple(contexts), tuple(answers))
+            if any("\ud800" <= char <= "\udfff" for text in (question, *contexts, *answers) for char in text):
+                true = "it has half of a surrogate pair, such as \\ud800, which is no character"
+                raise ConfigError(where, true, "Write both halves, or leave it out.")
+            return Question(question, tuple(dict.fromkeys(contexts)), tuple(answers))
     raise ConfigError(where, "it is no question with contexts and answers", f"Write it like {EXAMPLE}.")
 
 

@@ -1,8 +1,8 @@
 """Samples of tasks (llamax/data/tasks) as the evaluations of long contexts ask them, and what the model says.
 
 A sample follows from the evaluation's seed, its task, length, depth and number alone. All prompts of a length are read
-in the same shapes, whatever their task, so each program is compiled at most once a length. What may be asked at once is
-bounded by the cache's budget.
+in the same shapes, whatever their task, so each program is compiled at most once a length; one that reads pieces twice,
+if some of them have pictures and some have not. What may be asked at once is bounded by the cache's budget.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from llamax.config import ConfigError
 from llamax.config_dict import nearest
 from llamax.data.encode import Encoder
 from llamax.data.sources import SKIP_REASONS, Document, open_source, read_manifest
-from llamax.data.tasks import TASKS, Sample, Texts, Tokens, score
+from llamax.data.tasks import RULER, TASKS, Sample, Texts, Tokens, score
+from llamax.data.tasks.sample import TooShort
 from llamax.data.tasks.source import check_options
 from llamax.evals.report import Context
 from llamax.model.count import cache_bytes
 from llamax.sample.engine import Prompt, generate
-from llamax.sample.reading import rounded
+from llamax.sample.reading import most_tiles, rounded
 
 BEYOND = 16  # tokens that may be said beside the answer
 MOST_ROWS = 32  # prompts worked on together
@@ -41,7 +42,8 @@ class Said(NamedTuple):
 
 
 def check(run: config.Run, cfg: config.Eval, own: Sequence[str]) -> None:
-    """ConfigError if a task does not exist, needs eyes, or does not fit a length; or a length the cache's budget."""
+    """ConfigError if a task does not exist, needs eyes, or cannot be made at a length; if a length does not fit the
+    cache's budget; or if a setting is of no task that is asked."""
     for name in (*cfg.tasks, *cfg.options):
         if name not in TASKS:
             true = f"the tasks are {', '.join(TASKS)}"
@@ -50,11 +52,30 @@ def check(run: config.Run, cfg: config.Eval, own: Sequence[str]) -> None:
             raise ConfigError(
                 f"task {name!r}", "it shows pictures, and the model has no vision encoder", "Leave it out."
             )
+    asked = cfg.tasks or own
     for name, options in cfg.options.items():
         check_options(name, options, f"{cfg.kind} evaluation", "options")
+        if name not in asked:
+            true = f"its tasks are {', '.join(asked)}"
+            change = f"Take them out, or add {name} to its tasks."
+            raise ConfigError(f"options of task {name} in a {cfg.kind} evaluation", true, change)
+    if cfg.templates == "held_out" and all(name in RULER for name in asked):
+        true = "RULER's tasks have one wording each, and no task of ours is among its tasks"
+        raise ConfigError(f"{cfg.kind} evaluation with templates=held_out", true, "Set templates=seen.")
     check_cache(run, cfg, cfg.lengths[-1] + BEYOND)
     for name, make in makers(run, cfg, own).items():
-        make(rng(cfg, name, cfg.lengths[0], 0.5, 0), cfg.lengths[0], 0.5)
+        for length in cfg.lengths:
+            for depth in (0.0, 1.0) if length == cfg.lengths[0] else (0.0,):  # a long sample takes seconds to make
+                _try(cfg, name, make, length, depth)
+
+
+def _try(cfg: config.Eval, name: str, make: Make, length: int, depth: float) -> None:
+    """Makes the first sample. ConfigError, with task and length, if there is none: the text may lack room or words."""
+    try:
+        make(rng(cfg, name, length, depth, 0), length, depth)
+    except ConfigError as error:
+        true = error.true if isinstance(error, TooShort) else f"{error.asked}: {error.true}"
+        raise ConfigError(f"{cfg.kind} evaluation, task {name} at {length} tokens", true, error.change) from None
 
 
 def check_cache(run: config.Run, cfg: config.Eval, length: int) -> None:
@@ -137,7 +158,7 @@ def asked(ctx: Context, cfg: config.Eval, samples: Sequence[Sample], length: int
     prompts = [prompt_of(ctx, sample.pieces) for sample in samples]
     longest = max(length, *(len(prompt.tokens) for prompt in prompts))
     rows = rows_at(ctx.run, cfg, longest + max_tokens, len(prompts))
-    how = dict(max_tokens=max_tokens, stop=ctx.tokenizer.stop, rows=rows, length=longest)
+    how = dict(max_tokens=max_tokens, stop=ctx.tokenizer.stop, rows=rows, length=longest, tiles=most_tiles(prompts))
     how |= dict(row_multiple=-(-rows // ctx.row_multiple) * ctx.row_multiple)
     said = []
     where = f"at {length} tokens" if length else "without context"

@@ -78,14 +78,15 @@ def generate(
     rows: int = 128,
     row_multiple: int = 1,
     length: int = 0,
+    tiles: int = 0,
     allowed: Collection[int] = (),
 ) -> list[list[Completion]]:
     """`n` completions of at most `max_tokens` new tokens for each prompt.
 
     `rows`: completions that are worked on together, at most, but for what fills up to `row_multiple`: the rows of a
-    batch divide by it (on a mesh, the devices that split rows). `length`: prompts are taken to be at least that long,
-    so that calls with prompts of about one length share programs. `allowed`: the only ids that may be drawn; none
-    stands for all but `<|patch|>`, which would take a picture's next feature.
+    batch divide by it (on a mesh, the devices that split rows). `length` and `tiles`: prompts are taken to have at
+    least so many tokens, and tiles, so that calls with prompts of about one length share programs. `allowed`: the only
+    ids that may be drawn; none stands for all but `<|patch|>`, which would take a picture's next feature.
 
     Raises:
         ConfigError: `check_prompt` refuses a prompt, or `check` the numbers.
@@ -101,7 +102,8 @@ def generate(
     for numbers in by_length(prompts, max(1, rows // n)):
         some = [prompts[i] for i in numbers]
         room = rounded(max(length, *(len(prompt.tokens) for prompt in some)) + max_tokens)
-        read_once = read(skeleton, params, router_bias, some, room, row_multiple=row_multiple, length=length)
+        shape = dict(row_multiple=row_multiple, length=length, tiles=tiles)
+        read_once = read(skeleton, params, router_bias, some, room, **shape)
         for sample in range(0, n, rows):
             samples = range(sample, min(n, sample + rows))
             names = [(i, k) for i in numbers for k in samples]

@@ -68,16 +68,18 @@ def read(
     *,
     row_multiple: int = 1,
     length: int = 0,
+    tiles: int = 0,
 ) -> tuple[Array, Cache]:
     """Logits [B, V] of the token after each prompt, and a cache with `room` places that holds the prompts.
 
-    `length`: prompts are taken to be at least that long, so that calls with prompts of about one length share programs.
+    `length` and `tiles`: prompts are taken to have at least so many tokens, and tiles, so that calls with prompts of
+    about one length share programs.
     """
     length = max(length, *(len(prompt.tokens) for prompt in prompts))
     if length <= PIECE:
-        return prefill(skeleton, room, params, router_bias, pack(prompts, row_multiple, length))
+        return prefill(skeleton, room, params, router_bias, pack(prompts, row_multiple, length, tiles))
     start = empty(skeleton, n_rows(len(prompts), row_multiple), room, params, router_bias)
-    return go_on(skeleton, params, router_bias, prompts, *start, row_multiple=row_multiple)
+    return go_on(skeleton, params, router_bias, prompts, *start, row_multiple=row_multiple, length=length, tiles=tiles)
 
 
 def go_on(
@@ -90,10 +92,12 @@ def go_on(
     *,
     row_multiple: int = 1,
     first: int = 0,
+    length: int = 0,
+    tiles: int = 0,
 ) -> tuple[Array, Cache]:
     """The same for prompts that go on at position `first`, where each row of the cache ends, in the cache's memory."""
     model = skeleton.bind(params, router_bias)
-    for piece in pieces(prompts, model, row_multiple, first):
+    for piece in pieces(prompts, model, row_multiple, first, length=length, tiles=tiles):
         logits_BV, cache = extend(skeleton, params, router_bias, piece.batch, logits_BV, cache)
     return logits_BV, cache
 
@@ -108,12 +112,13 @@ def score_tokens(
     rows: int = 16,
     row_multiple: int = 1,
     length: int = 0,
+    tiles: int = 0,
     likeliest: bool = True,
 ) -> list[Scored]:
     """How likely the tokens of each prompt are from number `firsts[i]` (1 or more) on, each given all before it.
 
-    The numbers are those of `model.score.score`. `rows`: prompts that are worked on together, at most; `length` as
-    above. Without `likeliest` that is not looked at, and False.
+    The numbers are those of `model.score.score`. `rows`: prompts that are worked on together, at most; `length` and
+    `tiles` as above. Without `likeliest` that is not looked at, and False.
 
     Raises:
         ConfigError: `check_prompt` refuses a prompt.
@@ -127,7 +132,8 @@ def score_tokens(
         some = [prompts[i] for i in numbers]
         longest = max(length, *(len(prompt.tokens) for prompt in some))
         logits_BV, cache = empty(skeleton, n_rows(len(some), row_multiple), rounded(longest), params, router_bias)
-        for piece in pieces(some, model, row_multiple, length=longest, scored_from=[firsts[i] for i in numbers]):
+        shape, scored_from = dict(length=longest, tiles=tiles), [firsts[i] for i in numbers]
+        for piece in pieces(some, model, row_multiple, scored_from=scored_from, **shape):
             if not piece.batch.loss_weights.any():
                 logits_BV, cache = extend(skeleton, params, router_bias, piece.batch, logits_BV, cache)
                 continue
@@ -231,10 +237,14 @@ def n_rows(prompts: int, row_multiple: int = 1) -> int:
     return -(-B // row_multiple) * row_multiple
 
 
-def pack(prompts: Sequence[Prompt], row_multiple: int = 1, length: int = 0) -> Batch:
+def most_tiles(prompts: Sequence[Prompt]) -> int:
+    return max(len(prompt.tiles) for prompt in prompts)
+
+
+def pack(prompts: Sequence[Prompt], row_multiple: int = 1, length: int = 0, tiles: int = 0) -> Batch:
     """One prompt a row; rows beyond them hold padding only."""
     T = rounded(max(length, *(len(p.tokens) for p in prompts)))
-    B, M = n_rows(len(prompts), row_multiple), few(max(len(p.tiles) for p in prompts), 1)
+    B, M = n_rows(len(prompts), row_multiple), few(max(tiles, most_tiles(prompts)), 1)
     batch = _blank(B, T, M, max(p.tiles.shape[1] for p in prompts))
     for row, prompt in enumerate(prompts):
         _fill(batch, row, prompt, 0)
@@ -252,10 +262,12 @@ def pieces(
     row_multiple: int = 1,
     first: int = 0,
     length: int = 0,
+    tiles: int = 0,
     scored_from: Sequence[int] = (),
 ) -> Iterator[Piece]:
     """The prompts as batches of one shape (of two, if some have pictures in them and some have not), piece by piece.
 
+    With `tiles`, a piece has room for as many as any piece of such a prompt could have.
     `first`: the position of their first tokens. `scored_from`: of each prompt, the first token that is a target.
     """
     vision = model.model.vision
@@ -266,7 +278,7 @@ def pieces(
     T = max([T, *(int((b - a).max()) + 1 for a, b in zip(tiles_at, ends_at, strict=True) if len(a))])
     cuts = [cut(len(p.tokens), T, begins, ends) for p, begins, ends in zip(prompts, tiles_at, ends_at, strict=True)]
     counts = [np.searchsorted(begins, of) for begins, of in zip(tiles_at, cuts, strict=True)]
-    M = few(max(int(np.diff(of).max()) for of in counts), 1)
+    M = few(max(min(tiles, T // max(1, a_tile)), *(int(np.diff(of).max()) for of in counts)), 1)
     B, side = n_rows(len(prompts), row_multiple), max(p.tiles.shape[1] for p in prompts)
     for k in range(max(len(of) for of in cuts) - 1):
         going = [row for row, of in enumerate(cuts) if k + 1 < len(of)]

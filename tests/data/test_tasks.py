@@ -15,7 +15,7 @@ from llamax.data.document import Document, Picture
 from llamax.data.embedded import draw, scene
 from llamax.data.encode import Encoder
 from llamax.data.sources import open_source, read_manifest
-from llamax.data.tasks import RULER, TASKS, Sample, Texts, Tokens, haystack, score, words
+from llamax.data.tasks import RULER, TASKS, Sample, Texts, Tokens, haystack, pictures, score, words
 from llamax.data.tasks.sample import Ask
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -151,6 +151,30 @@ def test_the_change_is_what_the_two_pictures_differ_in(monkeypatch):
         assert [getattr(before, name) for name in same] == [getattr(after, name) for name in same]
 
 
+def test_no_more_pictures_are_asked_for_by_content_than_there_are_names(monkeypatch):
+    """48; 47 where others, which show something else, are among them."""
+    monkeypatch.setattr(draw, "png_of", lambda rng, shapes, side: PNG)
+    for n, most in ((8, 48), (48, 48), (60, 47)):
+        task = TASKS["picture_needle"].with_options(dict(n=n))
+        made = task.exam(random.Random(n), FILLER, 8192, None, TOKENS, questions=100)
+        assert len(made.questions) == most == len({question.asked for question in made.questions})
+        assert sum(isinstance(piece, Picture) for piece in made.context) == max(n, most)
+    assert len(exam("picture_lookup", 1, 60, 8192).questions) == 60
+
+
+PNG = draw.png_of(random.Random(0), [scene.draw_one(random.Random(0))], 28)
+
+
+def test_what_changes_in_evaluation_is_colour_or_shape():
+    """About as often, and the two drawings are new ones."""
+    rng, changed = random.Random(0), Counter()
+    for _ in range(400):
+        before, after = pictures._pair(rng, "eval")
+        assert {before.key, after.key} <= scene.HELD_OUT
+        changed[before.colour != after.colour] += 1
+    assert 0.3 < changed[True] / 400 < 0.6
+
+
 # ------------------------------------------------------------------------------------------- training and evaluation
 
 
@@ -181,8 +205,7 @@ def test_training_and_evaluation_share_no_key_and_no_value(name, monkeypatch):
     assert {words.split_of(found) for found in drawn["eval"]} == {"eval"}
     if name in PICTURES:
         assert not scene.HELD_OUT.intersection(shown["train"])
-        asked_first = shown["eval"][::8]
-        assert scene.HELD_OUT.issuperset(asked_first)
+        assert scene.HELD_OUT.issuperset(shown["eval"]) and len(shown["eval"]) == 6 * 8
 
 
 def test_a_quarter_of_all_keys_is_for_evaluation():

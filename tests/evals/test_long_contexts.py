@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llamax import config
+from llamax import checks, config
 from llamax.config import ConfigError
-from llamax.data.tasks import RULER, TASKS, Tokens
-from llamax.data.tasks.words import few
+from llamax.data.tasks import RULER, TASKS, Task, Tokens
+from llamax.data.tasks.words import NoneLeft, few
 from llamax.data.tokenizer import Tokenizer
-from llamax.evals import CHECKS, answer, needle, position, qa, ruler, samples
+from llamax.evals import CHECKS, EVALS, answer, needle, position, qa, ruler, samples
 from llamax.evals.report import Context
 from llamax.kernels.attention import blocked_attention
 from llamax.model.seam import Seam
@@ -74,6 +76,14 @@ def test_every_setting_of_an_evaluation_is_read():
     folder = Path(needle.__file__).parent
     source = "".join(path.read_text() for path in [*folder.glob("*.py"), folder.parent / "train" / "hooks.py"])
     assert [f.name for f in dataclasses.fields(config.Eval) if f"cfg.{f.name}" not in source] == []
+
+
+def test_what_kinds_read_is_what_is_said_of_them():
+    source = {kind: inspect.getsource(sys.modules[run.__module__]) for kind, run in EVALS.items()}
+    shared = inspect.getsource(samples)
+    for field, kinds in checks.READ_BY.items():
+        found = {kind for kind, text in source.items() if f"cfg.{field}" in text}
+        assert found == set(kinds) or (found < set(kinds) and f"cfg.{field}" in shared), field
 
 
 def test_a_reader_of_the_second_half_finds_what_is_deep(monkeypatch):
@@ -145,12 +155,32 @@ def test_a_budget_bounds_the_rows_and_all_batches_have_one_shape(monkeypatch):
         (dict(options={"nedle": {}}), "Did you mean 'needle'"),
         (dict(options={"needle": {"keis": 2}}), "Did you mean 'keys'"),
         (dict(options={"needle": 2}), "options.needle is 2. Give a table of its fields"),
+        (dict(options={"key_value": {"records": 4}}), "options of task key_value .*, but its tasks are needle. Take"),
+        (dict(tasks=("vt",), templates="held_out"), "RULER's tasks have one wording each"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_any_work(how, said):
     blind = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, vision=None))
     with pytest.raises(ConfigError, match=said):
         CHECKS["needle"](blind, cfg_of("needle", **(dict(lengths=(256,)) | how)))
+
+
+def test_a_sample_of_every_length_is_made_before_any_work(monkeypatch):
+    """Words run out at long lengths, room at short ones."""
+    made = []
+
+    def make(task, rng, filler, length, depth, *how):
+        made.append((task.name, length, depth))
+        if length > 512:
+            raise NoneLeft("keys of the kind 'short'", "3 are drawn", "Take more.")
+
+    monkeypatch.setattr(Task, "__call__", make)
+    cfg = cfg_of("needle", lengths=(128, 256, 512), tasks=("needle", "vt"))
+    CHECKS["needle"](RUN, cfg)
+    assert made == [(t, n, d) for t in cfg.tasks for n, d in ((128, 0.0), (128, 1.0), (256, 0.0), (512, 0.0))]
+    said = r"ruler evaluation, task vt at 1024 tokens, but keys of the kind 'short': 3 are drawn\. Take more\."
+    with pytest.raises(ConfigError, match=said):
+        CHECKS["ruler"](RUN, cfg_of("ruler", lengths=(128, 1024), tasks=("vt",)))
 
 
 def test_a_needle_may_be_a_picture(monkeypatch):
@@ -161,17 +191,20 @@ def test_a_needle_may_be_a_picture(monkeypatch):
 
 
 def test_every_program_is_compiled_once_a_length():
-    """With a real model: two tasks at several depths, in batches of which the last are not full."""
-    model = dataclasses.replace(RUN.model, plan=((("nope_full+dense",), 1),), vision=None)
-    bones = skeleton(model, Seam(attention=blocked_attention), patch_id=-1, train=config.Train(remat="none"))
+    """With a real model: tasks with pictures and without, several depths, batches of which the last are not full."""
+    vision = dataclasses.replace(RUN.model.vision, encoder="linear")  # compiles in no time
+    model = dataclasses.replace(RUN.model, plan=((("nope_full+dense",), 1),), vision=vision)
+    train = config.Train(remat="none")
+    bones = skeleton(model, Seam(attention=blocked_attention), patch_id=TOKENIZER.patch, train=train)
     params, bias = (jax.tree.map(lambda x: jnp.zeros(x.shape), tree) for tree in bones.shapes())
     run = dataclasses.replace(RUN, model=model)
     ctx = Context(run, bones, bones, TOKENIZER, lambda batch: batch, 1, params, bias)
     budget = 4.5 * samples.row_bytes(run, 136 + 32) / 1e9
     cfg = cfg_of("needle", lengths=(136,), depths=5, samples=1, tasks=("needle", "key_value"), cache_gb=budget)
     # Prompts of one task have at most 128 tokens, and of the other more, which rounds to 192.
+    pictured = dataclasses.replace(cfg, tasks=(*cfg.tasks, "picture_needle"), options={"picture_needle": {"n": 2}})
     jax.clear_caches()
-    needle.run(ctx, cfg)
+    needle.run(ctx, pictured)
     buckets = 2  # the length, and no context
     assert reading.prefill._cache_size() == buckets and engine.advance._cache_size() == buckets
     answer.run(ctx, dataclasses.replace(cfg, samples=5))
@@ -286,6 +319,28 @@ def test_questions_that_cannot_be_used_are_told(tmp_path, questions):
         bad.write_text(line)
         with pytest.raises(ConfigError, match="it has no line" if not line else "line 1 of .* no question"):
             qa.read(str(bad))
+
+
+def test_lines_of_questions_are_json_as_it_is(tmp_path):
+    """Signs that end lines elsewhere, a byte order mark, a context that is given twice."""
+    path = tmp_path / "qa.jsonl"
+    contexts = ["One\u2028and\u0085two.", "Three.", "Three."]
+    line = json.dumps(dict(question="Who?", contexts=contexts, answers=["two"]), ensure_ascii=False)
+    path.write_text(f"\ufeff{line}\r\n{line}", encoding="utf-8")
+    assert qa.read(str(path)) == [qa.Question("Who?", (contexts[0], "Three."), ("two",))] * 2
+    path.write_text(f"{line}\n" + line.replace("Three", "\\ud800"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 2 of .* half of a surrogate pair"):
+        qa.read(str(path))
+
+
+def test_documents_with_long_numbers_are_counted_too(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text("".join(f'{{"question": "{i}?", "context": "{i}.", "answers": ["a"]}}\n' for i in range(1500)))
+    (make,) = qa.makers(str(path), RUN.data.tokenizer, (1024, 12_000)).values()
+    for number in range(3):
+        sample = make(samples.rng(cfg_of("ruler"), "qa_1", 12_000, None, number), 12_000, None)
+        assert "Document 1001:" in sample.pieces[0]
+        assert 12_000 * 0.97 < 1 + sample.meta["tokens"] + len(TOKENIZER.encode(sample.meta["said"])) <= 12_000
 
 
 # ----------------------------------------------------------------------------------------------------------- position

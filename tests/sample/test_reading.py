@@ -89,17 +89,30 @@ def test_logits_and_log_probabilities_are_those_of_whole_rows(tiny, at_once):
     logp, logits = at_once
     for program in (reading.prefill, reading.extend, reading.score_piece):
         program.clear_cache()
-    found, cache = read(*tiny, PICTURED, 96)
+    found, cache = read(*tiny, PICTURED, 96, tiles=5)
     np.testing.assert_allclose(found, logits, **TWIN)
     assert cache.length.tolist() == list(LENGTHS)
     assert reading.extend._cache_size() == 2 and reading.prefill._cache_size() == 0  # with tiles and without
-    scored = score_tokens(*tiny, PICTURED, [1] * 4)
+    scored = score_tokens(*tiny, PICTURED, [1] * 4, tiles=5)
     for mine, whole in zip(scored, logp, strict=True):
         np.testing.assert_allclose(mine.logp, whole, **TWIN)
-    late = score_tokens(*tiny, PICTURED, [40, 4, 33, 17])
+    late = score_tokens(*tiny, PICTURED, [40, 4, 33, 17], tiles=5)
     for mine, whole, first in zip(late, logp, (40, 4, 33, 17), strict=True):
         np.testing.assert_allclose(mine.logp, whole[first - 1 :], **TWIN)
+    few = [prompt(48, (29,)), *PICTURED[1:]]  # shorter, with one picture in a piece
+    read(*tiny, few, 96, length=70, tiles=5)
+    score_tokens(*tiny, few, [40, 4, 33, 17], length=70, tiles=5)
     assert reading.extend._cache_size() == 2 and reading.score_piece._cache_size() == 2
+
+
+def test_shapes_do_not_depend_on_what_stands_in_a_batch(tiny):
+    """Not on the number of its pictures: a piece has room for those of the prompts that it is told of."""
+    model, some = tiny[0].bind(*tiny[1:]), [[PICTURED[0]], [PICTURED[2]], [prompt(48, (0, 40))]]
+    shapes = [{piece.batch.tiles.shape[1] for piece in pieces(few, model, tiles=5)} for few in some]
+    assert shapes == [{4, 0}] * 3  # of 5 tiles, a piece of 16 tokens holds 4
+    shapes = [{piece.batch.tiles.shape[1] for piece in pieces(few, model)} for few in some]
+    assert shapes == [{3, 0}, {1, 0}, {1, 0}]
+    assert {pack(few, tiles=5).tiles.shape[1] for few in [*some, [prompt(48)]]} == {5}
 
 
 def test_the_likeliest_are_told(tiny):

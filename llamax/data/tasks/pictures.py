@@ -3,7 +3,7 @@
 Every picture is a generated drawing of one shape with a name before it, "Picture amber-fox:". Needle pictures: which of
 them shows a red circle (`by` "content"; no other does), or what the picture of a name shows (`by` "name"). Change: two
 of the pictures are asked for by their names; they differ in one attribute, which only who sees both can tell. In the
-split "eval" the drawings that are asked for are among those that no training drawing shows (scene.HELD_OUT).
+split "eval" all drawings are among those that no training drawing shows (scene.HELD_OUT).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llamax.data.tasks.haystack import Needle
 from llamax.data.tasks.sample import Ask, Exam, Question
 
 VALUES = {"colour": tuple(scene.COLOURS), "shape": scene.SHAPES}  # what changes between two pictures
+NAMES = len(scene.COLOURS) * len(scene.SHAPES)  # that a drawing can have
 
 
 class Wording(NamedTuple):
@@ -66,16 +67,16 @@ class Pictures:
     held_out: tuple[Wording, ...] = HELD_OUT
 
     def __call__(self, ask: Ask) -> Exam:
+        if self.asked == "content":  # a picture of another name has to be left to those that are not asked for
+            ask = dataclasses.replace(ask, questions=min(ask.questions, NAMES - (self.n > NAMES)))
         wording = ask.choose(self.seen, self.held_out)
         drawn = haystack.draw(ask)
         supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
         each = 2 if self.asked == "change" else 1
         keys = supply.draw(self.key_kind, max(self.n, each * ask.questions))
         shapes = self._shapes(ask, len(keys))
-        questions = [
-            self._question(wording, keys[i : i + each], shapes[i : i + each]) for i in range(0, len(keys), each)
-        ]
-        questions = questions[: ask.questions]
+        asked = range(0, each * ask.questions, each)
+        questions = [self._question(wording, keys[i : i + each], shapes[i : i + each]) for i in asked]
         needles = [
             Needle(wording.name.format(key=key), depth, Picture(draw.png_of(ask.rng, [shape], self.side)))
             for key, shape, depth in zip(keys, shapes, ask.depths(len(keys)), strict=True)
@@ -117,12 +118,13 @@ def _one(rng: random.Random, split: str) -> scene.Shape:
 
 
 def _pair(rng: random.Random, split: str) -> list[scene.Shape]:
-    """Two drawings that differ in one attribute, the first one of the split's own, the second never of the other's."""
+    """Two drawings of the split's own tuples that differ in one attribute."""
     while True:
         before, attribute = _one(rng, split), rng.choice(list(VALUES))
-        value = rng.choice([value for value in VALUES[attribute] if value != getattr(before, attribute)])
-        after = dataclasses.replace(before, **{attribute: value})
-        if split == "eval" or after.key not in scene.HELD_OUT:
+        others = [dataclasses.replace(before, **{attribute: value}) for value in VALUES[attribute]]
+        others = [after for after in others if after != before and (split == "train" or after.key in scene.HELD_OUT)]
+        after = rng.choice(others) if others else before
+        if after != before and (after.key in scene.HELD_OUT) == (split == "eval"):
             return [before, scene.put(rng, *after.key)]
 
 
