@@ -1,14 +1,14 @@
 """One process of a small training run that several share, or one that only meets the others; for launch/local.py.
 
     python -m tests.process_child train WORKDIR STEPS [--signal STEP:P] [--kill STEP:P] [--mesh data=2,fsdp=2]
-                                  [--stages INIT]
+                                  [--stages INIT] [--ask]
     python -m tests.process_child meet [--differ]
     python -m tests.process_child refuse
     python -m tests.process_child wait
 
 `train` writes WORKDIR.rows.P.jsonl, a line `{"step", "row", "sha"}` for each row of each batch that this process's
 devices hold; process P of `--signal` gets a SIGTERM before that step, and of `--kill` a SIGKILL, whose time it writes
-to WORKDIR.killed. `--stages`: in two stages, from the weights in INIT. It exits as `llamax train` does. Run it from the
+to WORKDIR.killed. `--stages`: in two stages, from the weights in INIT; `--ask`: with evaluations. It exits as `llamax train` does. Run it from the
 project's root with the environment that tests/conftest.py sets.
 """
 
@@ -32,7 +32,7 @@ from llamax import cli, config, preflight
 from llamax.config import ConfigError
 from llamax.parallel import processes
 from llamax.train import programs
-from tests.runs import KINDS, tiny_run
+from tests.runs import FIXTURES, KINDS, tiny_run
 
 MESH = dict(data=1, fsdp=2)
 SAVE_EVERY = 2
@@ -57,6 +57,16 @@ def staged_run(steps: int, init: str) -> config.Run:
     return dataclasses.replace(run, init=config.Init(init), stages=dict(first=config.Stage(tokens), second=longer))
 
 
+def asked_run(steps: int) -> config.Run:
+    """Evaluated at the end, in more rows than one batch has, of which the last are not full."""
+    how = dict(path=str(FIXTURES / "text.toml"), every_steps=0)
+    evals = {
+        "far": config.Eval(kind="needle", lengths=(128,), depths=3, samples=1, cache_gb=2e-4, **how),
+        "position": config.Eval(kind="position", lengths=(256,), buckets=4, max_docs=32, **how),
+    }
+    return dataclasses.replace(shared_run(steps), evals=evals)
+
+
 def train(asked: argparse.Namespace) -> int:
     call, taken = programs.Programs.__call__, 0
     me = processes.number
@@ -77,7 +87,8 @@ def train(asked: argparse.Namespace) -> int:
     programs.Programs.__call__ = recording
     mesh = {axis: int(n) for axis, _, n in (part.partition("=") for part in asked.mesh.split(",") if part)}
     run = shared_run(asked.steps, {"data": 1} | mesh if mesh else MESH)
-    asked_for = config.to_config(staged_run(asked.steps, asked.stages) if asked.stages else run)
+    run = staged_run(asked.steps, asked.stages) if asked.stages else asked_run(asked.steps) if asked.ask else run
+    asked_for = config.to_config(run)
     config.load = lambda *_: asked_for  # no recipe's file says what the tests train; all else is the command's
     return cli.main(["train", "RECIPE", "--workdir", asked.workdir])
 
@@ -156,6 +167,7 @@ def main() -> int:
     verb.add_argument("--kill")
     verb.add_argument("--mesh", default="")
     verb.add_argument("--stages", default="")
+    verb.add_argument("--ask", action="store_true")
     verb.set_defaults(do=train)
     verb = verbs.add_parser("meet")
     verb.add_argument("--differ", action="store_true")

@@ -18,7 +18,7 @@ import pytest
 from llamax.run import train
 from llamax.train import programs
 from tests.jobs import CHILD, END_S, LAUNCHER, ROOT, TERMINATED, Job, children, devices_flags, run_children
-from tests.process_child import rows_of, shared_run, staged_run
+from tests.process_child import asked_run, rows_of, shared_run, staged_run
 
 SAME_LOSS = 1e-5
 KILLED = 128 + signal.SIGKILL
@@ -110,6 +110,23 @@ def test_two_processes_in_stages_are_one(unbroken, tmp_path):
     want, got = losses(alone), losses(several)
     assert list(got) == list(range(1, STEPS + 1)) and {STEPS // 2, STEPS} <= set(checkpoints(several))
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=SAME_LOSS)
+
+
+@pytest.mark.slow
+def test_two_processes_are_asked_as_one_is(tmp_path):
+    """Needles and loss by position at the end of training, with weights and rows over the devices of both."""
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    assert train(asked_run(2), alone, devices=jax.devices()[:2]).finished
+    run_children(2, "train", f"{several}", "2", "--ask")
+    want, got = figures(alone), figures(several)
+    assert {"eval/far/accuracy", "eval/far/needle/128", "eval/position/nats/256"} <= want.keys() == got.keys()
+    np.testing.assert_allclose([got[name] for name in want], list(want.values()), rtol=0, atol=SAME_LOSS)
+
+
+def figures(workdir: Path) -> dict[str, float]:
+    """Of evaluations."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {name: value for line in lines for name, value in line.items() if name.startswith("eval/")}
 
 
 @pytest.mark.slow
