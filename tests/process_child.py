@@ -8,8 +8,8 @@
 
 `train` writes WORKDIR.rows.P.jsonl, a line `{"step", "row", "sha"}` for each row of each batch that this process's
 devices hold; process P of `--signal` gets a SIGTERM before that step, and of `--kill` a SIGKILL, whose time it writes
-to WORKDIR.killed. `--stages`: in two stages, from the weights in INIT; `--ask`: with evaluations. It exits as `llamax train` does. Run it from the
-project's root with the environment that tests/conftest.py sets.
+to WORKDIR.killed. `--stages`: in two stages, from the weights in INIT; `--ask`: with evaluations. It exits as `llamax
+train` does. Run it from the project's root with the environment that tests/conftest.py sets.
 """
 
 from __future__ import annotations
