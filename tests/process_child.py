@@ -58,10 +58,10 @@ def staged_run(steps: int, init: str) -> config.Run:
 
 
 def asked_run(steps: int) -> config.Run:
-    """Evaluated at the end, in more rows than one batch has, of which the last are not full."""
+    """Evaluated at the end, needles in two batches, of which the last is not full."""
     how = dict(path=str(FIXTURES / "text.toml"), every_steps=0)
     evals = {
-        "far": config.Eval(kind="needle", lengths=(128,), depths=3, samples=1, cache_gb=2e-4, **how),
+        "far": config.Eval(kind="needle", lengths=(128,), depths=3, samples=1, cache_gb=7e-5, **how),
         "position": config.Eval(kind="position", lengths=(256,), buckets=4, max_docs=32, **how),
     }
     return dataclasses.replace(shared_run(steps), evals=evals)

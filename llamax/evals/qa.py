@@ -122,7 +122,7 @@ def _parsed(line: str, where: str) -> Question:
         record = None
     if isinstance(record, dict):
         contexts = record.get("contexts", [record.get("context")])
-        question, answers = record.get("question"), record.get("answers")
+        question, answers = record.get("question"), record.get("answers", [])
         if all(map(_texts, ([question], contexts, answers))):
             if any("\ud800" <= char <= "\udfff" for text in (question, *contexts, *answers) for char in text):
                 true = "it has half of a surrogate pair, such as \\ud800, which is no character"

@@ -116,8 +116,8 @@ def test_two_processes_in_stages_are_one(unbroken, tmp_path):
 def test_two_processes_are_asked_as_one_is(tmp_path):
     """Needles and loss by position at the end of training, with weights and rows over the devices of both."""
     alone, several = tmp_path / "alone", tmp_path / "several"
-    assert train(asked_run(2), alone, devices=jax.devices()[:2]).finished
-    run_children(2, "train", f"{several}", "2", "--ask")
+    assert train(asked_run(3), alone, devices=jax.devices()[:2]).finished
+    run_children(2, "train", f"{several}", "3", "--ask")
     want, got = figures(alone), figures(several)
     assert {"eval/far/accuracy", "eval/far/needle/128", "eval/position/nats/256"} <= want.keys() == got.keys()
     np.testing.assert_allclose([got[name] for name in want], list(want.values()), rtol=0, atol=SAME_LOSS)
