@@ -13,8 +13,8 @@ answers. No position method is set: local layers never see a distance beyond the
 row (docs/how-to/positions.md).
 
 The data of the full size is yours: a manifest for each source (docs/how-to/add-a-dataset.md), and data/llama4.model as
-for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at both
-lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
+for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at
+both lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
 
 Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. What the
 layout needs is in docs/plans.md.
@@ -114,7 +114,9 @@ def tiny(run):
         options=dict(needle=dict(key_kind="pairs", value_kind="pairs", wording="plain", n_words=64)),
         every_steps=0,
     )
-    run.evals.position = dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,), every_steps=0)
+    run.evals.position = dict(
+        kind="position", path="data/built/long_heldout.toml", lengths=(2048,), max_docs=16, every_steps=0
+    )
     return run
 
 

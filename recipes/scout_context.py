@@ -12,16 +12,15 @@ answers. No position method is set: local layers never see a distance beyond the
 row (docs/how-to/positions.md).
 
 The data of the full size is yours: a manifest for each source (docs/how-to/add-a-dataset.md), and data/llama4.model as
-for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at both
-lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
+for the pretraining. Tasks are here, in data/tasks, and take their text from data/books.toml. The evaluations ask at
+both lengths, in data/books_heldout.toml, whose documents are to have 262,144 tokens.
 
 Meta published the lengths, 256k in training, and neither stages nor tokens nor mixture: those here are ours. LAYOUTS
 are meshes; `v5p_256_1024k` adds a stage of rows of 1,048,576 tokens, text alone. What the stages of v5p_256 need is in
 docs/plans.md, and what longer rows do in docs/ten-million.md.
 
 Expected of :tiny, from rows of 512 tokens to 2,048: it takes the code paths of the full size (tasks, joined files and
-pictures beside what the pretraining read, another mixture in each stage), predicts 2,048 tokens of held-out text without
-breaking beyond 512, and is too small to look anything up far back. What a
+pictures beside what the pretraining read, another mixture in each stage), and is too small to look far back. What a
 small model can do, and what it took, is what the two others are for (docs/how-to/extend-context.md), text alone, on two
 cores: a model of 256 tokens a row, and its context extended to 2,048.
 
@@ -150,7 +149,9 @@ def tiny(run):
         options=dict(needle=PAIRS),
         every_steps=0,
     )
-    run.evals.position = dict(kind="position", path="data/built/long_heldout.toml", lengths=(2048,), every_steps=0)
+    run.evals.position = dict(
+        kind="position", path="data/built/long_heldout.toml", lengths=(2048,), max_docs=16, every_steps=0
+    )
     return run
 
 

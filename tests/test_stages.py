@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ from tests.runs import tiny_run
 from tests.test_run import lines, losses, same_bits, stop_at, train
 
 ROWS = dict(seq_len=128)
+KEPT = dict(every_steps=2, keep=2)
 STAGES = {
     "to_128": config.Stage(tokens=4 * 1024, data=ROWS, optim=dict(peak_lr=1e-3, warmup_steps=0)),
     "to_256": config.Stage(
@@ -171,7 +173,7 @@ def pretrained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(pretrained, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("staged")
-    return workdir, go(staged(pretrained[0], checkpoint=dict(every_steps=2, keep=1)), workdir)
+    return workdir, go(staged(pretrained[0], checkpoint=KEPT), workdir)
 
 
 def test_a_run_starts_from_another_models_weights_with_a_fresh_optimizer(pretrained, unbroken, tmp_path):
@@ -194,13 +196,25 @@ def test_stages_follow_each_other(unbroken):
     assert int(result.state.opt[1][0].count) == 8, "the optimizer goes on"
     assert np.isfinite(result.state.recent).sum() == 4, "spikes are told by losses of the stage"
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert steps == [4, 8], "the end of a stage is kept"
+    assert steps == [4, 6, 8], "the end of a stage is kept, beside the newest two"
 
 
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=SLOW), 4, pytest.param(7, marks=SLOW)])
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_run_goes_on_from_the_end_of_a_stage_or_within_one_to_the_bit(step, pretrained, unbroken, tmp_path):
+    """As if it had died behind that checkpoint."""
+    shutil.copytree(unbroken[0], tmp_path, dirs_exist_ok=True)
+    for saved in (tmp_path / "checkpoints").iterdir():
+        if int(saved.name) > step:
+            shutil.rmtree(saved)
+    assert same_bits(go(staged(pretrained[0], checkpoint=KEPT), tmp_path).state, unbroken[1].state)
+    assert [line["step"] for line in lines(tmp_path, "steps.jsonl")] == list(range(1, 9))
+
+
+@SLOW
+@pytest.mark.parametrize("step", [2, 4, 7])
 def test_a_run_stopped_in_or_between_stages_goes_on_to_the_bit(step, pretrained, unbroken, tmp_path):
     run = staged(pretrained[0])
     stop_at(step, lambda: go(run, tmp_path))

@@ -57,6 +57,7 @@ SKIP_REASONS = {
     "image_too_many_pixels": "a picture or clip has too many pixels or bytes to be decoded safely",
     "image_too_large": "one picture alone needs more tokens or tiles than a row holds",
     "too_large": "the document has more text or pictures than one document may",
+    "task": "the text of a task has all the words in it that could be keys, or no room for a question",
     "window_full": "the documents that are packed together with it fill the memory that they may take",
 }
 MAX_TEXT_BYTES = 2**24  # of one document, as UTF-8: a window of documents is held in memory, 24 bytes a token

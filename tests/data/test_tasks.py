@@ -474,6 +474,18 @@ def test_a_share_of_the_answers_scores():
         score(made._replace(answers=("b, a, c",)), "b, a, c") == 1
         and score(made._replace(answers=("b",)), "a, b") == 0.5
     )
+    for text, points in (
+        ("It is 4711.", 1),
+        ("**4711**\r\n12", 1),
+        ("4711 stands there", 1),
+        ("12 13 4711 14 15", 0),
+        ("12; 4711", 0.5),
+    ):
+        assert score(made._replace(answers=("4711",)), text) == points, "an item begins or ends with it"
+    order = made._replace(answers=("b, a, c",))
+    assert [score(order, text) for text in ("b,a , c.", "b / a / c", "The order is b, a, c", "a, b, c")] == [1, 1, 1, 0]
+    changed = made._replace(answers=("colour, from red to blue",))
+    assert score(changed, "Colour, from red to blue") == 1 and not score(changed, "shape, from red to blue")
     ruler = made._replace(meta={"rule": "contains"})
     assert score(ruler, "1, 2, 3,\n infrared foxes, 4711.") == 1 and score(ruler, "4711") == 0.5
     anyone = made._replace(meta={"rule": "contains", "any": True})
@@ -487,6 +499,52 @@ def test_reciting_the_context_is_no_answer():
         assert score(made, everything) < 0.1, name
     assert {task.rule for name, task in TASKS.items() if name in RULER} == {"contains"}
     assert {task.rule for name, task in TASKS.items() if name not in RULER} == {"line"}
+
+
+def test_a_guess_of_all_values_in_a_row_is_no_answer():
+    """Of sixteen, also where no comma stands between them."""
+    points = []
+    for seed in range(20):
+        made = TASKS["key_value_short"].with_options(dict(wording="colon"))(
+            random.Random(seed), FILLER, 512, None, TOKENS
+        )
+        values = re.findall(r"^[a-z]+: ([a-z]+)$", made.pieces[0], re.MULTILINE)
+        assert made.answers[0] in values and len(values) >= 16
+        points.append(score(made, " ".join(values)))
+    assert sum(points) / 20 < 0.3  # the first and the last
+
+
+def test_words_of_the_templates_are_no_keys_and_no_values():
+    """But in plain wording, which measured recipes have."""
+    form = r"he (?:secret word|value) of (\w+) is (\w+)\."
+    for name, wording, split, said in (
+        ("needle", "secret", "eval", "word"),
+        ("key_value", "sentence", "train", "value"),
+    ):
+        options = dict(key_kind="short", value_kind="short", wording=wording)
+        task = TASKS[name].with_options(options | (dict(haystack="needles") if name == "needle" else {}))
+        made = task(random.Random(0), FILLER, 30_000, None, TOKENS, split)  # all of the kind that there are
+        used = {word for record in re.findall(form, made.pieces[0]) for word in record}
+        free = {word for word in TOKENS.words if words.split_of(word) == split}
+        assert said in free - used and len(free - used) < 20
+    plain = TASKS["needle"].with_options(
+        dict(key_kind="short", value_kind="short", wording="plain", haystack="needles")
+    )
+    used = plain(random.Random(0), FILLER, 30_000, None, TOKENS, "train").pieces[0].split()
+    assert "all" in used and "word" not in used
+
+
+def test_lists_of_any_length_are_made_of_the_words_that_there_are():
+    """In a list of common words the others are repeated, less often than these."""
+    task = TASKS["common_words"].with_options(dict(kind="short"))
+    made = task(random.Random(0), FILLER, 1024, None, TOKENS)
+    counts = Counter(made.pieces[0].splitlines()[-1].split())
+    assert {word for word, n in counts.items() if n == 6} == set(made.answers) and max(counts.values()) == 6
+    assert 1 < sorted(counts.values())[-4] < 6 and made.meta["tokens"] > 900
+    with pytest.raises(ConfigError, match="no other is left"):
+        task(random.Random(0), FILLER, 4096, None, TOKENS)
+    made = TASKS["frequent_words"].with_options(dict(kind="short"))(random.Random(0), FILLER, 32_768, None, TOKENS)
+    assert made.meta["tokens"] > 0.95 * 32_768
 
 
 def test_short_keys_and_values_are_a_token_each():
@@ -534,7 +592,7 @@ def test_records_of_few_words_fill_any_length(length):
 
 
 def test_values_run_out_before_keys_do_and_keys_before_values():
-    """Then a value stands at several keys, but a key never has two; nor does a value that is asked for have two keys."""
+    """Then a value stands at several keys, but a key never has two; a value that is asked for stands at one."""
     for kinds in (("uuids", "digits"), ("digits", "uuids")):
         options = dict(haystack="needles", key_kind=kinds[0], value_kind=kinds[1], wording="plain")
         for task in (TASKS["needle_multikey"].with_options(options), TASKS["key_value"].with_options(kinds_of(kinds))):

@@ -15,7 +15,7 @@ from llamax.config import ConfigError, Data, Source, Vision
 from llamax.data.encode import Encoder
 from llamax.data.pipeline import HeldOut, build, text_bytes
 from llamax.data.show import show
-from llamax.data.sources import open_source, read_manifest, verify
+from llamax.data.sources import SKIP_REASONS, open_source, read_manifest, verify
 from llamax.data.tasks import Tokens
 from llamax.data.tasks.words import few, split_of
 from llamax.preflight import data_files
@@ -136,6 +136,22 @@ def test_fewer_questions_where_they_do_not_fit(tmp_path):
     few = source(manifest(tmp_path, weights="{needle_multivalue = 1.0}", length_range="[150, 4000]", questions="16"))
     asked = {len(few[n].meta["answers"]): few[n].meta["length"] for n in range(40)}
     assert len(asked) > 2 and min(asked) >= 1 and max(asked) == 16 and asked[max(asked)] > asked[min(asked)]
+
+
+def test_a_document_without_words_is_left_out_and_counted(tmp_path, monkeypatch):
+    """It has no free word for a key, or asks for more than there are words for: fewer questions, then none."""
+    options = {"options.needle": '{key_kind = "digits", value_kind = "digits", wording = "plain"}'}
+    path = manifest(tmp_path, weights="{needle = 1}", length_range="", lengths="[6000]", questions="400", **options)
+    assert 100 < len(source(path)[0].meta["answers"]) < 340  # of 675, each of which makes a key or a value
+    documents = source(path)
+    documents.filler = [" ".join(map(str, range(n, n + 50))) + "\n" for n in range(100, 1000, 50)]
+    left_out = documents[1]
+    assert (left_out.pieces, left_out.skip, left_out.meta) == ((), "task", {})
+    assert "no other is left" in left_out.detail and "document 1" in left_out.where
+    encoded = Encoder(TOKENIZER, None)(left_out)
+    assert encoded.skip == "task" in SKIP_REASONS and not len(encoded.tokens)
+    monkeypatch.setattr(documents.table.__class__, "length", lambda table, rng: 12)
+    assert "Ask for more tokens" in documents[2].detail
 
 
 def test_options_change_a_task(tmp_path):
@@ -270,6 +286,8 @@ def test_another_table_is_other_data(tmp_path):
         ({"options.needle": '{keys = "3"}'}, "options.needle.keys is '3'"),
         ({"options.needle": "{key_kind = 'nouns'}"}, "key_kind is 'nouns'.*words"),
         ({"options.needle": "{haystack = 'hay'}"}, "haystack is 'hay'"),
+        ({"options.common_words": "{often = 1}"}, "its tasks.options.common_words has common words 1 times"),
+        (dict(split='"eval"') | {"options.needle": "{key_kind = 'short', n_words = 64}"}, "about 0 for 'eval'"),
         ({"options.needle": "{keys = 0, queries = 0}"}, "keys is 0.*Give 1 or more"),
         (dict(length_range="[20, 500]"), "at 20 tokens.*Ask for more tokens"),
         (dict(weights="{key_value_short = 1}", length_range="[3000, 9000]") | MANY_SHORT, "no other is left"),

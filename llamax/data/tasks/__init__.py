@@ -4,7 +4,7 @@
     score(sample, text)  -> 0 .. 1
 
 `rng` is a random.Random, `filler` a sequence of texts (filler.Texts of a manifest's documents), `tokens` a
-`Tokens(tokenizer file, vision)`. A new task is a frozen dataclass that makes an `Exam` of an `Ask`, and a line here.
+`Tokens(tokenizer file, vision)`. A new task is a `Maker`, a frozen dataclass, and a line here.
 """
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import words
-from llamax.data.tasks.sample import Ask, Exam, Question, TooShort
+from llamax.data.tasks.sample import Ask, Exam, Maker, Question, TooShort
 
 TRIES = 6  # of listing words, once they fit
+ALPHAS = 1.5, 4.0  # below most of the text would be words that stand there once, above it has few but the first
 LONG = 4096  # tokens from which RULER repeats words more often
 
 
@@ -38,7 +39,9 @@ FREQUENT_HELD_OUT = (Wording("A message in secret words.\n", "Name the {n} secre
 
 
 @dataclass(frozen=True)
-class CommonWords:
+class CommonWords(Maker):
+    choices: ClassVar = {"kind": words.ONE_WORD}
+
     common: int = 3
     often: int = 6
     seldom: int = 1
@@ -49,10 +52,17 @@ class CommonWords:
     seen: tuple[Wording, ...] = COMMON_SEEN
     held_out: tuple[Wording, ...] = COMMON_HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        for often, seldom in (("often", "seldom"), ("often_long", "seldom_long")):
+            n, others = getattr(self, often), getattr(self, seldom)
+            if n <= others:
+                return f"has common words {n} times and others {others} times", f"Set {often} above {seldom}."
+        return words.too_few(split, [(self.kind, self.common)])
+
     def __call__(self, ask: Ask) -> Exam:
         wording = ask.choose(self.seen, self.held_out)
         often, seldom = (self.often, self.seldom) if ask.length < LONG else (self.often_long, self.seldom_long)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split)
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, words.around(wording))
         common = supply.draw(self.kind, self.common)
         question = _question(wording, common)
         room = ask.room([question], wording.opening)
@@ -60,8 +70,12 @@ class CommonWords:
         others: list[str] = []
 
         def listed(n: int) -> list[str]:
-            others.extend(supply.draw(self.kind, max(0, n - len(others))))
-            every = common * often + others[:n] * seldom
+            while len(others) < n and (word := supply.another(self.kind)):
+                others.append(word)
+            each = -(-n // len(others)) * seldom if others else n  # more than seldom where the others run out
+            if each >= often or n > 0 and not others:
+                raise supply.none_left(self.kind)
+            every = common * often + [others[i % len(others)] for i in range(n)] * seldom
             return ask.rng.sample(every, len(every))
 
         n = max(0, int(room / mean - self.common * often) // seldom)
@@ -74,17 +88,26 @@ class CommonWords:
 
 
 @dataclass(frozen=True)
-class FrequentWords:
+class FrequentWords(Maker):
+    choices: ClassVar = {"kind": words.ONE_WORD}
+
     asked: int = 3
     alpha: float = 2.0
     kind: str = "coded"  # of words.KINDS
     seen: tuple[Wording, ...] = FREQUENT_SEEN
     held_out: tuple[Wording, ...] = FREQUENT_HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        if not ALPHAS[0] <= self.alpha <= ALPHAS[1]:
+            return f"has the exponent alpha={self.alpha}", f"Set alpha to {ALPHAS[0]} ... {ALPHAS[1]}."
+        return words.too_few(split, [(self.kind, self.asked + 2)])
+
     def __call__(self, ask: Ask) -> Exam:
         wording = ask.choose(self.seen, self.held_out)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split)
-        ranked = ["...", *supply.draw(self.kind, max(ask.length // 50, self.asked + 2))]
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, words.around(wording))
+        ranked = ["...", *supply.draw(self.kind, self.asked + 2)]
+        while len(ranked) <= ask.length // 50 and (word := supply.another(self.kind)):
+            ranked.append(word)
         question = _question(wording, ranked[1 : 1 + self.asked])
         room = ask.room([question], wording.opening)
 

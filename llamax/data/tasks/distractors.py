@@ -16,7 +16,7 @@ from llamax.data.tasks.words import Supply
 def fill(
     ask: Ask, supply: Supply, key_kind: str, value_kind: str, say: Callable[[str, str], str], room: int
 ) -> list[tuple[str, int]]:
-    """Units (a line, its tokens) with more tokens than there is room for. NoneLeft if there is no word for the first."""
+    """Units (a line, its tokens) with more tokens than there is room for. NoneLeft if there are no words for one."""
     drawn: list[tuple[str, int]] = []
     records: list[tuple[str, str]] = []
     again: list[tuple[str, str]] = []  # records of which a key or value may stand there again

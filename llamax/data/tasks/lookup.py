@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import distractors, haystack, words
 from llamax.data.tasks.haystack import Needle
-from llamax.data.tasks.sample import Ask, Exam, Question
+from llamax.data.tasks.sample import Ask, Exam, Maker, Question
 
 
 class Wording(NamedTuple):
@@ -38,8 +38,8 @@ HELD_OUT = (
 
 
 @dataclass(frozen=True)
-class Lookup:
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"wording": ("any", *(wording.name for wording in SEEN))}
+class Lookup(Maker):
+    choices: ClassVar = {"wording": ("any", *(wording.name for wording in SEEN)), "key_kind": words.NAMES}
 
     records: int = 0  # 0: as many as the context holds
     fewest: int = 0  # if there is text between: log-uniform from so many to as many as take a third of the length
@@ -50,10 +50,14 @@ class Lookup:
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        n = self.fewest or self.records or 2  # one that is asked for and one that is not
+        return words.too_few(split, [(self.key_kind, n), (self.value_kind, n)], self.n_words)
+
     def __call__(self, ask: Ask) -> Exam:
         wording = ask.named(self.wording, self.seen, self.held_out)
         drawn = haystack.draw(ask) if self.records or self.fewest else []
-        text = "".join(unit for unit, _ in drawn)
+        text = words.around(wording[1:], drawn)
         supply = words.Supply(ask.rng, ask.tokens, ask.split, text, self.n_words)
         records = self._drawn(ask, wording, supply) if self.fewest else self._stated(ask, wording, supply)
         needles = [

@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import distractors, haystack, words
 from llamax.data.tasks.haystack import NOISE, Needle
-from llamax.data.tasks.sample import Ask, Exam, Question
+from llamax.data.tasks.sample import Ask, Exam, Maker, Question
 
 
 class Wording(NamedTuple):
@@ -81,9 +81,10 @@ NOUNS = {
 
 
 @dataclass(frozen=True)
-class Needles:
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+class Needles(Maker):
+    choices: ClassVar = {
         "haystack": ("text", "noise", "needles"),
+        "key_kind": words.NAMES,
         "wording": ("any", *(wording.name for wording in SEEN)),
     }
 
@@ -98,10 +99,16 @@ class Needles:
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        keys, more = max(self.keys, self.queries), self.haystack == "needles"
+        needed = [(self.key_kind, keys + more), (self.value_kind, keys * self.values + more)]
+        return words.too_few(split, needed, self.n_words)
+
     def __call__(self, ask: Ask) -> Exam:
         wording = ask.named(self.wording, self.seen, self.held_out)
         drawn = [] if self.haystack == "needles" else haystack.draw(ask, NOISE if self.haystack == "noise" else None)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn), self.n_words)
+        said = () if wording.name == "plain" else [self._say(part, "", "") for part in wording[1:]]
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, words.around(said, drawn), self.n_words)
         n_keys = max(self.keys, self.queries * ask.questions)
         keys = supply.draw(self.key_kind, n_keys)
         values = [supply.draw(self.value_kind, self.values) for _ in keys]

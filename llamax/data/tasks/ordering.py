@@ -7,11 +7,11 @@ enough: for three, one guess in six is right.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import haystack, words
 from llamax.data.tasks.haystack import Needle
-from llamax.data.tasks.sample import Ask, Exam, Question
+from llamax.data.tasks.sample import Ask, Exam, Maker, Question
 
 
 class Wording(NamedTuple):
@@ -27,17 +27,24 @@ HELD_OUT = (Wording("Now {name} is on the list.", "Sort {names} as they were put
 
 
 @dataclass(frozen=True)
-class Ordering:
+class Ordering(Maker):
+    choices: ClassVar = {"kind": words.NAMES}
+
     events: int = 5
     asked: int = 3  # of them, in one question
     kind: str = "words"  # of words.KINDS
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        if self.asked < 2:
+            return f"asks for the order of {self.asked}", "Set asked to 2 or more."
+        return words.too_few(split, [(self.kind, max(self.events, self.asked))])
+
     def __call__(self, ask: Ask) -> Exam:
         wording = ask.choose(self.seen, self.held_out)
         drawn = haystack.draw(ask)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, words.around(wording, drawn))
         names = supply.draw(self.kind, max(self.events, self.asked * ask.questions))
         depths = ask.depths(len(names))
         groups = [range(q * self.asked, (q + 1) * self.asked) for q in range(ask.questions)]

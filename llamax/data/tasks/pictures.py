@@ -17,9 +17,10 @@ from llamax.data.document import Picture
 from llamax.data.embedded import draw, scene
 from llamax.data.tasks import haystack, words
 from llamax.data.tasks.haystack import Needle
-from llamax.data.tasks.sample import Ask, Exam, Question
+from llamax.data.tasks.sample import Ask, Exam, Maker, Question
 
 VALUES = {"colour": tuple(scene.COLOURS), "shape": scene.SHAPES}  # what changes between two pictures
+SIDES = 16, 2048  # pixels, of a drawing on which a shape can be told and that is made at once
 NAMES = len(scene.COLOURS) * len(scene.SHAPES)  # that a drawing can have
 
 
@@ -55,9 +56,9 @@ HELD_OUT = (
 
 
 @dataclass(frozen=True)
-class Pictures:
-    pictures: ClassVar[bool] = True  # its contexts have some
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"asked": ("content", "name", "change")}
+class Pictures(Maker):
+    pictures: ClassVar = True
+    choices: ClassVar = {"asked": ("content", "name", "change"), "key_kind": words.NAMES}
 
     asked: str = "content"  # | name | change
     n: int = 8  # pictures; more where there are more questions
@@ -66,12 +67,17 @@ class Pictures:
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        if not SIDES[0] <= self.side <= SIDES[1]:
+            return f"draws on {self.side} pixels a side", f"Set side to {SIDES[0]} ... {SIDES[1]}."
+        return words.too_few(split, [(self.key_kind, max(self.n, 2))])
+
     def __call__(self, ask: Ask) -> Exam:
         if self.asked == "content":  # a picture of another name has to be left to those that are not asked for
             ask = dataclasses.replace(ask, questions=min(ask.questions, NAMES - (self.n > NAMES)))
         wording = ask.choose(self.seen, self.held_out)
         drawn = haystack.draw(ask)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, words.around(wording, drawn))
         each = 2 if self.asked == "change" else 1
         keys = supply.draw(self.key_kind, max(self.n, each * ask.questions))
         shapes = self._shapes(ask, len(keys))

@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from llamax.config import ConfigError
 from llamax.data.document import Picture
@@ -93,12 +93,26 @@ class Ask:
         return self.length - taken
 
 
+class Maker:
+    """Makes a task's exams: a frozen dataclass with the task's parameters."""
+
+    pictures: ClassVar[bool] = False  # whether its contexts have some
+    choices: ClassVar[Mapping[str, Collection[str]]] = {}  # what a parameter that is a name can be
+
+    def __call__(self, ask: Ask) -> Exam:
+        raise NotImplementedError
+
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        """What its parameters ask for that there is not, though each is what it may be, and what to change."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Task:
     """A task by its name: how its exams are made."""
 
     name: str
-    make: Callable[[Ask], Exam]  # a frozen dataclass with the task's parameters
+    make: Maker
     rule: str = "line"  # how answers are scored: line | contains (see `score`)
 
     @property
@@ -109,7 +123,7 @@ class Task:
 
     @property
     def pictures(self) -> bool:
-        return getattr(self.make, "pictures", False)
+        return self.make.pictures
 
     def with_options(self, options: Mapping[str, Any]) -> Task:
         """The task with some of them changed."""
@@ -163,22 +177,29 @@ class Task:
 def score(sample: Sample, text: str) -> float:
     """0 .. 1: the share of the answers that a text gives, in any case of letters.
 
-    Of our own tasks the first line counts, and in it whole words; who lists more than was asked for has the share of
-    what was asked for in what is listed, so that saying all of the context is no answer. With meta["rule"] "contains"
-    it is RULER's rule (arXiv 2404.06654): what the text contains anywhere; with meta["any"], of its questions and
-    answers, one answer is enough.
+    Of our own tasks the first line counts, as a list of items with commas between: an answer is what an item begins or
+    ends with, in whole words, so that "It is 4711." gives 4711 and a row of guesses without commas only two of them.
+    Who lists more items than were asked for has the share of what was asked for in what is listed: saying all of the
+    context is no answer. With meta["rule"] "contains" it is RULER's rule (arXiv 2404.06654): what the text contains
+    anywhere; with meta["any"], of its questions and answers, one answer is enough.
     """
-    text = text.strip().lower()
-    answers = [answer.lower() for answer in sample.answers]
+    text = text.strip().casefold()
+    answers = [answer.casefold() for answer in sample.answers]
     if sample.meta.get("rule") == "contains":
         found = [answer in text for answer in answers]
         return float(any(found)) if sample.meta.get("any") else sum(found) / len(found)
-    line = text.partition("\n")[0]
-    found = [bool(re.search(rf"(?<![\w-]){re.escape(answer)}(?![\w-])", line)) for answer in answers]
-    asked, said = sum(map(_items, answers)), _items(line)
-    return sum(found) / len(found) * min(1.0, asked / max(1, said))
+    listed = _items(text.splitlines()[0] if text else "")
+    asked = [_items(answer) for answer in answers]
+    given = sum(_gives(", ".join(listed), ", ".join(answer)) for answer in asked)
+    return given / len(answers) * min(1.0, sum(map(len, asked)) / max(1, len(listed)))
 
 
-def _items(text: str) -> int:
-    """Of a list with commas."""
-    return sum(bool(item.strip()) for item in text.split(","))
+def _items(text: str) -> list[str]:
+    """Of a list with commas; semicolons and slashes are as good."""
+    return [item for item in map(str.strip, re.split("[,;/]", text)) if item]
+
+
+def _gives(line: str, answer: str) -> bool:
+    """Whether an item of the line, or several in a row, begin or end with the answer."""
+    spelt = re.escape(answer)
+    return bool(re.search(rf"(?:^|,)[^\w,-]*{spelt}(?![\w-])|(?<![\w-]){spelt}[^\w,-]*(?:,|$)", line))

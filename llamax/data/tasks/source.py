@@ -19,7 +19,8 @@
     context_weight = 0.0                       # of all else
     options.key_value = {records = 64}         # fields of a task that differ from its own
 
-A document asks in the middle of nothing else: context, question, answer, question, answer, ...
+A document asks in the middle of nothing else: context, question, answer, question, answer, ... One that cannot be made,
+as all short words stand in its text, is left out (`skip`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from llamax.data.tasks import TASKS
 from llamax.data.tasks.filler import Texts
 from llamax.data.tasks.sample import SPLITS, TEMPLATES, Question, Task, TooShort
 from llamax.data.tasks.tokens import Tokens
-from llamax.data.tasks.words import KINDS
+from llamax.data.tasks.words import KINDS, NoneLeft
+
+MOST = 100_000  # of anything that an option counts
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,12 @@ def _check_tasks(table: Table, where: str, kind: str) -> None:
             raise ConfigError(where, f"it asks for a task {name!r}, which does not exist", hint)
         if TASKS[name].pictures and kind != "multimodal":
             raise ConfigError(where, f"its task {name} has pictures and its kind is {kind!r}", 'Say "multimodal".')
-        check_options(name, table.options.get(name, {}), where, "tasks.options")
+        check_options(name, table.options.get(name, {}), where, "tasks.options", table.split)
 
 
-def check_options(name: str, given: Mapping[str, Any], where: str, what: str) -> None:
-    """ConfigError if the fields that a task is given are not its own, or cannot be so. `what` they are a part of."""
+def check_options(name: str, given: Mapping[str, Any], where: str, what: str, split: str = "eval") -> None:
+    """ConfigError if the fields that a task is given are not its own, or cannot be so, alone or together. `what` they
+    are a part of."""
     own = TASKS[name].options
     if not isinstance(given, Mapping):
         raise ConfigError(where, f"its {what}.{name} is {given!r}", f"Give a table of its fields, {', '.join(own)}.")
@@ -139,11 +143,15 @@ def check_options(name: str, given: Mapping[str, Any], where: str, what: str) ->
         if type(value) is not type(own[key]):
             raise ConfigError(where, true, f"Give a value such as its own, {own[key]!r}.")
         if isinstance(value, str):
-            choices = KINDS if key.endswith("kind") else TASKS[name].make.choices[key]  # type: ignore[attr-defined]
+            choices = TASKS[name].make.choices.get(key, KINDS)
             if value not in choices:
                 raise ConfigError(where, true, f"Use one of {', '.join(choices)}.")
         elif value < (least := min(1, own[key])):
             raise ConfigError(where, true, f"Give {least} or more.")
+        elif type(value) is int and value > MOST:
+            raise ConfigError(where, true, f"Give {MOST} or less.")
+    if flaw := TASKS[name].with_options(given).make.flaw(split):
+        raise ConfigError(where, f"its {what}.{name} {flaw[0]}", flaw[1])
 
 
 def _check_keys(table: Mapping[str, Any], keys: Sequence[str], where: str, what: str) -> None:
@@ -202,14 +210,16 @@ class Exams(Sequence[Document]):
     """The documents of a [tasks] table, by random access; each is made when it is asked for, always the same."""
 
     def __init__(self, table: Table, n: int, lang: str, filler: Sequence[Document], tokens: Tokens, where: str | Path):
-        """ConfigError if one of the tasks cannot be asked at the shortest or at the longest of the lengths: a long
-        text may leave no word for a key."""
+        """ConfigError if one of the tasks cannot be asked at the shortest or at the longest of the lengths."""
         self.table, self.n, self.lang, self.tokens, self.where = table, n, lang, tokens, str(where)
         self.filler = Texts(filler)
         self.tasks = {name: table.task(name) for name, weight in table.weights.items() if weight}
         for name in self.tasks:
             for length in {min([*table.lengths, *table.length_range]), table.longest}:
-                self._exam(random.Random(f"{table.seed}/{name}"), name, length)
+                try:
+                    self._exam(random.Random(f"{table.seed}/{name}"), name, length)
+                except (TooShort, NoneLeft) as error:
+                    raise ConfigError(f"{self.where}: {error.asked}", error.true, error.change) from None
 
     def __len__(self) -> int:
         return self.n
@@ -220,7 +230,11 @@ class Exams(Sequence[Document]):
         rng = random.Random(f"{self.table.seed}/{number}")
         (name,) = rng.choices(list(self.tasks), [self.table.weights[name] for name in self.tasks])
         length = self.table.length(rng)
-        exam = self._exam(rng, name, length)
+        where = f"document {number} of {self.where}"
+        try:
+            exam = self._exam(rng, name, length)
+        except (TooShort, NoneLeft) as error:
+            return Document((), self.lang, f"{name}/{number}", skip="task", where=where, detail=str(error))
         pieces, weights = list(exam.context), [self.table.context_weight] * len(exam.context)
         for question in exam.questions:
             for piece, weight in self._weighed(question):
@@ -235,7 +249,6 @@ class Exams(Sequence[Document]):
             "split": self.table.split,
             "templates": self.table.templates,
         }
-        where = f"document {number} of {self.where}"
         weighed = tuple(weights) if set(weights) != {1.0} else ()
         return Document(tuple(pieces), self.lang, f"{name}/{number}", meta, where=where, weights=weighed)
 
@@ -252,7 +265,8 @@ class Exams(Sequence[Document]):
         return [*asked, *said]
 
     def _exam(self, rng: random.Random, name: str, length: int):
-        """With as many questions as fit, a quarter fewer each time."""
+        """With as many questions as fit and as there are words for, a quarter fewer each time. TooShort or NoneLeft if
+        there cannot be one: a long text may have all words in it."""
         questions, state = self.table.questions, rng.getstate()
         while True:
             rng.setstate(state)
@@ -261,7 +275,7 @@ class Exams(Sequence[Document]):
                 return self.tasks[name].exam(
                     rng, self.filler, length, None, self.tokens, table.split, table.templates, questions
                 )
-            except TooShort as error:
+            except (TooShort, NoneLeft):
                 if questions == 1:
-                    raise ConfigError(f"{self.where}: {error.asked}", error.true, error.change) from None
+                    raise
                 questions = questions * 3 // 4

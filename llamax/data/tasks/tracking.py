@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 from llamax.data.tasks import haystack, words
 from llamax.data.tasks.haystack import NOISE, Needle
-from llamax.data.tasks.sample import Ask, Exam, Question
+from llamax.data.tasks.sample import Ask, Exam, Maker, Question
 
 
 class Wording(NamedTuple):
@@ -43,8 +43,8 @@ HELD_OUT = (
 
 
 @dataclass(frozen=True)
-class Tracking:
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"haystack": ("text", "noise")}
+class Tracking(Maker):
+    choices: ClassVar = {"haystack": ("text", "noise"), "name_kind": words.ONE_WORD, "value_kind": words.ONE_WORD}
 
     chains: int = 2
     hops: int = 2
@@ -54,10 +54,13 @@ class Tracking:
     seen: tuple[Wording, ...] = SEEN
     held_out: tuple[Wording, ...] = HELD_OUT
 
+    def flaw(self, split: str) -> tuple[str, str] | None:
+        return words.too_few(split, [(self.name_kind, self.chains * (self.hops + 1)), (self.value_kind, self.chains)])
+
     def __call__(self, ask: Ask) -> Exam:
         wording = ask.choose(self.seen, self.held_out)
         drawn = haystack.draw(ask, NOISE if self.haystack == "noise" else None)
-        supply = words.Supply(ask.rng, ask.tokens, ask.split, "".join(unit for unit, _ in drawn))
+        supply = words.Supply(ask.rng, ask.tokens, ask.split, words.around(wording, drawn))
         needles, questions = [], []
         for number in range(max(self.chains, ask.questions)):
             (value,), names = supply.draw(self.value_kind, 1), supply.draw(self.name_kind, self.hops + 1)

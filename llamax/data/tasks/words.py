@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import random
 import re
 import string
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from llamax.config import ConfigError
 from llamax.data.tasks.tokens import Tokens
@@ -31,6 +32,7 @@ from llamax.data.tasks.tokens import Tokens
 EVAL_EVERY = 4  # a quarter of all keys and values is for evaluation
 MAX_DRAWS = 1_000  # of one that has not been drawn yet
 _WORDS = re.compile(r"\w+")
+_FIELD = re.compile(r"\{\w+\}")  # of a template
 
 
 def split_of(spelling: str) -> str:
@@ -92,6 +94,12 @@ KINDS: dict[str, Callable[[random.Random, Sequence[str]], str]] = {
 }
 
 
+NAMES = tuple(kind for kind in KINDS if kind != "phrases")  # a phrase may be the beginning of another one
+ONE_WORD = tuple(kind for kind in NAMES if kind != "pairs")  # where nothing says where one ends
+OF_WORDS = {"short": (1,), "pairs": (2,), "words": (2,), "phrases": (1, 2, 3, 4)}  # of how many one is made
+OF_DIGITS = {"digits": 900, "five_digits": 90_000, "numbers": 9_000_000}
+
+
 def told(asked: str, key: str) -> str:
     """The beginning of a question up to its key's first word; nothing if the question ends there."""
     first = key.split(" ")[0]
@@ -108,8 +116,37 @@ def few(words: Sequence[str], n: int) -> tuple[str, ...]:
     return tuple(word for word in shuffled if split_of(word) == "train")[:n]
 
 
+def spellings(kind: str, n_words: int, split: str) -> float:
+    """About how many of a kind a split has, made of n_words (0: of all words, which are taken for endless)."""
+    share = 1 / EVAL_EVERY if split == "eval" else 1 - 1 / EVAL_EVERY
+    if kind not in OF_WORDS or not n_words:
+        return share * OF_DIGITS.get(kind, math.inf)
+    if kind == "short":
+        return n_words if split == "train" else 0  # see `few`
+    if n_words < max(OF_WORDS[kind]):
+        return 0
+    return share * sum(math.perm(n_words, k) for k in OF_WORDS[kind])
+
+
+def too_few(split: str, needed: Sequence[tuple[str, int]], n_words: int = 0) -> tuple[str, str] | None:
+    """A flaw (sample.Maker) if a split has less than twice as many as are needed of (kind, n), (kind, n), ..."""
+    for kind in dict(needed):
+        n, there = sum(n for other, n in needed if other == kind), spellings(kind, n_words, split)
+        if there < 2 * n:
+            of = f" of {n_words} words" if n_words else ""
+            true = f"needs {n} keys and values of the kind {kind!r}, and{of} there are about {there:.0f} for {split!r}"
+            raise_it = "Raise n_words, or take" if n_words and (kind, split) != ("short", "eval") else "Take"
+            return true, f'{raise_it} a kind with more, such as "uuids".'
+    return None
+
+
 class NoneLeft(ConfigError):
     """More keys and values than a kind has."""
+
+
+def around(wording: Iterable[str], units: Iterable[tuple[str, int]] = ()) -> str:
+    """What keys and values stand in: units of text, and what the wording's templates say beside them."""
+    return "\n".join(["".join(unit for unit, _ in units), *(_FIELD.sub("\n", template) for template in wording)])
 
 
 class Supply:
