@@ -427,6 +427,38 @@ def tiny(run: ConfigDict, model: Model) -> ConfigDict:
     return run
 
 
+def tiny_context(run: ConfigDict, model: Model) -> ConfigDict:
+    """The laptop size of a recipe that extends a context: from the 512 tokens a row of `tiny` to 1,024 and to 2,048."""
+    run = tiny(run, model)
+    run.train.steps = 0
+    run.data.multimodal_steps = 0.5
+    for name, weight in dict(python=0.13, docs=0.07, drawings=0.22, interleaved=0.05, clips=0.03).items():
+        run.data.sources[name].weight = weight
+    run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+    longer = {
+        n: dict(seq_len=n, tiles_per_row=tiles, sources=_beside(n, packages))
+        for n, tiles, packages in ((1024, 48, 0.2), (2048, 96, 0.4))
+    }
+    last = dict(optim=dict(peak_lr=2.5e-4), train=dict(remat="block"))
+    run.stages = dict(
+        to_1024=dict(tokens=100 * 4096, data=longer[1024]),
+        to_2048=dict(tokens=100 * 4096, data=longer[2048], **last),
+    )
+    plain = dict(key_kind="pairs", value_kind="pairs", wording="plain", n_words=64)
+    asked = dict(kind="needle", lengths=(512, 2048), depths=3, samples=4, options=dict(needle=plain))
+    run.evals.far = dict(path="data/built/docs_heldout.toml", every_steps=0, **asked)
+    read = dict(kind="position", lengths=(2048,), max_docs=16)
+    run.evals.position = dict(path="data/built/long_heldout.toml", every_steps=0, **read)
+    return run
+
+
+def _beside(length: int, packages: float) -> dict[str, Any]:
+    """What stands beside the pretraining's data: tasks of that length, and the files of a folder joined."""
+    tasks = dict(lookups=0.2, needles=0.1, pictures=0.05)
+    made = {name: dict(path=f"data/tasks/{name}_{length}.toml", weight=weight) for name, weight in tasks.items()}
+    return made | dict(packages=dict(path="data/built/packages.toml", weight=packages))
+
+
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The configuration of `"recipes/x.py"`, `"recipes/x.py:tiny"`, or the full size by one of the recipe's LAYOUTS,
     after `--config.a.b=value` overrides.

@@ -299,9 +299,8 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
     checkpoints, goodput, (file, steps, board, progress) = house.checkpoints, house.goodput, house.written
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
 
-    def newest_before(step: int) -> int | None:
-        of_this_part = (saved for saved in checkpoints.steps() if run.optim.begins <= saved < step)
-        return max(of_this_part, default=None)
+    def newest(before: int) -> int | None:
+        return newest_between(checkpoints.steps(), run.optim.begins, before)
 
     combine = processes.largest if run.data.lanes > 1 else None  # else each process has seen all
     left_out, patch_id = partial(pipeline.skipped, batches, run.data, combine), context.tokenizer.patch
@@ -310,10 +309,15 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
     every = (run.train.log_every_steps, run.checkpoint.every_steps, run.health.norms_every_steps)
     return Hooks(
         hooks.Log(run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, warn, every),
-        Health(run.health, every, newest_before, f"{checkpoints.folder}", warn),
+        Health(run.health, every, newest, f"{checkpoints.folder}", warn),
         hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
         hooks.Evaluate(run, context, house.ledger, file, board, logger.info, house.end),
     )
+
+
+def newest_between(saved: Sequence[int], first: int, before: int) -> int | None:
+    """Of saved steps the newest before a step, none that is of a stage before `first`'s."""
+    return max((step for step in saved if first <= step < before), default=None)
 
 
 def report(run: config.Run, workdir: Path, reports: dict[str, Report], finished: bool, goodput: Goodput) -> None:

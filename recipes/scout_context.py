@@ -124,42 +124,9 @@ def get_config(size: str = "full"):
 
 def tiny(run):
     """From the quickstart's rows of 512 tokens to 1,024 and to 2,048."""
-    run = lx.tiny(run, variants.scout_tiny())
+    run = lx.tiny_context(run, variants.scout_tiny())
     run.init.path = "runs/quickstart"
-    run.train.steps = 0
-    run.data.multimodal_steps = 0.5
-    for name, weight in dict(python=0.13, docs=0.07, drawings=0.22, interleaved=0.05, clips=0.03).items():
-        run.data.sources[name].weight = weight
-    run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
-    run.stages = dict(
-        to_1024=dict(tokens=100 * 4096, data=dict(seq_len=1024, tiles_per_row=48, sources=beside(1024, packages=0.2))),
-        to_2048=dict(
-            tokens=100 * 4096,
-            data=dict(seq_len=2048, tiles_per_row=96, sources=beside(2048, packages=0.4)),
-            optim=dict(peak_lr=2.5e-4),
-            train=dict(remat="block"),
-        ),
-    )
-    run.evals.far = dict(
-        kind="needle",
-        path="data/built/docs_heldout.toml",
-        lengths=(512, 2048),
-        depths=3,
-        samples=4,
-        options=dict(needle=PAIRS),
-        every_steps=0,
-    )
-    run.evals.position = dict(
-        kind="position", path="data/built/long_heldout.toml", lengths=(2048,), max_docs=16, every_steps=0
-    )
     return run
-
-
-def beside(length, packages):
-    """What stands beside the pretraining's data: tasks of that length, and the files of a folder joined."""
-    tasks = dict(lookups=0.2, needles=0.1, pictures=0.05)
-    made = {name: dict(path=f"data/tasks/{name}_{length}.toml", weight=weight) for name, weight in tasks.items()}
-    return made | dict(packages=dict(path="data/built/packages.toml", weight=packages))
 
 
 def small(run):

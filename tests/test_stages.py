@@ -19,7 +19,7 @@ from llamax.config import ConfigError
 from llamax.config_file import override
 from llamax.data import pipeline
 from llamax.observe import provenance
-from llamax.run import Result, make_ready
+from llamax.run import Result, newest_between
 from tests.runs import tiny_run
 from tests.test_run import lines, losses, same_bits, stop_at, train
 
@@ -74,6 +74,11 @@ def test_each_stage_reads_its_sources_in_an_order_of_its_own():
     assert (read[0] == next(iter(pipeline.build(run.data, run.model.vision, run.seed))).tokens).all()
     firsts = {tokens[0].tobytes() for tokens in read}
     assert len(firsts) == 3, "none begins with the documents that another began with"
+
+
+def test_no_roll_back_goes_into_the_stage_before():
+    assert newest_between([2, 4, 6], 4, 6) == 4, "its beginning is the end of the one before"
+    assert newest_between([2, 4, 6], 4, 4) is None and newest_between([2], 0, 9) == 2
 
 
 def test_a_number_in_a_name_counts_as_a_number():

@@ -12,6 +12,7 @@ sample follows from the state of its random generator.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import random
 import re
@@ -93,18 +94,19 @@ class Ask:
         return self.length - taken
 
 
-class Maker:
+class Maker(abc.ABC):
     """Makes a task's exams: a frozen dataclass with the task's parameters."""
 
     pictures: ClassVar[bool] = False  # whether its contexts have some
     choices: ClassVar[Mapping[str, Collection[str]]] = {}  # what a parameter that is a name can be
 
+    @abc.abstractmethod
     def __call__(self, ask: Ask) -> Exam:
-        raise NotImplementedError
+        """Questions on a context."""
 
+    @abc.abstractmethod
     def flaw(self, split: str) -> tuple[str, str] | None:
         """What its parameters ask for that there is not, though each is what it may be, and what to change."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
