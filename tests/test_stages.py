@@ -19,7 +19,7 @@ from llamax.config import ConfigError
 from llamax.config_file import override
 from llamax.data import pipeline
 from llamax.observe import provenance
-from llamax.run import Result, newest_between
+from llamax.run import Result, make_ready, newest_between
 from tests.runs import tiny_run
 from tests.test_run import lines, losses, same_bits, stop_at, train
 
