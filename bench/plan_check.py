@@ -70,7 +70,9 @@ def random_batch(step: compiled.Traced, vocabulary: int) -> Batch:
         "segment_ids": np.ones(shape),
         "positions": np.broadcast_to(np.arange(shape[1]), shape),
     }
-    empty = {name: np.zeros(x.shape) for name, x in step.batch._asdict().items()}
+    empty = {name: np.zeros(x.shape) for name, x in step.batch.of_tokens().items()} | {
+        "tiles": np.zeros(step.batch.tiles.shape)
+    }
     return Batch(
         **{
             name: jax.device_put(value.astype(getattr(step.batch, name).dtype), getattr(step.batch, name).sharding)

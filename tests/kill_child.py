@@ -99,7 +99,7 @@ def report(at: Callable[[str, int], None], batches: Path) -> None:
     def stepping(_: Any, state: Any, batch: Any) -> None:
         nonlocal taken
         taken += 1
-        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in batch)).hexdigest()
+        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(batch))).hexdigest()
         with batches.open("a") as file:
             file.write(f"{taken} {digest}\n")
         at("step", taken)

@@ -96,7 +96,7 @@ def train(asked: argparse.Namespace) -> int:
 def rows_of(step: int, batch: Any) -> list[dict[str, Any]]:
     """A hash of every row, tiles too, that is on a device of this process."""
     shards: dict[int, dict[str, bytes]] = {}
-    for name, field in zip(batch._fields, batch, strict=True):
+    for name, field in (batch.of_tokens() | {"tiles": batch.tiles}).items():
         for shard in field.addressable_shards:  # copies of a row overwrite each other
             for row, values in zip(range(*shard.index[0].indices(field.shape[0])), np.asarray(shard.data), strict=True):
                 shards.setdefault(row, {})[name] = values.tobytes()

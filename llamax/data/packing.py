@@ -217,8 +217,9 @@ def collate(rows: Sequence[tuple[Window, int]], n_rows: int, seq_len: int, tiles
     """Rows (window, number in it) to a Batch of `n_rows`, padded with empty rows. `tiles` is (slots a row, pixels)."""
     batch = _blank(n_rows, seq_len, (n_rows, tiles[0], tiles[1], tiles[1], 3))
     for b, (window, r) in enumerate(rows):
-        for mine, theirs in zip(batch[:-1], window.rows[:-1], strict=True):
-            mine[b] = theirs[r]
+        theirs = window.rows.of_tokens()
+        for name, mine in batch.of_tokens().items():
+            mine[b] = theirs[name][r]
         first = int(window.tile_counts[:r].sum())
         n = int(window.tile_counts[r])
         if n:

@@ -6,7 +6,7 @@ mesh of one device each steps aside and leaves the plain function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llamax.batch import Batch
+from llamax.batch import COMPARING, Batch
 from llamax.parallel import rules
 from llamax.stripes import Stripes
 
@@ -205,11 +205,12 @@ def _scattered(resting: NamedSharding, summed: NamedSharding, _: None, dcopy: ja
 _standing_for.defvjp(lambda resting, summed, x, copy: (copy, None), _scattered)
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
-    """Where a batch lives: rows over rules.ROWS, tokens over context, pictures with their row."""
+def batch_shardings(mesh: Mesh, lacking: Collection[str] = COMPARING) -> Batch:
+    """Where a batch lives: rows over rules.ROWS, tokens over context, pictures with their row. `lacking`: what it has
+    not got."""
     text = NamedSharding(mesh, rules.spec(("rows", "tokens"), rules.ACTIVATIONS))
     tiles = NamedSharding(mesh, rules.spec(("rows", None, None, None, None), rules.ACTIVATIONS))
-    return Batch(**{field: text for field in Batch._fields if field != "tiles"}, tiles=tiles)
+    return Batch(**dict.fromkeys(Batch._fields, text) | dict.fromkeys(lacking) | dict(tiles=tiles))
 
 
 def rows_here(mesh: Mesh, n_rows: int) -> tuple[int, ...]:
@@ -247,9 +248,9 @@ def put_batch(batch: Batch, mesh: Mesh, n_rows: int | None = None, stripes: Stri
 
     if stripes.n > 1:
         places = stripes.places(batch.tokens.shape[1])
-        batch = batch._replace(**{name: x[:, places] for name, x in batch._asdict().items() if name != "tiles"})
+        batch = batch._replace(**{name: x[:, places] for name, x in batch.of_tokens().items()})
     with jax.transfer_guard_host_to_device("allow"):  # it counts this way of putting, by name, as none by name
-        return jax.tree.map(put, batch_shardings(mesh), batch)
+        return jax.tree.map(put, batch_shardings(mesh, batch.lacking()), batch)
 
 
 def put_whole_batch(batch: Batch, mesh: Mesh, stripes: Stripes = WHOLE) -> Batch:

@@ -162,10 +162,12 @@ def abstract_batch(run: config.Run, tiles_per_row: int, shardings: Batch) -> Bat
     vision = run.model.vision
     side = vision.tile_px if vision else 0
     text = (run.data.rows, run.data.seq_len)
-    shapes = {name: text for name in Batch._fields} | {"tiles": (text[0], tiles_per_row, side, side, 3)}
-    kinds = {name: np.int32 for name in Batch._fields} | {"loss_weights": np.float32, "tiles": np.uint8}
+    tiles = (text[0], tiles_per_row, side, side, 3)
+    floats = dict.fromkeys(("loss_weights", "ref_logp", "margins"), np.float32)
+    dtypes = dict.fromkeys(Batch._fields, np.int32) | floats | {"tiles": np.uint8}
     structs = {
-        name: jax.ShapeDtypeStruct(shape, kinds[name], sharding=getattr(shardings, name))
-        for name, shape in shapes.items()
+        name: jax.ShapeDtypeStruct(tiles if name == "tiles" else text, dtypes[name], sharding=sharding)
+        for name, sharding in shardings._asdict().items()
+        if sharding is not None
     }
     return Batch(**structs)

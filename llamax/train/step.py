@@ -111,7 +111,7 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
 def in_row_order(scored: Score, batch: Batch, row_order: Callable[..., Array]) -> tuple[Score, Batch]:
     """The routing and the batch with tokens as they stand in their rows."""
     routing = scored.routing and jax.tree.map(lambda x: row_order(x, 2), scored.routing)
-    ordered = {name: row_order(x) for name, x in batch._asdict().items() if name != "tiles"}
+    ordered = {name: row_order(x) for name, x in batch.of_tokens().items()}
     return scored._replace(routing=routing), batch._replace(**ordered)
 
 

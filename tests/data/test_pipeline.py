@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from llamax.batch import Batch
 from llamax.config import ConfigError, Data, Source, Vision
 from llamax.data import pipeline
 from llamax.data.encode import Encoder
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_stream_and_another_seed_another(config):
 
 def test_batches_have_fixed_shapes_and_steps_alternate(config):
     for step, batch in enumerate(take(iter(build(config, VISION, 0)), 6)):
-        assert all(x.shape == (4, 128) for x in batch[:-1])
+        assert all(x.shape == (4, 128) for x in batch.of_tokens().values())
         assert batch.tiles.shape == (4, 16 if step % 2 else 0, 28, 28, 3) and batch.tiles.dtype == np.uint8
         assert [x.dtype for x in batch[:3]] == [np.int32, np.int32, np.float32]
 
@@ -164,7 +164,7 @@ def share(process, processes):
 
 def joined(iterators):
     """The batch of several processes."""
-    return Batch(*(np.concatenate(parts) for parts in zip(*(next(it) for it in iterators), strict=True)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *(next(it) for it in iterators))
 
 
 @pytest.mark.parametrize("lanes", (1, 2, 4))
@@ -185,7 +185,7 @@ def test_any_number_of_processes_reads_the_same_stream_and_goes_on_with_it(confi
     apart = iter(build(config, VISION, 11, (0, 3)))  # rows that do not stand together
     apart.set_state(state)
     following = take(whole, 6)
-    same(take(apart, 6), [Batch(*(x[[0, 3]] for x in batch)) for batch in following])
+    same(take(apart, 6), [jax.tree.map(lambda x: x[[0, 3]], batch) for batch in following])
     for start, (before, now) in {0: (2, 4), 3: (4, 2)}.items():
         saved = merge([it.get_state() for it in parts[before]])
         for it in parts[now]:

@@ -40,7 +40,7 @@ def text(tokens_BT, positions_BT, segments_BT) -> Batch:
 
 def span(batch: Batch, first: int, last: int) -> Batch:
     """Some columns of a batch of text."""
-    return Batch(*(x[:, first:last] for x in batch[:-1]), batch.tiles[:, :0])
+    return Batch(**{name: x[:, first:last] for name, x in batch.of_tokens().items()}, tiles=batch.tiles[:, :0])
 
 
 def rows(first_position: int = 0) -> Batch:

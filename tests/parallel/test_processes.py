@@ -301,8 +301,8 @@ tiles = np.arange(96, dtype=np.uint8).reshape(8, 1, 2, 2, 3)
 whole = Batch(*[text + i for i in range(6)], tiles=tiles)
 mine = slice(4 * rank, 4 * rank + 4)
 assert rows_here(mesh, 8) == tuple(range(4 * rank, 4 * rank + 4))
-batch = put_batch(Batch(*(x[mine] for x in whole)), mesh, 8)
-for placed, back, want in zip(batch, fetch(batch), whole):
+batch = put_batch(jax.tree.map(lambda x: x[mine], whole), mesh, 8)
+for placed, back, want in zip(*map(jax.tree.leaves, (batch, fetch(batch), whole))):
     assert placed.shape == want.shape, (placed.shape, want.shape)
     assert all(s.data.shape[0] == 2 for s in placed.addressable_shards)
     np.testing.assert_array_equal(back, want)
@@ -312,7 +312,7 @@ assert rows_here(apart, 8) == ((0, 1, 4, 5), (2, 3, 6, 7))[rank]
 for mesh in (across, apart, make_mesh({"tensor": 2, "data": 2}), make_mesh({"tensor": 4}), make_mesh({"context": 4})):
     here = rows_here(mesh, 8)
     assert len(here) == (8 if mesh.shape["tensor"] == 4 or mesh.shape["context"] == 4 else 4), (mesh, here)
-    share = Batch(*(x[list(here)] for x in whole))
+    share = jax.tree.map(lambda x: x[list(here)], whole)
     for batch in (put_batch(share, mesh, 8), put_whole_batch(whole, mesh)):
         for back, want in zip(fetch(batch), whole):
             np.testing.assert_array_equal(back, want)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ def batch() -> Batch:
     whole = first_with_pictures()
     used = np.ones(whole.tokens.shape, bool)
     used[-1], used[-2, SHORT:] = False, False
-    texts = {name: np.where(used, x, 0) for name, x in whole._asdict().items() if name != "tiles"}
+    texts = {name: np.where(used, x, 0) for name, x in whole.of_tokens().items()}
     tiles = whole.tiles.copy()
     patch = Tokenizer(RUN.data.tokenizer).patch
     for row in (-1, -2):
@@ -39,21 +40,19 @@ def batch() -> Batch:
 
 def padded() -> Batch:
     """Eight more rows of nothing, and tile slots that nobody uses."""
-    blank = [np.zeros_like(x) for x in batch()]
-    return Batch(*(np.concatenate([x, y]) for x, y in zip(batch(), blank, strict=True)))
+    return jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch())
 
 
 def unpacked() -> Batch:
     """Every document in a row of its own, with its own pictures; as many rows as `padded` has."""
     whole, patch, per_tile = batch(), Tokenizer(RUN.data.tokenizer).patch, RUN.model.vision.tokens_per_tile
-    out = [np.zeros((2 * len(x), *x.shape[1:]), x.dtype) for x in whole]
-    made, row = Batch(*out), 0
+    made, row = jax.tree.map(lambda x: np.zeros((2 * len(x), *x.shape[1:]), x.dtype), whole), 0
     for r in range(len(whole.tokens)):
         first = 0  # tile of this row
         for segment in range(1, whole.segment_ids[r].max() + 1):
             where = whole.segment_ids[r] == segment
-            for mine, theirs in zip(made[:-1], whole[:-1], strict=True):
-                mine[row, : where.sum()] = theirs[r, where]
+            for name, theirs in whole.of_tokens().items():
+                getattr(made, name)[row, : where.sum()] = theirs[r, where]
             made.segment_ids[row, : where.sum()] = 1
             n = int((whole.tokens[r, where] == patch).sum()) // per_tile
             made.tiles[row, :n] = whole.tiles[r, first : first + n]
@@ -64,7 +63,7 @@ def unpacked() -> Batch:
 
 def reordered() -> Batch:
     order = np.random.default_rng(0).permutation(len(batch().tokens))
-    return Batch(*(x[order] for x in batch()))
+    return jax.tree.map(lambda x: x[order], batch())
 
 
 @functools.cache

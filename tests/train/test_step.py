@@ -39,7 +39,8 @@ NOTHING_RECENT = jnp.full((2, RUN.health.spike_window), jnp.inf, jnp.float32)
 def four_rows() -> Batch:
     """Rows with very different numbers of counted tokens; the last has next to none."""
     two = twins.batch()
-    four = Batch(*(np.concatenate([x, x[:, ::-1] if name == "tokens" else x]) for name, x in two._asdict().items()))
+    four = jax.tree.map(lambda x: np.concatenate([x, x]), two)
+    four = four._replace(tokens=np.concatenate([two.tokens, two.tokens[:, ::-1]]))
     share = np.array([1.0, 0.2, 0.5, 0.05])[:, None]
     counted = np.random.default_rng(0).uniform(size=four.tokens.shape) < share
     return four._replace(loss_weights=(four.loss_weights * counted).astype(np.float32))
