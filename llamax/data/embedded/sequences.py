@@ -92,6 +92,14 @@ def clip(rng: random.Random, side: int) -> dict:
     return record(["A clip:", *_drawn_alike(rng, frames, side), f" {' '.join(rng.sample(asked, len(asked)))}"])
 
 
+def moving(rng: random.Random, direction: str, colours: list[str], side: int) -> tuple[list[bytes], str]:
+    """(frames of a shape that crosses the picture, as many as there are colours; its kind), none of them held out."""
+    while True:
+        frames = _crossing(rng, direction, colours)
+        if not any(frame.key in scene.HELD_OUT for frame in frames):
+            return _drawn_alike(rng, frames, side), frames[0].shape
+
+
 def _crossing(rng: random.Random, direction: str, colours: list[str]) -> list[scene.Shape]:
     """A shape from one edge to the other, in as many steps as there are colours."""
     size, kind = rng.choice(list(scene.SIZES)), rng.choice(scene.SHAPES)
