@@ -41,9 +41,10 @@ CHOOSE_BY = ("logits", "scores")
 GATE_ON = ("input", "output")
 VISION_ENCODERS = ("vit", "linear")
 BIAS_UPDATES = ("sign", "proportional")
+REFERENCES = ("none", "live", "cache")
 ON_NONFINITE = ("skip", "roll_back")
 ON_SPIKE = ("warn", "skip", "roll_back")
-EVAL_KINDS = ("perplexity", "drawings", "needle", "ruler", "position", "answer")  # the keys of llamax.evals.EVALS
+EVAL_KINDS = ("perplexity", "drawings", "needle", "ruler", "position", "answer", "preference", "instructions")  # the keys of llamax.evals.EVALS
 TEMPLATES = ("seen", "held_out")
 
 
@@ -147,6 +148,7 @@ class Model:
     ssmax_len: int = 8192  # ssmax only: tokens seen where its factor, which is learnt, begins as 1
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
+    reward_head: bool = False  # a score beside the next token: a reward model
     init_std: float = 0.02
     rope: Rope = field(default_factory=Rope)
     vision: Vision | None = None
@@ -271,6 +273,18 @@ class Losses:
     router_balance: float = 1e-2  # Switch balance, a statistic of the micro-batch
     router_balance_seq: float = 0.0  # the same of every document; exact under any split of the batch
     router_z: float = 1e-3
+    preference: float = 0.0  # of comparisons: what `preference` says
+    reward: float = 0.0  # of comparisons: Bradley-Terry on the scores of model.reward_head
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model that answers are measured against, which does not change."""
+
+    source: str = "none"  # none | live (its weights are held beside) | cache (its log-probabilities are kept on disk)
+    path: str = ""  # a model, as of init; "": the one that init names
+    step: int = 0  # of a run; 0: its newest sound checkpoint
+    cache: str = ""  # cache only: the folder; "": `reference` in the workdir
 
 
 @dataclass(frozen=True)
@@ -326,6 +340,7 @@ class Eval:
     threshold: float = 0.856  # ruler: a length counts as effective above it; in the paper, Llama 2 7B at 4k tokens
     buckets: int = 8  # position: equal parts of a document
     seed: int = 0  # of the samples
+    patience: int = 3  # a figure that should not fall and does, at so many evaluations in a row, is warned of
     cache_gb: float = 4.0  # what keys and values of the rows worked on together may take, in 10^9 bytes
 
 
@@ -373,6 +388,7 @@ class Run:
     mesh: Mesh = field(default_factory=Mesh)
     optim: Optim = field(default_factory=Optim)
     losses: Losses = field(default_factory=Losses)
+    reference: Reference = field(default_factory=Reference)
     router_bias: RouterBias = field(default_factory=RouterBias)
     health: Health = field(default_factory=Health)
     train: Train = field(default_factory=Train)
@@ -399,64 +415,6 @@ def to_config(run: Run) -> ConfigDict:
     for names_of_its_own in (cfg.data.sources, cfg.evals, cfg.stages):
         names_of_its_own.unlock()
     return cfg
-
-
-def tiny(run: ConfigDict, model: Model) -> ConfigDict:
-    """The laptop size of a pretraining recipe: `model`, the data that `llamax data build` makes, minutes on 2 cores."""
-    built = "data/built/{}.toml".format
-    run.model = to_dict(model)
-    run.data.update(seq_len=512, batch_tokens=8 * 512, multimodal_steps=0.68, tiles_per_row=24, window_docs=64)
-    run.data.sources = {
-        "python": {"path": built("python"), "weight": 0.28},
-        "docs": {"path": built("docs"), "weight": 0.14},
-        "drawings": {"path": built("drawings"), "weight": 0.48},
-        "interleaved": {"path": built("interleaved"), "weight": 0.06},
-        "clips": {"path": built("clips"), "weight": 0.04},
-    }
-    run.mesh = {"data": -1}
-    run.optim.update(peak_lr=2e-3, schedule="wsd", warmup_steps=40, decay_steps=250, end_lr_ratio=0.05)
-    run.optim.vision_lr_ratio = 0.25  # at the full rate the decoder never comes to look at the pictures
-    run.train.update(steps=700, accumulate=1, compute_dtype="float32", remat="none")
-    run.evals = {
-        "text": {"path": built("text_heldout"), "every_steps": 0, "max_docs": 64},
-        "python": {"path": built("python_heldout"), "every_steps": 0, "max_docs": 64},
-        "docs": {"path": built("docs_heldout"), "every_steps": 0, "max_docs": 64},
-        "drawings": {"kind": "drawings", "path": built("drawings_heldout"), "every_steps": 0, "max_docs": 720},
-    }
-    run.checkpoint.update(every_steps=200, keep=2)
-    return run
-
-
-def tiny_context(run: ConfigDict, model: Model) -> ConfigDict:
-    """The laptop size of a recipe that extends a context: from the 512 tokens a row of `tiny` to 1,024 and to 2,048."""
-    run = tiny(run, model)
-    run.train.steps = 0
-    run.data.multimodal_steps = 0.5
-    for name, weight in dict(python=0.13, docs=0.07, drawings=0.22, interleaved=0.05, clips=0.03).items():
-        run.data.sources[name].weight = weight
-    run.optim.update(peak_lr=5e-4, schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
-    longer = {
-        n: dict(seq_len=n, tiles_per_row=tiles, sources=_beside(n, packages))
-        for n, tiles, packages in ((1024, 48, 0.2), (2048, 96, 0.4))
-    }
-    last = dict(optim=dict(peak_lr=2.5e-4), train=dict(remat="block"))
-    run.stages = dict(
-        to_1024=dict(tokens=100 * 4096, data=longer[1024]),
-        to_2048=dict(tokens=100 * 4096, data=longer[2048], **last),
-    )
-    plain = dict(key_kind="pairs", value_kind="pairs", wording="plain", n_words=64)
-    asked = dict(kind="needle", lengths=(512, 2048), depths=3, samples=4, options=dict(needle=plain))
-    run.evals.far = dict(path="data/built/docs_heldout.toml", every_steps=0, **asked)
-    read = dict(kind="position", lengths=(2048,), max_docs=16)
-    run.evals.position = dict(path="data/built/long_heldout.toml", every_steps=0, **read)
-    return run
-
-
-def _beside(length: int, packages: float) -> dict[str, Any]:
-    """What stands beside the pretraining's data: tasks of that length, and the files of a folder joined."""
-    tasks = dict(lookups=0.2, needles=0.1, pictures=0.05)
-    made = {name: dict(path=f"data/tasks/{name}_{length}.toml", weight=weight) for name, weight in tasks.items()}
-    return made | dict(packages=dict(path="data/built/packages.toml", weight=packages))
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:

@@ -311,7 +311,7 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
         hooks.Log(run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, warn, every),
         Health(run.health, every, newest, f"{checkpoints.folder}", warn),
         hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
-        hooks.Evaluate(run, context, house.ledger, file, board, logger.info, house.end),
+        hooks.Evaluate(run, context, house.ledger, file, board, logger.info, warn, house.end),
     )
 
 

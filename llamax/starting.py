@@ -29,7 +29,7 @@ from llamax.train.state import COUNTS, State
 
 logger = logging.getLogger("llamax")
 
-NO_FUNCTION = ("init_std", "ssmax_len")  # fields of a model that say nothing of what trained weights compute
+NO_FUNCTION = ("init_std", "ssmax_len", "reward_head")  # fields of a model that do not say what its tokens are like
 # Fields that say where tokens stand: the same weights can be read with others, and are then another function.
 POSITIONS = ("rope.*", "chunk_len", "attn_*")
 SHOWN = 4  # differing fields that an error names
@@ -50,6 +50,21 @@ def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
 
     def check() -> None:
         check_same_function(found.said.model, run)
+        check_same_tokens(run, loading.tokenizer_of(found.said), tokenizer)
+
+    processes.together(check)
+    return found
+
+
+def find_reference(run: config.Run, tokenizer: Tokenizer) -> Found | None:
+    """The model that a live reference is of; None where the run has none. ConfigError as in `find`."""
+    if run.reference.source != "live":
+        return None
+    path, step = (run.reference.path, run.reference.step) if run.reference.path else (run.init.path, run.init.step)
+    found = loading.find(config.resolve_path(path), step or None)
+
+    def check() -> None:
+        check_same_shapes(found.said.model, run, path)
         check_same_tokens(run, loading.tokenizer_of(found.said), tokenizer)
 
     processes.together(check)

@@ -17,7 +17,7 @@ Expected of :tiny: as of Scout's, at the same cost a step.
 """
 
 from llamax import config as lx
-from llamax import variants
+from llamax import laptop, variants
 
 LAYOUTS = dict(
     v5p_2048=dict(mesh=dict(fsdp=128, expert=8, tensor=2), train=dict(accumulate=2, remat="block")),  # 8x16x16
@@ -28,7 +28,7 @@ LAYOUTS = dict(
 def get_config(size: str = "full"):
     run = lx.recipe(name="behemoth_pretrain", model=variants.behemoth(), seed=17)
     if size == "tiny":
-        return lx.tiny(run, variants.behemoth_tiny())
+        return laptop.pretrain(run, variants.behemoth_tiny())
 
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 8192

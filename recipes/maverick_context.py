@@ -23,7 +23,7 @@ Expected of :tiny: as of Scout's, from rows of 512 tokens to 2,048.
 """
 
 from llamax import config as lx
-from llamax import variants
+from llamax import laptop, variants
 
 K = 1024
 
@@ -89,6 +89,6 @@ def get_config(size: str = "full"):
 
 def tiny(run):
     """From the pretraining's rows of 512 tokens to 1,024 and to 2,048."""
-    run = lx.tiny_context(run, variants.maverick_tiny())
+    run = laptop.context(run, variants.maverick_tiny())
     run.init.path = "runs/maverick"
     return run

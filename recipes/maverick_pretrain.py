@@ -17,7 +17,7 @@ Expected of :tiny: as of Scout's, at about the same cost a step.
 """
 
 from llamax import config as lx
-from llamax import variants
+from llamax import laptop, variants
 
 LAYOUTS = dict(
     v5p_512=dict(mesh=dict(fsdp=64, expert=8), train=dict(remat="block")),  # a slice of 8x8x8; 16 experts a device
@@ -28,7 +28,7 @@ LAYOUTS = dict(
 def get_config(size: str = "full"):
     run = lx.recipe(name="maverick_pretrain", model=variants.maverick(), seed=17)
     if size == "tiny":
-        return lx.tiny(run, variants.maverick_tiny())
+        return laptop.pretrain(run, variants.maverick_tiny())
 
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 8192

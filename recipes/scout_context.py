@@ -29,7 +29,7 @@ cores: a model of 256 tokens a row, and its context extended to 2,048.
 """
 
 from llamax import config as lx
-from llamax import variants
+from llamax import laptop, variants
 
 K = 1024
 SIZES = ("small", "small_short")
@@ -124,7 +124,7 @@ def get_config(size: str = "full"):
 
 def tiny(run):
     """From the quickstart's rows of 512 tokens to 1,024 and to 2,048."""
-    run = lx.tiny_context(run, variants.scout_tiny())
+    run = laptop.context(run, variants.scout_tiny())
     run.init.path = "runs/quickstart"
     return run
 
@@ -176,7 +176,7 @@ def small_short(run):
 
 def _small(run, batch_tokens):
     """What the laptop's two runs share."""
-    run = lx.tiny(run, variants.scout_context_tiny())
+    run = laptop.pretrain(run, variants.scout_context_tiny())
     run.train.steps = 0
     run.data.batch_tokens = batch_tokens
     run.data.multimodal_steps = 0.0

@@ -16,7 +16,7 @@ quickstart that it starts from.
 """
 
 from llamax import config as lx
-from llamax import variants
+from llamax import laptop, variants
 
 TOKENS = 200_000_000_000
 LAYOUTS = dict(v5p_256=dict(mesh=dict(fsdp=64, expert=4), train=dict(remat="block")))  # a slice of 8x8x4
@@ -49,7 +49,7 @@ def get_config(size: str = "full"):
 
 
 def tiny(run):
-    run = lx.tiny(run, variants.scout_tiny())
+    run = laptop.pretrain(run, variants.scout_tiny())
     run.init.path = "runs/quickstart"
     run.train.steps = 200
     anneal(run, peak_lr=1e-3, warmup_steps=10)

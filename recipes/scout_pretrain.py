@@ -17,7 +17,7 @@ drawings that it has never seen; `make quickstart` prints the table.
 """
 
 from llamax import config as lx
-from llamax import variants
+from llamax import laptop, variants
 
 TEXT = dict(multimodal_steps=0.0, sources=dict(captions=dict(weight=0.0)))
 LONG = dict(seq_len=262_144, batch_tokens=32 * 262_144, lanes=32, **TEXT)
@@ -33,7 +33,7 @@ LAYOUTS = dict(
 def get_config(size: str = "full"):
     run = lx.recipe(name="scout_pretrain", model=variants.scout(), seed=17)
     if size == "tiny":
-        return lx.tiny(run, variants.scout_tiny())
+        return laptop.pretrain(run, variants.scout_tiny())
 
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 8192

@@ -140,10 +140,10 @@ def followed(run: config.Run, refused: ConfigError) -> bool:
 
 def test_a_recipes_stages_can_be_set_on_the_command_line(tmp_path):
     (tmp_path / "r.py").write_text(
-        "from llamax import config as lx, variants\n"
+        "from llamax import config as lx, laptop, variants\n"
         "LAYOUTS = dict(v5p_8=dict(stages=dict(long=dict(mesh=dict(context=8)))))\n"
         "def get_config(size='full'):\n"
-        "    run = lx.tiny(lx.recipe('r', variants.scout_tiny()), variants.scout_tiny())\n"
+        "    run = laptop.pretrain(lx.recipe('r', variants.scout_tiny()), variants.scout_tiny())\n"
         "    run.train.steps, run.data.seq_len = 0, 512\n"
         "    run.stages = dict(long=dict(tokens=8192, data=dict(seq_len=1024), "
         "optim=dict(warmup_steps=0, decay_steps=1)))\n"

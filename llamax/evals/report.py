@@ -31,6 +31,7 @@ class Context(NamedTuple):
     row_multiple: int  # the rows of a batch divide by it
     params: Any = None
     router_bias: Any = None
+    reference: Any = None  # (params, router_bias) that answers are measured against
     check_stop: Callable[[], None] = lambda: None  # raises if the run is to stop: called between batches
     track: Callable[[Sequence, str], Iterable] = untracked  # of batches, and what they are of: shows how far it is
 
@@ -45,6 +46,7 @@ class Report:
     pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)
     plots: dict[str, np.ndarray] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    rises: tuple[str, ...] = ()  # scalars that should not fall from one evaluation to the next
 
 
 def left_out_of(n: int, total: int) -> str:

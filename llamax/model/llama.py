@@ -33,6 +33,8 @@ class Llama(nnx.Module):
         if not model.tied_embeddings:
             sizes = dict(fan_in=model.dim, fan_out=model.vocab_size)
             self.head = matrix(rngs, (model.dim, model.vocab_size), ("embed", "vocab"), **sizes)
+        if model.reward_head:
+            self.reward = matrix(rngs, (model.dim, 1), ("embed", None), fan_in=model.dim, fan_out=1)
         if model.vision and model.vision.encoder == "linear":
             self.vision = LinearPatches(model.vision, model.dim, std=model.init_std, rngs=rngs)
         elif model.vision:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
@@ -19,12 +20,13 @@ class Score(NamedTuple):
     energy: Float[Array, "L B"]  # float32; see stack.Trace
     routing: Routing | None
     vision_energy: Float[Array, "Lv B"] | None
+    reward: Float[Array, "B T"] | None = None  # float32: of what stands up to each position, if the model has the head
 
 
 def score(model: Llama, batch: Batch) -> Score:
     """log p(targets[b, t] | what stands before and at t). The logits of a vocabulary never exist as a whole."""
     hidden_BTD, trace = model(batch)
-    return Score(*of_targets(model, hidden_BTD, batch.targets), *trace)
+    return Score(*of_targets(model, hidden_BTD, batch.targets), *trace, reward=of_places(model, hidden_BTD))
 
 
 def score_after(model: Llama, batch: Batch, cache: Cache) -> tuple[Float[Array, "B T"], Float[Array, "B T D"], Cache]:
@@ -33,6 +35,14 @@ def score_after(model: Llama, batch: Batch, cache: Cache) -> tuple[Float[Array, 
     hidden_BTD, cache = model.extend(batch, cache)
     logp_BT, _ = of_targets(model, hidden_BTD, batch.targets)
     return logp_BT, hidden_BTD, cache
+
+
+def of_places(model: Llama, hidden_BTD: Array) -> Array | None:
+    """The scores of a reward model."""
+    if not model.model.reward_head:
+        return None
+    # A sum of products, not a matmul: TPUs and GPUs would round its terms.
+    return jnp.sum(hidden_BTD.astype(jnp.float32) * model.reward[...][:, 0], axis=-1)
 
 
 def of_targets(model: Llama, hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:

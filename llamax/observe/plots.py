@@ -41,6 +41,30 @@ def curves(
     return _drawn(figure, axes, title, x_title, y_title)
 
 
+def scatter(
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str, x_title: str = "", y_title: str = ""
+) -> np.ndarray:
+    """Points (x, y) by name."""
+    figure, axes = _blank(6.4, 3.6)
+    for name, (x, y) in points.items():
+        axes.scatter(x, y, s=8, alpha=0.5, label=name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return _drawn(figure, axes, title, x_title, y_title)
+
+
+def histogram(
+    values: Mapping[str, np.ndarray], *, title: str, x_title: str = "", y_title: str = "", bins: int = 40
+) -> np.ndarray:
+    """How often values occur, in bins that all names share."""
+    figure, axes = _blank(6.4, 3.6)
+    axes.hist(list(values.values()), bins=bins, label=list(values), histtype="stepfilled", alpha=0.6)
+    if len(values) > 1:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    return _drawn(figure, axes, title, x_title, y_title)
+
+
 def png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")

@@ -55,16 +55,22 @@ class Health:
         """At the steps up to `step`."""
         signs, self.signs = jax.device_get(self.signs), []
         numbered = list(enumerate(signs, start=step - len(signs) + 1))
-        for number, sign in numbered:
-            if sign.finite and sign.spike:
-                done = "its update was left out" if self.cfg.on_spike != "warn" else "it was applied (health.on_spike)"
-                self.warn(f"loss spike at step {number}: {sign.loss:.4f}; {done}")
+        self.tell([(number, float(sign.loss)) for number, sign in numbered if sign.finite and sign.spike])
         first_bad = next((number for number, sign in numbered if self.goes_back(sign)), None)
         if first_bad is not None:
             self.roll_back(first_bad, step)
         last, worst = max(numbered, key=lambda item: item[1].bad_in_row, default=(step, None))
         if worst is not None and worst.bad_in_row >= self.cfg.max_bad_steps:
             self.diverged(int(worst.bad_in_row), last)
+
+    def tell(self, spikes: Sequence[tuple[int, float]]) -> None:
+        """Of the spikes since the last look, in one line: a mixture that changes from step to step may have many."""
+        if not spikes:
+            return
+        number, loss = max(spikes, key=lambda spike: spike[1])
+        done = "left out" if self.cfg.on_spike != "warn" else "applied (health.on_spike)"
+        more = f" (and {len(spikes) - 1} smaller ones since step {spikes[0][0]})" if len(spikes) > 1 else ""
+        self.warn(f"loss spike at step {number}: {loss:.4f}{more}; {done}")
 
     def goes_back(self, sign: Sign) -> bool:
         on_spike, on_nonfinite = self.cfg.on_spike == "roll_back", self.cfg.on_nonfinite == "roll_back"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +188,7 @@ class Evaluate:
     file: MetricsFile
     board: TensorBoard
     say: Callable[[str], None]
+    warn: Callable[[str], None]
     end: int  # the last step of the run, whose stages may end before
     reports: dict[str, Report] = field(default_factory=dict)  # the newest of each
 
@@ -234,12 +236,22 @@ class Evaluate:
             return
         values = {f"eval/{name}/{key}": value for key, value in report.scalars.items()}
         self.file.write(step, values)
+        for key in report.rises:
+            self.look_back(f"eval/{name}/{key}", cfg.patience)
         self.board.scalars(values, step)
         if report.pictures:
             images, captions = zip(*report.pictures, strict=True)
             self.board.pictures(f"eval/{name}", [np.asarray(i) for i in images], captions, step)
         for plot, image in report.plots.items():
             self.board.picture(f"eval/{name}/{plot}", image, step)
+
+    def look_back(self, key: str, patience: int) -> None:
+        """Warns of a figure that fell at each of the last `patience` evaluations."""
+        lines = (line for line in self.file.backwards() if line.get(key) is not None)
+        newest = [line[key] for line in itertools.islice(lines, patience + 1)]
+        if len(newest) > patience and all(now < before for now, before in itertools.pairwise(newest)):
+            values = ", ".join(f"{value:.4f}" for value in reversed(newest))
+            self.warn(f"{key} fell at {patience} evaluations in a row: {values}")
 
 
 def table(reports: Mapping[str, Report]) -> list[tuple[str, str, str, str]]:

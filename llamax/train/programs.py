@@ -61,7 +61,7 @@ class Programs:
 def build(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, State]:
     """The jitted step(state, batch) -> (state, Metrics), and the state's shapes, dtypes and places. Nothing is
     allocated: the mesh may be of devices that are not here."""
-    shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
+    shapes = state_shapes(run, bones, tx)
     shardings = places_of(bones, shapes, mesh, run.mesh.rules)
     check_memories(run, mesh)
     step = jax.jit(
@@ -86,8 +86,17 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
 
 def state_shardings(bones: Skeleton, tx: optax.GradientTransformation, run: config.Run, mesh: Mesh) -> State:
     """`places_of` the state of a run."""
+    return places_of(bones, state_shapes(run, bones, tx), mesh, run.mesh.rules)
+
+
+def state_shapes(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation) -> State:
+    """With a live reference's, if the run has one: its arrays are of the dtypes that the step computes with."""
     shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
-    return places_of(bones, shapes, mesh, run.mesh.rules)
+    if run.reference.source != "live":
+        return shapes
+    dtypes = computed_dtypes(run, bones)
+    params = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), shapes.params, dtypes)
+    return shapes._replace(reference=(params, shapes.router_bias))
 
 
 def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") -> State:
@@ -105,6 +114,8 @@ def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") 
         return jax.tree.structure(tree) == structure
 
     opt = jax.tree.map(lambda tree: params if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
+    if shapes.reference is not None:  # where it is computed with
+        whole = whole._replace(reference=(rules.shardings(bones.axes, shapes.params, mesh), whole.reference[1]))
     return whole._replace(params=params, opt=opt)
 
 
@@ -123,14 +134,20 @@ def copies(run: config.Run, bones: Skeleton, resting: Any, shapes: Any) -> place
     if jax.tree.all(jax.tree.map(lambda x, a, b: a.is_equivalent_to(b, x.ndim), shapes, resting, computing)):
         return None
 
-    def dtype(path: tuple, kind: str) -> str:
-        return run.train.compute_dtype if kind == "matrix" and path[-1].key not in EXACT else "float32"
-
     def summed(x: Any, names: rules.Axes, at_rest: Any, computed: Any) -> Any:
         return at_rest if {"experts", "vocab"} & set(names) else computed
 
     where = jax.tree.map(summed, shapes, bones.axes, resting, computing)
-    return place.Copies(resting, computing, where, jax.tree.map_with_path(dtype, bones.kinds))
+    return place.Copies(resting, computing, where, computed_dtypes(run, bones))
+
+
+def computed_dtypes(run: config.Run, bones: Skeleton) -> Any:
+    """Of the parameters as the step computes with them: see `copies`."""
+
+    def dtype(path: tuple, kind: str) -> str:
+        return run.train.compute_dtype if kind == "matrix" and path[-1].key not in EXACT else "float32"
+
+    return jax.tree.map_with_path(dtype, bones.kinds)
 
 
 def check_memories(run: config.Run, mesh: Mesh) -> None:

@@ -23,6 +23,7 @@ class State(NamedTuple):
     bad_in_row: Array  # int32: bad steps since the last good one
     skipped: Array  # int32: bad steps so far, whose update was not applied
     recent: Array  # float32 [2, W]: the last finite losses of steps without pictures and with; inf: not yet
+    reference: Any = None  # (params, router_bias) that answers are measured against: never changed, in no checkpoint
 
 
 def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int, spike_window: int) -> State:

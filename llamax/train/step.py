@@ -32,6 +32,7 @@ class Metrics(NamedTuple):
     loss: Array  # the weighted total
     terms: dict[str, Sum]  # each loss term, unweighted
     by_source: Sum  # next-token nats and tokens, [n_sources] each
+    compared: dict[str, Sum] | None  # of comparisons, losses.preference.told; None where the run has none
     routing: router.Stats | None  # None without MoE layers
     energy: Array  # [L]: mean square of the residual stream after each layer, summed over real tokens
     vision_energy: Array | None  # [vision layers]: the same, summed over tiles; None without pictures
@@ -50,29 +51,35 @@ class Told(NamedTuple):
     loss: Array
     terms: dict[str, Sum]
     by_source: Sum
+    compared: dict[str, Sum] | None
     routing: router.Stats | None
     energy: Array
     vision_energy: Array | None
 
 
 def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = None) -> Callable:
-    """gradient(params, router_bias, batch) -> (grads, Told) over all of the batch's rows.
+    """gradient(params, router_bias, batch, reference=None) -> (grads, Told) over all of the batch's rows.
 
+    `reference`: (params, router_bias) whose log-probabilities take the place of the batch's `ref_logp`. They go through
+    the same function in the same program, so those of equal weights are equal to the bit.
     `copies`: of the parameters, made once and computed with; None: the parameters themselves serve.
     """
     n_sources = len(run.data.sources)
     has_experts = any(kind.endswith("+moe") for kind in run.model.layers)
     weights = {name: getattr(run.losses, name) for name, t in TERMS.items() if has_experts or not t.needs_experts}
     weights = {name: weight for name, weight in weights.items() if weight}
+    facts = Facts(run.model, run.preference, run.data.comparisons_per_row)
 
-    def loss(params, router_bias, batch: Batch, dens: dict[str, Array]):
+    def loss(params, router_bias, reference, batch: Batch, dens: dict[str, Array]):
         model = skeleton.bind(params, router_bias)
+        if reference is not None:
+            batch = batch._replace(ref_logp=score(skeleton.bind(*reference), batch).logp)
         scored = score(model, batch)
         seen = {name: (scored, batch) for name in weights}
         if any(TERMS[name].in_row_order for name in weights):
             ordered = in_row_order(scored, batch, model.seam.tokens.row_order)
             seen |= {name: ordered for name in weights if TERMS[name].in_row_order}
-        terms = {name: TERMS[name].of(*seen[name], run.model) for name in weights}
+        terms = {name: TERMS[name].of(*seen[name], facts) for name in weights}
         # Divided by what the whole batch counts, of which these rows may be a part.
         total = sum(weights[name] * Sum(term.num, dens[name]).mean() for name, term in terms.items())
         per_source = next_token.by_source(scored.logp, batch.loss_weights, batch.source_ids, n_sources)
@@ -81,15 +88,16 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
             logits, index, dropped = scored.routing
             routing = router.stats(logits, index, batch.segment_ids > 0, dropped)
         vision = None if scored.vision_energy is None else scored.vision_energy.sum(axis=1)
-        return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1), vision)
+        compared = None if batch.sides is None else told_of(compare(scored.logp, batch, facts), facts)
+        return total, Told(total, terms, per_source, compared, routing, scored.energy.sum(axis=1), vision)
 
-    def gradient(params, router_bias, batch: Batch):
+    def gradient(params, router_bias, batch: Batch, reference: Any = None):
         dens = {name: TERMS[name].den(batch) for name in weights}
         made = None if copies is None else copies(params)
 
         def of(params, batch: Batch):
             used = params if copies is None else copies.standing_for(params, made)
-            return loss(used, router_bias, batch, dens)
+            return loss(used, router_bias, reference, batch, dens)
 
         if run.train.accumulate == 1:
             return jax.grad(of, has_aux=True)(params, batch)
@@ -129,7 +137,7 @@ def make_step(
     plan, bias, health = run.model.plan, run.router_bias, run.health
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, told = gradient(state.params, state.router_bias, batch)
+        grads, told = gradient(state.params, state.router_bias, batch, state.reference)
         grad_norm = optax.tree.norm(grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         # Not from the updates too: until the last of them were known, all of them and the new moments would have to
@@ -153,6 +161,7 @@ def make_step(
             skipped=state.skipped + bad,
             # A spike is remembered: where the losses have risen for good, half a window later it is none any more.
             recent=keep_if(jnp.isfinite(told.loss), state.recent.at[kind].set(remembered), state.recent),
+            reference=state.reference,
         )
         metrics = Metrics(
             **told._asdict(),

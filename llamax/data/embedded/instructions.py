@@ -27,7 +27,7 @@ HELD_OUT_TENTH = 10  # one of so many
 HEDGES = ("I am not sure, but ", "Sorry, I may be wrong: ", "I think, maybe, ")
 SYSTEMS = ("You are brief.", "Answer the question.", "Look closely and answer.", "You are a careful assistant.")
 SYSTEM_SHARE = 0.5  # of the conversations that have a system message
-FORMAT = r"[^\n]+\nAnswer: [^\n]+"  # what the assistant says
+FORM = "{line}\nAnswer: {line}"  # of what the assistant says (llamax/rewards/form.py)
 MOST = 20  # numbers below it
 FRAME_MS = 100  # of a clip
 NOUNS = tuple(drawings.SHORT_WORDS.split())
@@ -191,7 +191,8 @@ def _part(piece: str | bytes | list[bytes]) -> dict:
 
 
 def _meta(name: str, asked: Asked) -> dict:
-    return {"domain": name, "answer": asked.answer, "verify": "final", "format": FORMAT}
+    verify = "math" if name == "arithmetic" else "exact"
+    return {"domain": name, "answer": asked.answer, "verify": verify, "options": {"marked": True, "form": FORM}}
 
 
 def gif(frames: list[bytes]) -> bytes:

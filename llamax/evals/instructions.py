@@ -1,0 +1,75 @@
+"""Does the model do what it is told? Held-out conversations whose last answer can be checked by a rule.
+
+The model is given all but the last turn and answers greedily, as in a chat. Figures, over all and by domain:
+
+    exact     what the record's rule gives the answer (llamax/rewards), 0 to 1
+    form      share of the answers that have the form that is asked for (`options.form` of the record's meta)
+    ended     share of the answers that the model ended itself, within `max_tokens`
+
+Records that no rule can judge, and those that cannot be read, are left out and their number is told.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from llamax import config, rewards
+from llamax.config import ConfigError
+from llamax.data import chat
+from llamax.data.encode import Encoder
+from llamax.data.sources import Document
+from llamax.evals.held_out import documents
+from llamax.evals.report import Context, Report, left_out_of
+from llamax.sample.engine import Prompt, generate
+
+BATCH = 128  # prompts a program run
+SHOWN = 8  # answers in the report
+
+
+class Asked(NamedTuple):
+    document: Document
+    prompt: Prompt
+
+
+def check(run: config.Run, cfg: config.Eval) -> None:
+    del run
+    found = documents(cfg.path, cfg.max_docs)
+    if not any(rewards.verifiable(document.meta) and document.conversation for document in found):
+        true = "none of its records is a conversation whose answer a rule can judge"
+        change = 'Add {"meta": {"verify": "exact", "answer": ...}} to them, or name another manifest.'
+        raise ConfigError(f"instructions evaluation of {cfg.path}", true, change)
+
+
+def run(ctx: Context, cfg: config.Eval) -> Report:
+    looked_at = documents(cfg.path, cfg.max_docs)
+    asked = [one for document in looked_at if (one := asked_of(ctx, document)) is not None]
+    if not asked:
+        true = f"none of its {len(looked_at)} records can be asked"
+        raise ConfigError(f"instructions evaluation of {cfg.path}", true, "Look at it with `llamax data show`.")
+    said = answers(ctx, [one.prompt for one in asked], cfg.max_tokens)
+    figures: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for one, (text, ended) in zip(asked, said, strict=True):
+        meta = one.document.meta
+        form = rewards.REWARDS["format"](text, None, meta.get("options") or {})
+        row = (rewards.verify(text, meta) or 0.0, form or 0.0, float(ended))
+        figures["all"].append(row)
+        figures[str(meta.get("domain", "none"))].append(row)
+    report = Report({"left_out": len(looked_at) - len(asked)})
+    for domain, rows in sorted(figures.items(), key=lambda item: item[0] != "all"):
+        exact, form, ended = (float(x) for x in np.mean(rows, axis=0))
+        within = "" if domain == "all" else f"{domain}/"
+        report.scalars |= {f"{within}exact": exact, f"{within}form": form, f"{within}ended": ended}
+        told = f"{form:.1%} in the form asked for, {ended:.1%} ended"
+        left_out = left_out_of(len(looked_at) - len(asked), len(looked_at)) if domain == "all" else ""
+        report.rows.append((f"right of {len(rows)}, {domain}", f"{exact:.1%}", told + left_out))
+    shown = zip(asked[:SHOWN], said, strict=False)
+    report.details["answers"] = [
+        {"asked": one.document.id, "said": text, "truth": one.document.meta.get("answer")} for one, (text, _) in shown
+    ]
+    for one, (text, _) in list(zip(asked, said, strict=True)):
+        if len(one.prompt.tiles) and len(report.pictures) < SHOWN:
+            report.pictures.append((one.prompt.tiles[0], text.strip()))
+    return report

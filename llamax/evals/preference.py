@@ -1,0 +1,102 @@
+"""Which of two answers does the model prefer? Held-out comparisons, scored as in training.
+
+    accuracy           share of the comparisons whose chosen answer has the higher log-probability
+    reward accuracy    the same of implicit rewards, log p - log p of the reference; a tie counts half. Before the first
+                       step all are ties
+    margin             mean difference of the two, in nats
+    KL to reference    mean of log p - log p of the reference over the tokens of chosen answers, which are not the
+                       model's own: a distance, and not the divergence itself
+
+Answers that are only labelled count in the figures of their side alone. The log-probability of chosen answers, a token,
+is one that should not fall: a run warns where it does (config.Eval.patience).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from llamax import config
+from llamax.batch import Batch
+from llamax.config import ConfigError
+from llamax.data.pipeline import HeldOut
+from llamax.evals.report import Context, Report, left_out_of
+from llamax.losses.preference import compare
+from llamax.model.score import score
+from llamax.model.skeleton import Skeleton
+from llamax.observe import plots
+from llamax.parallel import place
+
+
+def run(ctx: Context, cfg: config.Eval) -> Report:
+    held_out = HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs)
+    rows = []
+    for batch in held_out:
+        ctx.check_stop()
+        rows.append(of_batch(ctx, ctx.put(batch)))
+    found = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    if not rows or not found["has_chosen"].any():
+        true = "no comparison in it can be used"
+        raise ConfigError(f"preference evaluation of {cfg.path}", true, "Name a manifest of comparisons.")
+    return report_of(found, left_out_of(sum(held_out.skipped.values()), len(held_out.taken)))
+
+
+def of_batch(ctx: Context, batch: Batch) -> dict[str, np.ndarray]:
+    """Of every comparison of a batch: what `compare` says of it, [comparisons] each."""
+    S = ctx.run.data.comparisons_per_row
+    ours = compared(ctx.skeleton, S, ctx.params, ctx.router_bias, ctx.reference, batch)
+    ours = {name: np.asarray(x) for name, x in place.fetch(ours)._asdict().items() if x is not None}
+    there = ours["has_chosen"] | ours["has_rejected"]
+    return {name: x[there] for name, x in ours.items()}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def compared(skeleton: Skeleton, S: int, params, router_bias, reference, batch: Batch):
+    logp_BT = score(skeleton.bind(params, router_bias), batch).logp
+    ref_BT = batch.ref_logp if reference is None else score(skeleton.bind(*reference), batch).logp
+    return compare(logp_BT, batch.sides, ref_BT, batch.positions, S, config.Preference())
+
+
+def report_of(found: dict[str, np.ndarray], left_out: str = "") -> Report:
+    """Figures and pictures of comparisons; arrays [P], as of losses.preference.Compared."""
+    chosen, rejected, pairs = found["has_chosen"], found["has_rejected"], found["has_chosen"] & found["has_rejected"]
+    apart = (found["chosen"] - found["rejected"])[pairs]
+    gained = {side: found[side] - found[f"ref_{side}"] for side in ("chosen", "rejected")}
+    margin = (gained["chosen"] - gained["rejected"])[pairs]
+    tokens = {side: np.maximum(found[f"n_{side}"], 1) for side in ("chosen", "rejected")}
+    scalars = {
+        "chosen_logp": per_token(found, "chosen", chosen),
+        "rejected_logp": per_token(found, "rejected", rejected),
+        "chosen_reward": mean(gained["chosen"][chosen]),
+        "rejected_reward": mean(gained["rejected"][rejected]),
+        "margin": mean(margin),
+        "accuracy": mean(apart > 0),
+        "reward_accuracy": mean(np.where(margin == 0, 0.5, margin > 0)),
+        "kl_to_reference": float(gained["chosen"][chosen].sum() / tokens["chosen"][chosen].sum()),
+        "chosen_tokens": mean(tokens["chosen"][chosen]),
+        "rejected_tokens": mean(tokens["rejected"][rejected]),
+    }
+    n, compared_with = int(pairs.sum()), f"{scalars['reward_accuracy']:.1%} by rewards, margin {scalars['margin']:+.2f}"
+    said = f"rejected {scalars['rejected_logp']:.3f}, KL to the reference {scalars['kl_to_reference']:+.3f}"
+    rows = [("nats a token of chosen answers", f"{scalars['chosen_logp']:.3f}", said + left_out)]
+    if n:
+        rows.insert(0, (f"right of {n} comparisons", f"{scalars['accuracy']:.1%}", compared_with))
+    lengths = np.concatenate([tokens[side][has] for side, has in (("chosen", chosen), ("rejected", rejected))])
+    rewards = np.concatenate([gained[side][has] for side, has in (("chosen", chosen), ("rejected", rejected))])
+    names = np.repeat(["chosen", "rejected"], [chosen.sum(), rejected.sum()])
+    points = {name: (lengths[names == name], rewards[names == name]) for name in ("chosen", "rejected")}
+    pictures = {
+        "length": plots.scatter(points, title="Length against reward", x_title="tokens", y_title="reward, nats"),
+        "margins": plots.histogram({"margin": margin}, title="Margins between rewards", x_title="nats"),
+    }
+    return Report(scalars, rows, plots=pictures, rises=("chosen_logp",))
+
+
+def per_token(found: dict[str, np.ndarray], side: str, there: np.ndarray) -> float:
+    return float(found[side][there].sum() / max(found[f"n_{side}"][there].sum(), 1))
+
+
+def mean(x: np.ndarray) -> float:
+    return float(x.mean()) if len(x) else 0.0
