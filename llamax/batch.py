@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 COMPARING = ("sides", "ref_logp", "margins")  # fields of data that compares answers
+MISMATCHED = 2**20  # sides beyond it: MISMATCHED + k on an answer to another prompt, after that of comparison k (KTO)
 Array = Any  # numpy.ndarray on the host, jax.Array on a device
 
 

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llamax import checks_model, stages, stripes
+from llamax import checks_model, checks_preference, stages, stripes
 from llamax.config import (
     ATTN_SCALES,
     BIAS_UPDATES,
@@ -49,17 +49,11 @@ MAY_BE_ZERO = (
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.next_token", "losses.router_balance", "losses.router_balance_seq", "losses.router_z"),
     *("losses.preference", "losses.reward", "reference.step", "router_bias.rate"),
-    *(
-        "health.max_roll_backs",
-        "train.pipeline_microbatches",
-        "evals.*.every_steps",
-        "evals.*.seed",
-        "checkpoint.keep_every_steps",
-        "data.sources.*.weight",
-    ),
+    *("health.max_roll_backs", "train.pipeline_microbatches", "evals.*.every_steps", "evals.*.seed"),
+    *("checkpoint.keep_every_steps", "data.sources.*.weight", *checks_preference.MAY_BE_ZERO),
 )
 # which some are bounded from above too,
-AT_MOST = {
+AT_MOST = checks_preference.AT_MOST | {
     "seed": 2**32 - 1,
     "model.vision.max_tiles": 1024,  # the canvases are all of its products: time and memory go as its square
     "data.multimodal_steps": 1,
@@ -80,7 +74,7 @@ MOST_WHOLE = 2**31 - 1  # of every other whole number: steps and sizes are 32 bi
 MOST_TOKENS = 1e15  # of a schedule of weights,
 MOST_WEIGHT = 1e100  # and one of these
 # and some strings are names out of a few.
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = checks_preference.CHOICES | {
     "model.rope.scaling": ROPE_SCALINGS,
     "model.rope.ramp": ROPE_RAMPS,
     "model.attn_scale": ATTN_SCALES,
@@ -120,6 +114,7 @@ def check(run: Run) -> None:
     _mesh(run)
     _evals(run)
     _checkpoint(run)
+    checks_preference.check(run.preference)
 
 
 def check_model(model: Model) -> None:

@@ -42,9 +42,14 @@ GATE_ON = ("input", "output")
 VISION_ENCODERS = ("vit", "linear")
 BIAS_UPDATES = ("sign", "proportional")
 REFERENCES = ("none", "live", "cache")
+REFERENCE_FREE = ("simpo", "orpo", "nll")  # losses that compare answers, and never beside a reference model
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")  # the keys of llamax.losses.paired.DIVERGENCES
 ON_NONFINITE = ("skip", "roll_back")
 ON_SPIKE = ("warn", "skip", "roll_back")
-EVAL_KINDS = ("perplexity", "drawings", "needle", "ruler", "position", "answer", "preference", "instructions")  # the keys of llamax.evals.EVALS
+EVAL_KINDS = (  # the keys of llamax.evals.EVALS
+    *("perplexity", "drawings", "needle", "ruler", "position", "answer"),
+    *("preference", "reward", "instructions"),
+)
 TEMPLATES = ("seen", "held_out")
 
 
@@ -273,7 +278,7 @@ class Losses:
     router_balance: float = 1e-2  # Switch balance, a statistic of the micro-batch
     router_balance_seq: float = 0.0  # the same of every document; exact under any split of the batch
     router_z: float = 1e-3
-    preference: float = 0.0  # of comparisons: what `preference` says
+    preference: float = 1.0  # of what `preference` weighs, if that is anything
     reward: float = 0.0  # of comparisons: Bradley-Terry on the scores of model.reward_head
 
 
@@ -285,6 +290,60 @@ class Reference:
     path: str = ""  # a model, as of init; "": the one that init names
     step: int = 0  # of a run; 0: its newest sound checkpoint
     cache: str = ""  # cache only: the folder; "": `reference` in the workdir
+
+
+@dataclass(frozen=True)
+class PreferenceLosses:
+    """Weights of the losses that compare answers, by their usual names (docs/how-to/preference-losses.md)."""
+
+    sigmoid: float = 0.0  # DPO
+    hinge: float = 0.0
+    ipo: float = 0.0
+    robust: float = 0.0
+    exo_pair: float = 0.0
+    nca_pair: float = 0.0
+    bco_pair: float = 0.0
+    sppo_hard: float = 0.0
+    aot: float = 0.0  # sorts the micro-batch
+    aot_unpaired: float = 0.0  # sorts the micro-batch
+    apo_zero: float = 0.0
+    apo_down: float = 0.0
+    discopop: float = 0.0
+    simpo: float = 0.0
+    orpo: float = 0.0
+    kto: float = 0.0  # a statistic of the micro-batch
+    apo_zero_unpaired: float = 0.0
+    nll: float = 0.0  # of chosen answers, each its mean over its tokens; over all tokens: losses.next_token
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How answers are compared: what is weighed, and its knobs. A knob that none of the losses reads is an error."""
+
+    losses: PreferenceLosses = field(default_factory=PreferenceLosses)
+    beta: float = 0.1  # implicit reward of a nat; ORPO: of its odds ratio
+    reference: bool = True  # answers count beside what a reference model gives them; SimPO and ORPO never need one
+    per_token: bool = False  # log-ratios are divided by their answers' lengths; beta is then 2 and more
+    f_divergence: str = "reverse_kl"  # reverse_kl (DPO) | forward_kl | js | alpha: from the reference
+    f_alpha: float = 0.5  # alpha only, in 0..1: towards reverse_kl..forward_kl
+    label_smoothing: float = 0.0  # share of comparisons taken to be labelled the wrong way round
+    ld_alpha: float = 1.0  # weight of an answer's tokens beyond the shorter answer's length (LD-DPO)
+    wpo: bool = False  # comparisons count by how likely the policy is to give their answers (WPO)
+    bco_shift: bool = False  # bco_pair only: rewards count from their mean, a statistic of the micro-batch
+    simpo_gamma: float = 0.5  # simpo only: rewards should differ by so much
+    discopop_temperature: float = 0.05  # discopop only
+    desirable_weight: float = 1.0  # kto and apo_zero_unpaired only: of chosen answers
+    undesirable_weight: float = 1.0  # kto and apo_zero_unpaired only: of rejected answers
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The losses that are on, and their weights."""
+        return {name: weight for name, weight in to_dict(self.losses).items() if weight}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference's log-probabilities are read."""
+        return self.reference and any(name not in REFERENCE_FREE for name in self.weights)
 
 
 @dataclass(frozen=True)
@@ -388,7 +447,10 @@ class Run:
     mesh: Mesh = field(default_factory=Mesh)
     optim: Optim = field(default_factory=Optim)
     losses: Losses = field(default_factory=Losses)
+<<<<<<< HEAD
     reference: Reference = field(default_factory=Reference)
+=======
+    preference: Preference = field(default_factory=Preference)
     router_bias: RouterBias = field(default_factory=RouterBias)
     health: Health = field(default_factory=Health)
     train: Train = field(default_factory=Train)
