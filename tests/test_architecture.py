@@ -33,7 +33,7 @@ ROOMS = (
         "positions",
     },
     {"kernels", "parallel", "observe"},
-    {"model", "optim", "data", "losses"},
+    {"model", "optim", "data", "losses", "rewards"},
     {"checkpoint", "sample"},
     {"loading"},
     {"evals"},
@@ -45,7 +45,7 @@ ROOMS = (
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tokamax"}
-WITHOUT_JAX = ROOMS[0] | {"data"}  # a wrong config is refused, and a batch is packed, without a device
+WITHOUT_JAX = ROOMS[0] | {"data", "rewards"}  # a wrong config is refused, and a batch is packed, without a device
 WITH_CONFIG_DICT = {"config", "config_dict", "config_file", "checks", "cli"}  # and recipes; nobody below freeze()
 
 FRONT_DOOR = (
