@@ -447,9 +447,7 @@ class Run:
     mesh: Mesh = field(default_factory=Mesh)
     optim: Optim = field(default_factory=Optim)
     losses: Losses = field(default_factory=Losses)
-<<<<<<< HEAD
     reference: Reference = field(default_factory=Reference)
-=======
     preference: Preference = field(default_factory=Preference)
     router_bias: RouterBias = field(default_factory=RouterBias)
     health: Health = field(default_factory=Health)

@@ -35,7 +35,7 @@ ROOMS = (
         "laptop",
     },
     {"kernels", "parallel", "observe"},
-    {"model", "optim", "data", "losses"},
+    {"model", "optim", "data", "losses", "rewards"},
     {"checkpoint", "sample"},
     {"loading"},
     {"evals"},
@@ -47,8 +47,8 @@ ROOMS = (
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tokamax"}
-WITHOUT_JAX = ROOMS[0] | {"data"}  # a wrong config is refused, and a batch is packed, without a device
-WITH_CONFIG_DICT = {"config", "config_dict", "config_file", "checks", "laptop", "cli"}  # and recipes; nobody below freeze()
+WITHOUT_JAX = ROOMS[0] | {"data", "rewards"}  # a wrong config is refused, and a batch is packed, without a device
+WITH_CONFIG_DICT = {"config", "config_dict", "config_file", "checks", "laptop", "cli"}  # and recipes, not below freeze()
 
 FRONT_DOOR = (
     "llamax.config"  # what its functions import on use (checks, config_file, variants) makes no cycle; top level does

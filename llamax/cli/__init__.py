@@ -16,17 +16,17 @@ import logging
 import os
 import signal
 import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import llamax
+from llamax.cli import data
+from llamax.cli.words import FOLDERS, PRECISION, command, count, counts, examples, named, sentence, words
 
 STARTED = time.time()
 INTERRUPTED = 128 + signal.SIGINT
-Handler = Callable[[argparse.Namespace], int | None]
 OVERRIDES = ("--config.", "--noconfig.")
 
 
@@ -212,69 +212,29 @@ def _to_hf(args: argparse.Namespace) -> None:
     print(f"Exported to {to_hf(args.folder, args.out, **how)}.")
 
 
-def _data_build(args: argparse.Namespace) -> None:
-    from llamax.data.embedded.build import Recipe, build
-
-    build(args.out, recipe=Recipe(seed=args.seed), force=args.force)
-
-
-def _data_show(args: argparse.Namespace) -> None:
-    from llamax import config
-    from llamax.data.show import show
-
-    if not args.recipe:
-        show(args.manifest, n=args.documents)
-        return
-    run = config.freeze(config.load(args.recipe))
-    show(args.manifest, n=args.documents, tokenizer=run.data.tokenizer, vision=run.model.vision)
-
-
-def _data_join(args: argparse.Namespace) -> None:
-    from llamax import config
-    from llamax.data.join import join
-
-    tokenizer = config.resolve_path(args.tokenizer)
-    written = join(args.manifest, args.by, args.out, args.max_tokens, tokenizer)
-    print(f"{args.out} has {written['documents']:,} documents of {written['tokens']:,} tokens in all.")
-
-
-def _data_verify(args: argparse.Namespace) -> None:
-    from llamax.data.sources import read_manifest, verify
-
-    manifest = read_manifest(args.manifest)
-    verify(manifest)
-    print(f"{len(manifest.files)} files are what {args.manifest} says.")
-
-
-def _data_tokenizer(args: argparse.Namespace) -> None:
-    from llamax.data.train_tokenizer import train_tokenizer
-
-    train_tokenizer(args.out, args.vocab, args.seed)
-
-
 # -------------------------------------------------------------------------------------------------------- the parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their words."""
     about = "Train Llama-4-style models (mixture of experts, text and pictures) in JAX, from a laptop to a cluster."
-    top = argparse.ArgumentParser(prog="llamax", description=about, **_examples(TOP))
+    top = argparse.ArgumentParser(prog="llamax", description=about, **examples(TOP))
     top.add_argument("--version", action="version", version=f"llamax {llamax.__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = _command(commands, "train", _train, "train a recipe, or go on where it stopped", TRAIN)
+    train = command(commands, "train", _train, "train a recipe, or go on where it stopped", TRAIN)
     _recipe(train)
     train.add_argument(
-        "--workdir", required=True, type=_named, metavar="DIR", help="checkpoints, TensorBoard and run.json go here"
+        "--workdir", required=True, type=named, metavar="DIR", help="checkpoints, TensorBoard and run.json go here"
     )
 
-    show = _command(commands, "show", _show, "print a resolved recipe, its parameters and FLOPs; start nothing", SHOW)
+    show = command(commands, "show", _show, "print a resolved recipe, its parameters and FLOPs; start nothing", SHOW)
     _recipe(show)
 
     about = "tell what a run needs of a cluster that is not here; exit code 1 if it does not fit"
-    _planned(_command(commands, "plan", _plan, about, PLAN))
+    _planned(command(commands, "plan", _plan, about, PLAN))
 
-    generate = _command(commands, "generate", _generate, "continue a prompt with a trained model", GENERATE)
+    generate = command(commands, "generate", _generate, "continue a prompt with a trained model", GENERATE)
     _sampled(generate, max_tokens=64, temperature=0.0, top_p=1.0)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     places = "a picture before the prompt, or for the next <|image|> in it; may be given several times"
@@ -282,80 +242,40 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("-n", "--samples", type=int, default=1, metavar="N", help="continuations (%(default)s)")
 
     about = "evaluate a model: held-out loss, needles, RULER, loss by position; a table, JSON and PNG files"
-    _evaluated(_command(commands, "eval", _eval, about, EVAL))
+    _evaluated(command(commands, "eval", _eval, about, EVAL))
 
     about = "evaluate a model on tasks of the lm-evaluation-harness (the extra `harness`)"
-    _harnessed(_command(commands, "harness", _harness, about, HARNESS))
+    _harnessed(command(commands, "harness", _harness, about, HARNESS))
 
-    chat = _command(commands, "chat", _chat, "talk with a trained model, pictures included", CHAT)
+    chat = command(commands, "chat", _chat, "talk with a trained model, pictures included", CHAT)
     _sampled(chat, max_tokens=512, temperature=0.6, top_p=0.9)
     chat.add_argument("--system", metavar="TEXT", help="the system's message, before all others")
     first = "a picture for the first message; may be given several times"
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help=first)
 
     about = "list a run's checkpoints and compare their files with their sums; exit code 1 if the newest is not sound"
-    inspect = _command(commands, "inspect", _inspect, about, INSPECT)
-    inspect.add_argument("folder", type=_named, metavar="DIR", help="the --workdir of a run, or its checkpoints folder")
+    inspect = command(commands, "inspect", _inspect, about, INSPECT)
+    inspect.add_argument("folder", type=named, metavar="DIR", help="the --workdir of a run, or its checkpoints folder")
 
     about = "bring a model from Hugging Face's format, or leave with one"
-    convert = commands.add_parser("convert", help=about, description=_sentence(about), **_examples(CONVERT))
+    convert = commands.add_parser("convert", help=about, description=sentence(about), **examples(CONVERT))
     ways = convert.add_subparsers(title="commands", required=True, metavar="COMMAND")
     about = "convert a Hugging Face folder (Llama 4, or a dense Llama) to llamax's format"
-    from_hf = _command(ways, "from-hf", _from_hf, about, FROM_HF)
-    from_hf.add_argument("folder", type=_named, metavar="DIR", help="config.json and safetensors files")
-    from_hf.add_argument("--out", required=True, type=_named, metavar="CKPT", help="the folder to make")
+    from_hf = command(ways, "from-hf", _from_hf, about, FROM_HF)
+    from_hf.add_argument("folder", type=named, metavar="DIR", help="config.json and safetensors files")
+    from_hf.add_argument("--out", required=True, type=named, metavar="CKPT", help="the folder to make")
     about = "export a run, or a converted model, to Hugging Face's format"
-    to_hf = _command(ways, "to-hf", _to_hf, about, TO_HF)
-    to_hf.add_argument("folder", type=_named, metavar="CKPT", help="the --workdir of a run, or a converted model")
-    to_hf.add_argument("--out", required=True, type=_named, metavar="DIR", help="the folder to make")
+    to_hf = command(ways, "to-hf", _to_hf, about, TO_HF)
+    to_hf.add_argument("folder", type=named, metavar="CKPT", help="the --workdir of a run, or a converted model")
+    to_hf.add_argument("--out", required=True, type=named, metavar="DIR", help="the folder to make")
     dtypes = ("float32", "bfloat16", "float16")
     to_hf.add_argument("--dtype", choices=dtypes, help="of the tensors (as they are stored)")
     to_hf.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
     most = "bytes of a file, in GB (%(default)s)"
     to_hf.add_argument("--max-shard-gb", type=float, default=5.0, metavar="N", help=most)
 
-    _data(commands)
+    data.add(commands)
     return top
-
-
-def _data(commands: Any) -> None:
-    """The words of `llamax data`."""
-    about = "build or look at data, train a tokenizer"
-    data = commands.add_parser("data", help=about, description=_sentence(about), **_examples(DATA))
-    verbs = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    build = _command(verbs, "build", _data_build, "make the embedded data: this Python's library, and drawings", BUILD)
-    build.add_argument("--out", default="data/built", metavar="DIR", help="the folder to fill (%(default)s)")
-    build.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings (%(default)s)")
-    build.add_argument("--force", action="store_true", help="build again even if it is there")
-    look = _command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
-    look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
-    look.add_argument("-n", "--documents", type=_count, default=3, metavar="N", help="how many (%(default)s)")
-    about = "join related documents into long ones: the files of a folder, or a module and what imports it"
-    joined = _command(verbs, "join", _data_join, about, JOIN)
-    joined.add_argument("manifest", metavar="MANIFEST", help="a .toml file of documents whose ids are their paths")
-    joined.add_argument("--by", required=True, choices=("folder", "imports"), help="what belongs together")
-    joined.add_argument("--out", required=True, type=_named, metavar="FILE", help="the manifest to write (.toml)")
-    most = "of a joined document, by --tokenizer (%(default)s)"
-    joined.add_argument("--max-tokens", type=int, default=65_536, metavar="N", help=most)
-    joined.add_argument("--tokenizer", default="data/tokenizer.model", metavar="FILE", help="(%(default)s)")
-    whose = "its tokenizer and its pictures' tiles are those that tasks are made for"
-    look.add_argument("--recipe", default="", metavar="RECIPE", help=f"{whose} (the small tokenizer, Llama 4's tiles)")
-    verify = _command(verbs, "verify", _data_verify, "compare a manifest's files with its hashes", VERIFY)
-    verify.add_argument("manifest", metavar="MANIFEST", help="a .toml file with a [sha256] table")
-    tokenizer = _command(
-        verbs, "tokenizer", _data_tokenizer, "train the small tokenizer on the embedded data", TOKENIZER
-    )
-    tokenizer.add_argument(
-        "--out", default="data/tokenizer.model", metavar="FILE", help="the file to write (%(default)s)"
-    )
-    tokenizer.add_argument(
-        "--vocab", type=int, default=3968, metavar="N", help="ids without the specials (%(default)s)"
-    )
-    tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
-
-
-FOLDERS = "a run's workdir (its newest checkpoint), a converted model, or a folder in Hugging Face's format"
-PRECISION = "float32 or bfloat16, of weights and computation (%(default)s)"
 
 
 def _planned(plan: argparse.ArgumentParser) -> None:
@@ -381,26 +301,26 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recipe", metavar="RECIPE[:SIZE]", help="take its evaluations for the model's own")
     text = "a manifest: held-out text, or the text around what is asked for"
     command.add_argument("--data", "--filler", dest="path", metavar="MANIFEST", help=text)
-    command.add_argument("--lengths", type=_counts, metavar="N,N", help="tokens of a sample, or of a document")
-    command.add_argument("--depths", type=_count, metavar="N", help="needle: places of what is asked for (5)")
+    command.add_argument("--lengths", type=counts, metavar="N,N", help="tokens of a sample, or of a document")
+    command.add_argument("--depths", type=count, metavar="N", help="needle: places of what is asked for (5)")
     each = "of every task at every length, and depth (8)"
-    command.add_argument("--samples", type=_count, metavar="N", help=each)
-    command.add_argument("--tasks", type=_words, metavar="NAME,NAME", help="of llamax/data/tasks (the kind's own)")
+    command.add_argument("--samples", type=count, metavar="N", help=each)
+    command.add_argument("--tasks", type=words, metavar="NAME,NAME", help="of llamax/data/tasks (the kind's own)")
     changed = """fields of tasks, in JSON: {"needle": {"keys": 4}}"""
     command.add_argument("--options", type=_table, metavar="JSON", help=changed)
     command.add_argument("--templates", metavar="SET", help="seen or held_out: how questions are worded (seen)")
     command.add_argument("--qa", metavar="FILE", help="ruler: questions with contexts and answers, JSONL")
     above = "ruler: a length is effective if it scores above (0.856)"
     command.add_argument("--threshold", type=float, metavar="X", help=above)
-    command.add_argument("--buckets", type=_count, metavar="N", help="position: parts of a document (8)")
-    command.add_argument("--max-docs", type=_count, metavar="N", help="documents, at most (512)")
+    command.add_argument("--buckets", type=count, metavar="N", help="position: parts of a document (8)")
+    command.add_argument("--max-docs", type=count, metavar="N", help="documents, at most (512)")
     command.add_argument("--seed", type=int, metavar="N", help="of the samples (0)")
     command.add_argument("--cache-gb", type=float, metavar="N", help="what keys and values may take (4)")
     queries = "of layers without RoPE: off, or the floor in tokens and the scale (the model's own)"
     command.add_argument("--temperature-tuning", type=_temperature, metavar="off|N,X", help=queries)
     other = "how positions are read, which no weight depends on: rope.scaling=yarn; may be given several times"
     command.add_argument("--positions", type=_assigned, action="append", default=[], metavar="NAME=VALUE", help=other)
-    command.add_argument("--out", type=_named, metavar="DIR", help="write NAME.json and NAME.png here")
+    command.add_argument("--out", type=named, metavar="DIR", help="write NAME.json and NAME.png here")
     command.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
     command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
 
@@ -408,25 +328,20 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
 def _harnessed(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="MODEL", help=FOLDERS)
     what = "tasks, groups, tags or patterns of the harness, or of --include-path"
-    command.add_argument("--tasks", required=True, type=_words, metavar="NAME,NAME", help=what)
+    command.add_argument("--tasks", required=True, type=words, metavar="NAME,NAME", help=what)
     own = "a folder with tasks of your own, YAML files"
-    command.add_argument("--include-path", type=_named, metavar="DIR", help=own)
-    command.add_argument("--limit", type=_count, metavar="N", help="the first N examples of each task only")
+    command.add_argument("--include-path", type=named, metavar="DIR", help=own)
+    command.add_argument("--limit", type=count, metavar="N", help="the first N examples of each task only")
     command.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (the task's own)")
     command.add_argument("--chat", action="store_true", help="ask in the chat template, as a user asks the assistant")
     together = "texts that are worked on together, rounded down to a power of two (%(default)s)"
-    command.add_argument("--batch-size", type=_count, default=8, metavar="N", help=together)
+    command.add_argument("--batch-size", type=count, default=8, metavar="N", help=together)
     most = "tokens that the model is given at most; contexts are cut from the left (a training row's)"
-    command.add_argument("--max-length", type=_count, metavar="N", help=most)
+    command.add_argument("--max-length", type=count, metavar="N", help=most)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of texts that a task samples (%(default)s)")
-    command.add_argument("--out", type=_named, metavar="DIR", help="write harness.json and every answer here")
+    command.add_argument("--out", type=named, metavar="DIR", help="write harness.json and every answer here")
     command.add_argument("--step", type=int, metavar="N", help="of a run (the newest sound checkpoint)")
     command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    """Whole numbers from 1 up, with commas between."""
-    return tuple(_count(word.strip()) for word in text.split(","))
 
 
 def _temperature(text: str) -> dict[str, Any]:
@@ -435,7 +350,7 @@ def _temperature(text: str) -> dict[str, Any]:
         return {"attn_temperature": 0.0}
     floor, _, scale = text.partition(",")
     try:
-        return {"attn_temperature_floor": _count(floor), "attn_temperature": float(scale)}
+        return {"attn_temperature_floor": count(floor), "attn_temperature": float(scale)}
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text} is neither off nor a floor and a scale, as 8192,0.1") from None
 
@@ -458,17 +373,6 @@ def _table(text: str) -> dict[str, Any]:
     raise argparse.ArgumentTypeError(f'{text} is no table in JSON, as {{"needle": {{"keys": 4}}}}')
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
-
-
-def _named(path: str) -> str:
-    """A path that is not empty, as that of a shell variable without a value would be."""
-    if not path.strip():
-        raise argparse.ArgumentTypeError("it is empty; name a folder, or . for this one")
-    return path
-
-
 def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float) -> None:
     """What every command takes that samples from a model."""
     command.add_argument("folder", nargs="?", metavar="MODEL", help=FOLDERS)
@@ -483,33 +387,10 @@ def _sampled(command: argparse.ArgumentParser, *, max_tokens: int, temperature: 
     command.add_argument("--dtype", default="float32", metavar="TYPE", help=PRECISION)
 
 
-def _count(text: str) -> int:
-    """A whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 up")
-    return int(text)
-
-
 def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE[:SIZE]", help="a recipe file; its sizes are full (default) and tiny")
     overrides = "any setting of the recipe; `llamax show RECIPE` lists them all"
     command.add_argument("--config.KEY", metavar="VALUE", dest="overrides", default=[], help=overrides)
-
-
-def _command(commands: Any, name: str, handler: Handler, about: str, examples: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=about, description=_sentence(about), **_examples(examples))
-    command.set_defaults(handler=handler)
-    return command
-
-
-def _sentence(about: str) -> str:
-    return f"{about[0].upper()}{about[1:]}."
-
-
-def _examples(text: str) -> dict[str, Any]:
-    """What every parser gets: examples below the help, as they are written, and no abbreviations."""
-    epilog = "examples:\n" + textwrap.indent(textwrap.dedent(text).strip("\n"), "  ")
-    return dict(epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 TOP = """
@@ -568,28 +449,3 @@ TO_HF = """
     llamax convert to-hf models/scout --out exported
     llamax convert to-hf runs/quickstart --out exported --dtype bfloat16 --step 200
 """
-DATA = """
-    llamax data build
-    llamax data show data/built/drawings.toml
-"""
-BUILD = """
-    llamax data build
-    llamax data build --out /tmp/built --seed 1
-"""
-DATA_SHOW = """
-    llamax data show data/built/drawings.toml
-    llamax data show data/built/python.toml -n 1
-"""
-JOIN = """
-    llamax data join data/built/python.toml --by folder --out data/packages.toml
-    llamax data join data/built/python.toml --by imports --out data/callers.toml --max-tokens 16384
-"""
-VERIFY = """
-    llamax data verify data/built/python.toml
-"""
-TOKENIZER = """
-    llamax data tokenizer --out data/tokenizer.model --vocab 3968
-"""
-
-if __name__ == "__main__":
-    sys.exit(main())
