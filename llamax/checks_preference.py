@@ -30,6 +30,7 @@ READ_BY = {  # knobs, and the losses that look at them
 MAY_BE_ZERO = (
     *(f"preference.losses.{name}" for name in LOSSES),
     *("preference.label_smoothing", "preference.ld_alpha", "preference.simpo_gamma"),
+    "preference.centring",
 )
 AT_MOST = {"preference.f_alpha": 0.999, "preference.label_smoothing": 0.499, "preference.ld_alpha": 1}
 CHOICES = {"preference.f_divergence": F_DIVERGENCES}

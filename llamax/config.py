@@ -219,6 +219,7 @@ class Data:
     sources: dict[str, Source] = field(default_factory=dict)
     multimodal_steps: float = 0.5  # share of steps whose batch carries pictures
     tiles_per_row: int = 32  # picture tiles that one row can hold
+    comparisons_per_row: int = 0  # comparisons of answers that one row can hold; 0: the run has none
     video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
     lanes: int = 1  # parts of a batch's rows, each with windows of its own: a process reads only the lanes it needs
@@ -334,6 +335,7 @@ class Preference:
     discopop_temperature: float = 0.05  # discopop only
     desirable_weight: float = 1.0  # kto and apo_zero_unpaired only: of chosen answers
     undesirable_weight: float = 1.0  # kto and apo_zero_unpaired only: of rejected answers
+    centring: float = 0.01  # reward models only: what keeps their scores around 0
 
     @property
     def weights(self) -> dict[str, float]:

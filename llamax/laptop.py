@@ -62,6 +62,7 @@ def context(run: ConfigDict, model: config.Model) -> ConfigDict:
     run.evals.position = dict(path="data/built/long_heldout.toml", every_steps=0, **read)
     return run
 
+
 def sft(run: ConfigDict, model: config.Model) -> ConfigDict:
     """Fine-tuning on conversations with checkable answers: from the quickstart's model, which is of Scout's shape."""
     _post(run, model)

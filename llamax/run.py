@@ -100,7 +100,7 @@ def _train(
     tokenizer, parts, files = processes.together(partial(look, stages.parts(run), workdir, asked))
     preflight.check_same({"its data": files})
     ready = [make_ready(part, devices) for part in parts]
-    weights = starting.find(run, workdir, tokenizer)
+    weights, reference = starting.find(run, workdir, tokenizer), starting.find_reference(run, tokenizer)
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
         first = take_workdir(parts, workdir, asked, overrides, files, weights, open_things)
@@ -110,7 +110,7 @@ def _train(
         open_things.callback(goodput.write, now=True)
         written = open_written(workdir, asked, first, ends[-1], open_things)
         clock = metrics.Clock(peak.flops_per_s, ledger)
-        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop, ends[-1])
+        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop, ends[-1], reference)
         for one in ready:
             if first <= one.part.end:
                 result = train_part(one, house, weights)
@@ -142,13 +142,14 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights)
+        state = starting.with_reference(state, shapes, house.reference)
         put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
         row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
         context = Context(run, scorer, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
         around = make_hooks(run, house, context, batches)
         stop.at_once = False  # from here on there is something to save
-        finished = around.evaluate.at_start(first, state.params, state.router_bias)
+        finished = around.evaluate.at_start(first, state)
         if finished:
             state, finished = fit(
                 state,
@@ -160,7 +161,9 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
                 stop=stop,
                 hooks=around,
                 leave=partial(leave, around),
-                go_back=partial(starting.go_back, part, shapes, house.checkpoints, around.log, house.ledger),
+                go_back=partial(
+                    starting.go_back, part, shapes, house.reference, house.checkpoints, around.log, house.ledger
+                ),
             )
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
@@ -273,6 +276,7 @@ class House(NamedTuple):
     ledger: Ledger
     stop: StopRequest
     end: int  # the last step
+    reference: Found | None  # of a live one, its model
 
 
 def leave(around: Hooks, step: int, state: State) -> None:

@@ -49,7 +49,7 @@ def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
     found = loading.find(config.resolve_path(run.init.path), run.init.step or None)
 
     def check() -> None:
-        check_same_function(found.said.model, run)
+        check_same_function(found.said.model, run, f"--config.init.path={run.init.path}")
         check_same_tokens(run, loading.tokenizer_of(found.said), tokenizer)
 
     processes.together(check)
@@ -64,11 +64,19 @@ def find_reference(run: config.Run, tokenizer: Tokenizer) -> Found | None:
     found = loading.find(config.resolve_path(path), step or None)
 
     def check() -> None:
-        check_same_shapes(found.said.model, run, path)
+        check_same_function(found.said.model, run, f"--config.reference.path={path}")
         check_same_tokens(run, loading.tokenizer_of(found.said), tokenizer)
 
     processes.together(check)
     return found
+
+
+def with_reference(state: State, shapes: State, found: Found | None) -> State:
+    """The state with a live reference's weights, where the run has one; `found` as of `find_reference`."""
+    if shapes.reference is None:
+        return state
+    assert found is not None
+    return state._replace(reference=loading.read(found, *shapes.reference))
 
 
 def about(found: Found | None) -> dict[str, Any] | None:
@@ -76,7 +84,7 @@ def about(found: Found | None) -> dict[str, Any] | None:
     return found and {"path": str(found.said.folder.absolute()), "step": found.step}
 
 
-def check_same_function(theirs: config.Model, run: config.Run) -> None:
+def check_same_function(theirs: config.Model, run: config.Run, asked: str) -> None:
     """ConfigError if the weights were trained as another model than `run.model`, but for what `init.differs` names."""
     old, new = flat(config.to_dict(theirs)), flat(config.to_dict(run.model))
     keys = [key for key in {**new, **old} if old.get(key) != new.get(key) and key not in NO_FUNCTION]
@@ -85,7 +93,7 @@ def check_same_function(theirs: config.Model, run: config.Run) -> None:
         return
     shown = "; ".join(f"{key}: {old.get(key)} there, {new.get(key)} in the recipe" for key in keys[:SHOWN])
     more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    asked, true = f"--config.init.path={run.init.path}", f"that model differs from this recipe's ({shown}{more})"
+    true = f"that model differs from this recipe's ({shown}{more})"
     change = f"Set --config.model.{keys[0]}={old.get(keys[0])}"
     if all(any(fnmatch.fnmatchcase(key, pattern) for pattern in POSITIONS) for key in keys):
         meant = ", ".join(f"'{key}'" for key in keys)
@@ -114,6 +122,7 @@ def start(
     Where there is none, a fresh one, with another model's weights if there are `weights`. At the beginning of a stage
     the data is left at its beginning: the checkpoint's is of the stage before.
     """
+    shapes = shapes._replace(reference=None)
     latest = checkpoints.latest()  # preflight.sound_step has compared its files with their sums
     if (latest or 0) < part.first:
         asked, true = f"stage {part.name}", f"the stage before ended with a bad step {part.first}, which is not saved"
@@ -145,6 +154,7 @@ def begun(fresh: Callable[[], State], shapes: State, weights: Found | None) -> S
     if weights is None:
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
     lacking = () if weights.said.model.attn_scale == "ssmax" else ("ssmax",)
+    lacking += () if weights.said.model.reward_head else ("reward",)
     theirs, ours = split(shapes.params, lacking)
 
     def rest_of(state: State) -> State:
@@ -195,7 +205,13 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: 
 
 
 def go_back(
-    part: Part, shapes: State, checkpoints: Checkpoints, written: hooks.Log, ledger: Ledger, back: RollBack
+    part: Part,
+    shapes: State,
+    reference: Found | None,
+    checkpoints: Checkpoints,
+    written: hooks.Log,
+    ledger: Ledger,
+    back: RollBack,
 ) -> State:
     """The state to go on from after a roll-back. The data stays where it is: past the batches that did harm."""
     logger.log(logging.WARNING if processes.is_first() else logging.DEBUG, "%s, past the batches in between", back)
@@ -203,7 +219,8 @@ def go_back(
         if step > back.to:
             checkpoints.set_aside(step, "rolled-back")
     # The one before, should its files be damaged by now.
-    state = in_stage(part, restore(shapes, checkpoints, None, None))
+    state = in_stage(part, restore(shapes._replace(reference=None), checkpoints, None, None))
+    state = with_reference(state, shapes, reference)
     to = int(jax.device_get(state.step))
     written.rewind(to)
     ledger.lose_steps_after(to)

@@ -48,7 +48,14 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "tokamax"}
 WITHOUT_JAX = ROOMS[0] | {"data", "rewards"}  # a wrong config is refused, and a batch is packed, without a device
-WITH_CONFIG_DICT = {"config", "config_dict", "config_file", "checks", "laptop", "cli"}  # and recipes, not below freeze()
+WITH_CONFIG_DICT = {
+    "config",
+    "config_dict",
+    "config_file",
+    "checks",
+    "laptop",
+    "cli",
+}  # and recipes, not below freeze()
 
 FRONT_DOOR = (
     "llamax.config"  # what its functions import on use (checks, config_file, variants) makes no cycle; top level does

@@ -3,7 +3,17 @@ is done, `check(config.Run, config.Eval)`, which raises a ConfigError."""
 
 from __future__ import annotations
 
-from llamax.evals import answer, drawings, needle, perplexity, position, ruler
+from llamax.evals import (
+    answer,
+    drawings,
+    instructions,
+    needle,
+    perplexity,
+    position,
+    preference,
+    reward,
+    ruler,
+)
 from llamax.evals.report import Context, Report
 
 __all__ = ["CHECKS", "EVALS", "Context", "Report"]
@@ -15,6 +25,9 @@ EVALS = {
     "ruler": ruler.run,
     "position": position.run,
     "answer": answer.run,
+    "preference": preference.run,
+    "reward": reward.run,
+    "instructions": instructions.run,
 }
 CHECKS = {
     "drawings": drawings.check,
@@ -22,4 +35,7 @@ CHECKS = {
     "ruler": ruler.check,
     "position": position.check,
     "answer": answer.check,
+    "preference": preference.check,
+    "reward": reward.check,
+    "instructions": instructions.check,
 }

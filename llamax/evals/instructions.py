@@ -18,12 +18,10 @@ import numpy as np
 
 from llamax import config, rewards
 from llamax.config import ConfigError
-from llamax.data import chat
-from llamax.data.encode import Encoder
 from llamax.data.sources import Document
 from llamax.evals.held_out import documents
 from llamax.evals.report import Context, Report, left_out_of
-from llamax.sample.engine import Prompt, generate
+from llamax.sample.engine import Prompt
 
 BATCH = 128  # prompts a program run
 SHOWN = 8  # answers in the report

@@ -29,6 +29,16 @@ from llamax.model.skeleton import Skeleton
 from llamax.observe import plots
 from llamax.parallel import place
 
+# Whatever the losses of the run: what a reference gives is 0 where there is none.
+BESIDE, ALONE = config.Preference(config.PreferenceLosses(sigmoid=1.0)), config.Preference()
+
+
+def check(run: config.Run, cfg: config.Eval) -> None:
+    if not run.data.comparisons_per_row:
+        true = "rows of this run hold no comparisons"
+        change = "Set --config.data.comparisons_per_row=8, or take the evaluation out."
+        raise ConfigError(f"preference evaluation of {cfg.path}", true, change)
+
 
 def run(ctx: Context, cfg: config.Eval) -> Report:
     held_out = HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs)
@@ -46,17 +56,18 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
 def of_batch(ctx: Context, batch: Batch) -> dict[str, np.ndarray]:
     """Of every comparison of a batch: what `compare` says of it, [comparisons] each."""
     S = ctx.run.data.comparisons_per_row
-    ours = compared(ctx.skeleton, S, ctx.params, ctx.router_bias, ctx.reference, batch)
+    against = BESIDE if batch.ref_logp is not None or ctx.reference is not None else ALONE
+    ours = compared(ctx.skeleton, (S, against), ctx.params, ctx.router_bias, ctx.reference, batch)
     ours = {name: np.asarray(x) for name, x in place.fetch(ours)._asdict().items() if x is not None}
     there = ours["has_chosen"] | ours["has_rejected"]
     return {name: x[there] for name, x in ours.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def compared(skeleton: Skeleton, S: int, params, router_bias, reference, batch: Batch):
+def compared(skeleton: Skeleton, how: tuple[int, config.Preference], params, router_bias, reference, batch: Batch):
     logp_BT = score(skeleton.bind(params, router_bias), batch).logp
     ref_BT = batch.ref_logp if reference is None else score(skeleton.bind(*reference), batch).logp
-    return compare(logp_BT, batch.sides, ref_BT, batch.positions, S, config.Preference())
+    return compare(logp_BT, batch.sides, ref_BT, batch.positions, *how)
 
 
 def report_of(found: dict[str, np.ndarray], left_out: str = "") -> Report:

@@ -15,7 +15,7 @@ from llamax.batch import Batch
 from llamax.losses import compared, next_token, preference, reward, router
 from llamax.losses.sum import Sum
 
-__all__ = ["TERMS", "Facts", "Sum", "Term", "next_token", "router"]
+__all__ = ["TERMS", "Facts", "Sum", "Term", "compare", "next_token", "preference", "router"]
 
 
 class Facts(NamedTuple):
@@ -84,8 +84,10 @@ TERMS: dict[str, Term] = {
         lambda facts: bool(facts.preference.weights),
     ),
     "reward": Term(
-        lambda scored, batch, facts: reward.of_answers(scored.reward, batch, facts.comparisons),
-        lambda batch: compared.count(batch.sides),
+        lambda scored, batch, facts: reward.of_answers(
+            scored.reward, batch, facts.comparisons, facts.preference.centring
+        ),
+        lambda batch: reward.count_pairs(batch.sides),
         lambda facts: facts.model.reward_head,
     ),
 }

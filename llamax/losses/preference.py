@@ -16,7 +16,7 @@ from llamax.losses import paired, reference_free, unpaired
 from llamax.losses.compared import Compared, compare, count
 from llamax.losses.sum import Sum
 
-__all__ = ["PREFERENCE", "Compared", "compare", "count", "margins", "preference"]
+__all__ = ["PREFERENCE", "Compared", "compare", "count", "margins", "preference", "told"]
 
 # Each gives the loss of every comparison [B, S], by the names of config.PreferenceLosses.
 PREFERENCE: dict[str, Callable[[Compared, config.Preference], Array]] = {
@@ -58,6 +58,34 @@ def without_holes(c: Compared) -> Compared:
         chosen_tail=None if c.chosen_tail is None else jnp.where(chosen, c.chosen_tail, 0),
         rejected_tail=None if c.rejected_tail is None else jnp.where(rejected, c.rejected_tail, 0),
     )
+
+
+def told(compared: Compared, cfg: config.Preference) -> dict[str, Sum]:
+    """What a step tells of its comparisons: log-probabilities a token, rewards, how often the chosen answer leads.
+
+    `accuracy` goes by log-probabilities, `reward_accuracy` by implicit rewards, where a tie counts half: before the first
+    step all are ties. `kl` is the mean of log pi - log ref over the tokens of chosen answers: the policy has not said
+    them, so it is a distance from the reference and not the divergence.
+    """
+    c, good, bad, both = without_holes(compared), compared.has_chosen, compared.has_rejected, paired.pairs(compared)
+    good_reward, bad_reward = paired.rewards(c, cfg)
+
+    def over(x: Array, there: Array, of: Array | None = None) -> Sum:
+        return Sum(jnp.where(there, x, 0).sum(), jnp.where(there, 1 if of is None else of, 0).sum(dtype=x.dtype))
+
+    margin = good_reward - bad_reward
+    return {
+        "chosen_logp": over(c.chosen, good, c.n_chosen),
+        "rejected_logp": over(c.rejected, bad, c.n_rejected),
+        "chosen_reward": over(good_reward, good),
+        "rejected_reward": over(bad_reward, bad),
+        "chosen_tokens": over(c.n_chosen, good),
+        "rejected_tokens": over(c.n_rejected, bad),
+        "kl": over(c.chosen - c.ref_chosen, good, c.n_chosen),
+        "margin": over(margin, both),
+        "accuracy": over((c.chosen > c.rejected).astype(margin.dtype), both),
+        "reward_accuracy": over(0.5 + 0.5 * jnp.sign(margin), both),
+    }
 
 
 def margins(compared: Compared, cfg: config.Preference) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:

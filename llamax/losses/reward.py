@@ -10,9 +10,35 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from llamax.batch import Batch
+from llamax.losses.compared import count
 from llamax.losses.sum import Sum
+
+
+def of_answers(scores_BT: Float[Array, "B T"], batch: Batch, S: int, centring: float) -> Sum:
+    """The loss of a batch's comparisons, S a row at most; over those that have two sides."""
+    chosen_BS, has_chosen_BS = at_end(scores_BT, batch, S, 1)
+    rejected_BS, has_rejected_BS = at_end(scores_BT, batch, S, -1)
+    margin_BS = None if batch.margins is None else at_end(batch.margins, batch, S, 1)[0]
+    return bradley_terry(chosen_BS, rejected_BS, has_chosen_BS & has_rejected_BS, margin_BS, centring)
+
+
+def at_end(x_BT: Array, batch: Batch, S: int, sign: int) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """x where every answer of that sign ends, at the token whose target is the last that is trained; whether it is
+    there. Tokens are told by their positions, so they may stand in any order."""
+    of_BTS = batch.sides[..., None] == sign * jnp.arange(1, S + 1)
+    places_BTS = jnp.where(of_BTS, batch.positions[..., None], -1)
+    last_BS = places_BTS.max(axis=1)
+    ends_BTS = of_BTS & (places_BTS == last_BS[:, None])
+    return jnp.where(ends_BTS, x_BT[..., None], 0).sum(axis=1), last_BS >= 0
+
+
+def count_pairs(sides_BT: Int[Array, "B T"]) -> Float[Array, ""]:
+    """How many comparisons of these rows have two sides."""
+    one, other = count(jnp.maximum(sides_BT, 0)), count(jnp.maximum(-sides_BT, 0))
+    return one + other - count(sides_BT)
 
 
 def bradley_terry(

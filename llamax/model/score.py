@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -20,13 +21,19 @@ class Score(NamedTuple):
     energy: Float[Array, "L B"]  # float32; see stack.Trace
     routing: Routing | None
     vision_energy: Float[Array, "Lv B"] | None
+    collisions: Float[Array, "B T"] | None = None  # float32: log of the sum of the softmax's squares; if asked for
     reward: Float[Array, "B T"] | None = None  # float32: of what stands up to each position, if the model has the head
 
 
-def score(model: Llama, batch: Batch) -> Score:
+def score(model: Llama, batch: Batch, collisions: bool = False) -> Score:
     """log p(targets[b, t] | what stands before and at t). The logits of a vocabulary never exist as a whole."""
     hidden_BTD, trace = model(batch)
-    return Score(*of_targets(model, hidden_BTD, batch.targets), *trace, reward=of_places(model, hidden_BTD))
+    logp_BT, logz_BT = of_targets(model, hidden_BTD, batch.targets)
+    scored = Score(logp_BT, logz_BT, *trace, reward=of_places(model, hidden_BTD))
+    if collisions:  # log sum_v exp 2 z_v - 2 log z, without a gradient
+        _, doubled_BT = of_targets(model, jax.lax.stop_gradient(2 * hidden_BTD), batch.targets)
+        scored = scored._replace(collisions=jax.lax.stop_gradient(doubled_BT - 2 * logz_BT))
+    return scored
 
 
 def score_after(model: Llama, batch: Batch, cache: Cache) -> tuple[Float[Array, "B T"], Float[Array, "B T D"], Cache]:

@@ -58,6 +58,7 @@ class Log:
         got = event.metrics
         values = {"loss": got.by_source, "optim/grad_norm": got.grad_norm, "optim/lr": got.lr}
         values |= {f"loss/{name}": term for name, term in got.terms.items()}
+        values |= {f"preference/{name}": value for name, value in (got.compared or {}).items()}
         self.window.add(values)
         self.each_step.add(event)
         self.steps += 1
@@ -199,9 +200,9 @@ class Evaluate:
         jax.block_until_ready(event.state.params)  # else waiting for the step would count as evaluation
         with self.ledger.during("evaluate"), jax.transfer_guard("allow"):
             for name in names:
-                self.evaluate(name, event.step, event.state.params, event.state.router_bias)
+                self.evaluate(name, event.step, event.state)
 
-    def at_start(self, step: int, params: Any, router_bias: Any) -> bool:
+    def at_start(self, step: int, state: State) -> bool:
         """What a death or a stop cut off: evaluations of this step's checkpoint that `metrics.jsonl` does not have.
 
         A run that has taken all its steps is evaluated again, and only shown what is known. False if it was stopped.
@@ -213,7 +214,7 @@ class Evaluate:
                     new = not any(key.startswith(f"eval/{name}/") for key in known)
                     missed = new and step > 0 and cfg.every_steps > 0 and step % cfg.every_steps == 0
                     if missed or step == self.end:
-                        self.evaluate(name, step, params, router_bias, write=new)
+                        self.evaluate(name, step, state, write=new)
         except Stopped:
             return False
         return True
@@ -221,11 +222,12 @@ class Evaluate:
     def wanted(self, event: Event, every: int) -> bool:
         return event.step == self.end or (every > 0 and event.step % every == 0)
 
-    def evaluate(self, name: str, step: int, params: Any, router_bias: Any, write: bool = True) -> None:
+    def evaluate(self, name: str, step: int, state: State, write: bool = True) -> None:
         cfg = self.run.evals[name]
         self.say(f"evaluating {name}")
         try:
-            report = EVALS[cfg.kind](self.context._replace(params=params, router_bias=router_bias), cfg)
+            weights = dict(params=state.params, router_bias=state.router_bias, reference=state.reference)
+            report = EVALS[cfg.kind](self.context._replace(**weights), cfg)
         except ConfigError as error:  # its data cannot be used: no reason to end a run that has steps to take
             if step == self.end:
                 raise

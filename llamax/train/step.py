@@ -17,7 +17,7 @@ from jax import Array
 
 from llamax import config
 from llamax.batch import Batch
-from llamax.losses import TERMS, Sum, next_token, router
+from llamax.losses import TERMS, Facts, Sum, compare, next_token, preference, router
 from llamax.model.score import Score, score
 from llamax.model.skeleton import Skeleton
 from llamax.optim.schedules import schedule
@@ -32,10 +32,10 @@ class Metrics(NamedTuple):
     loss: Array  # the weighted total
     terms: dict[str, Sum]  # each loss term, unweighted
     by_source: Sum  # next-token nats and tokens, [n_sources] each
-    compared: dict[str, Sum] | None  # of comparisons, losses.preference.told; None where the run has none
     routing: router.Stats | None  # None without MoE layers
     energy: Array  # [L]: mean square of the residual stream after each layer, summed over real tokens
     vision_energy: Array | None  # [vision layers]: the same, summed over tiles; None without pictures
+    compared: dict[str, Sum] | None  # of comparisons, losses.preference.told; None where the run has none
     grad_squares: dict[str, Array]  # by block: blocks.gradient_squares
     grad_norm: Array
     lr: Array
@@ -51,10 +51,10 @@ class Told(NamedTuple):
     loss: Array
     terms: dict[str, Sum]
     by_source: Sum
-    compared: dict[str, Sum] | None
     routing: router.Stats | None
     energy: Array
     vision_energy: Array | None
+    compared: dict[str, Sum] | None
 
 
 def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = None) -> Callable:
@@ -65,16 +65,15 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
     `copies`: of the parameters, made once and computed with; None: the parameters themselves serve.
     """
     n_sources = len(run.data.sources)
-    has_experts = any(kind.endswith("+moe") for kind in run.model.layers)
-    weights = {name: getattr(run.losses, name) for name, t in TERMS.items() if has_experts or not t.needs_experts}
+    facts = Facts.of(run)
+    weights = {name: getattr(run.losses, name) for name, term in TERMS.items() if term.on(facts)}
     weights = {name: weight for name, weight in weights.items() if weight}
-    facts = Facts(run.model, run.preference, run.data.comparisons_per_row)
 
     def loss(params, router_bias, reference, batch: Batch, dens: dict[str, Array]):
         model = skeleton.bind(params, router_bias)
         if reference is not None:
             batch = batch._replace(ref_logp=score(skeleton.bind(*reference), batch).logp)
-        scored = score(model, batch)
+        scored = score(model, batch, run.preference.wpo)
         seen = {name: (scored, batch) for name in weights}
         if any(TERMS[name].in_row_order for name in weights):
             ordered = in_row_order(scored, batch, model.seam.tokens.row_order)
@@ -88,8 +87,10 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
             logits, index, dropped = scored.routing
             routing = router.stats(logits, index, batch.segment_ids > 0, dropped)
         vision = None if scored.vision_energy is None else scored.vision_energy.sum(axis=1)
-        compared = None if batch.sides is None else told_of(compare(scored.logp, batch, facts), facts)
-        return total, Told(total, terms, per_source, compared, routing, scored.energy.sum(axis=1), vision)
+        compared = None
+        if batch.sides is not None:
+            compared = preference.told(compare(scored, batch, facts), run.preference)
+        return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1), vision, compared)
 
     def gradient(params, router_bias, batch: Batch, reference: Any = None):
         dens = {name: TERMS[name].den(batch) for name in weights}

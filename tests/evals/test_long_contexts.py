@@ -216,9 +216,9 @@ def test_in_training_the_heat_map_goes_to_tensorboard(monkeypatch, tmp_path):
     model_that(monkeypatch, numbers_of)
     cfg = cfg_of("needle", lengths=(128, 192), depths=2, samples=1, every_steps=5)
     run = dataclasses.replace(RUN, evals={"far": cfg})
-    state = SimpleNamespace(params={}, router_bias={})
+    state = SimpleNamespace(params={}, router_bias={}, reference=None)
     with MetricsFile(tmp_path / "metrics.jsonl", 0) as file, TensorBoard(tmp_path / "board") as board:
-        evaluate = hooks.Evaluate(run, CTX, Ledger(), file, board, lambda text: None, end=8)
+        evaluate = hooks.Evaluate(run, CTX, Ledger(), file, board, lambda text: None, lambda text: None, end=8)
         for step in (3, 5):
             evaluate(Event(step, False, state, None, None))
     events = EventAccumulator(str(tmp_path / "board")).Reload()
@@ -232,9 +232,9 @@ def test_what_is_asked_at_the_end_only_is_asked_at_the_end_of_the_run_and_not_of
     model_that(monkeypatch, numbers_of)
     cfg = cfg_of("needle", lengths=(128,), depths=1, samples=1, every_steps=0)
     stage = dataclasses.replace(RUN, evals={"far": cfg}, train=dataclasses.replace(RUN.train, steps=4))
-    state, seen = SimpleNamespace(params={}, router_bias={}), []
+    state, seen = SimpleNamespace(params={}, router_bias={}, reference=None), []
     monkeypatch.setattr(hooks.Evaluate, "evaluate", lambda self, name, step, *weights, write=True: seen.append(step))
-    evaluate = hooks.Evaluate(stage, CTX, Ledger(), None, None, lambda text: None, end=8)
+    evaluate = hooks.Evaluate(stage, CTX, Ledger(), None, None, lambda text: None, lambda text: None, end=8)
     for step in (3, 4, 8):
         evaluate(Event(step, False, state, None, None))
     assert seen == [8]

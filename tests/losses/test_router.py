@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamax import config
-from llamax.losses import TERMS, router
+from llamax.losses import TERMS, Facts, router
 from llamax.losses.router import balance, bias_step, loads, sequence_balance, stats, z_loss
 from tests.model.twins import quick_jit
 from tests.tolerances import ORACLE, TWIN_GRAD
@@ -117,8 +117,8 @@ def test_probabilities_are_of_what_is_chosen_by():
 def test_the_terms_take_the_probabilities_of_the_model(model, probability):
     """As the step calls them."""
     scored = SimpleNamespace(routing=SimpleNamespace(logits=LOGITS, index=INDEX))
-    batch = SimpleNamespace(segment_ids=SEGMENTS, positions=POSITIONS)
-    of_batch, of_documents = (TERMS[name].of(scored, batch, model) for name in ("router_balance", "router_balance_seq"))
+    batch, facts = SimpleNamespace(segment_ids=SEGMENTS, positions=POSITIONS), Facts(model, config.Preference(), 0)
+    of_batch, of_documents = (TERMS[name].of(scored, batch, facts) for name in ("router_balance", "router_balance_seq"))
     logits = LOGITS.astype(float)
     np.testing.assert_allclose(of_batch.mean(), slow_balance(logits, INDEX, SEGMENTS > 0, probability), **ORACLE)
     np.testing.assert_allclose(

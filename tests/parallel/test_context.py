@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llamax.batch import COMPARING, Batch
 from llamax.kernels.attention import slow_attention
 from llamax.kernels.ring import Ring, ring_attention
-from llamax.losses import TERMS
+from llamax.losses import TERMS, Facts
 from llamax.model.attention import Attention, places
 from llamax.model.moe import Routing
 from llamax.model.remat import repeated
@@ -263,15 +263,15 @@ def test_the_balance_of_a_document_is_taken_in_row_order():
     text = [segments] * 3 + [segments, positions, segments]
     batch = Batch(*text, tiles=np.zeros((B, 0, 0, 0, 3), np.uint8))
     routing = Routing(jnp.asarray(logits), jax.lax.top_k(logits, 2)[1])
-    scored, model = Score(None, None, None, routing, None), tiny_run().model
+    scored, facts = Score(None, None, None, routing, None), Facts.of(tiny_run())
     term = TERMS["router_balance_seq"]
-    want = term.of(scored, batch, model)
+    want = term.of(scored, batch, facts)
     places = SPLIT.stripes.places(T)
     cut = batch._replace(**{name: placed(x) for name, x in batch.of_tokens().items()})
     moved = scored._replace(routing=jax.tree.map(lambda x: x[:, :, places], routing))
-    got = jax.jit(lambda moved, cut: term.of(*in_row_order(moved, cut, SPLIT.row_order), model))(moved, cut)
+    got = jax.jit(lambda moved, cut: term.of(*in_row_order(moved, cut, SPLIT.row_order), facts))(moved, cut)
     np.testing.assert_allclose(got.num, want.num, rtol=1e-6)
-    assert term.in_row_order and not abs(term.of(moved, cut, model).num / want.num - 1) < 1e-3
+    assert term.in_row_order and not abs(term.of(moved, cut, facts).num / want.num - 1) < 1e-3
 
 
 @pytest.mark.parametrize("each", [1, 2])
