@@ -132,7 +132,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
     bones, scorer, sampler = skeletons(run, mesh, cut, tokenizer.patch)
     if mesh.shape["pipeline"] > 1:
         logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))
-    tx = optimizer(run.optim, run.train.steps, bones.kinds)
+    tx = optimizer(run.optim, run.train.steps, bones.split(bones.kinds)[0])
     step, shapes = build(run, bones, tx, mesh)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
@@ -173,11 +173,12 @@ def skeletons(run: config.Run, mesh: Mesh, cut: stripes.Stripes, patch_id: int) 
     rows. The first may lack the temperature that is for inference only."""
     whole = replace(run.train, expert_capacity=0.0)
     seam, uncut = make_seam(mesh, run.train, cut), make_seam(mesh, whole, place.WHOLE)
-    step = skeleton(run.model.in_training, seam, patch_id=patch_id, train=run.train)
+    how = dict(patch_id=patch_id, tune=run.tune)
+    step = skeleton(run.model.in_training, seam, train=run.train, **how)
     scorer = step
     if run.model.in_training != run.model:
-        scorer = skeleton(run.model, seam, patch_id=patch_id, train=run.train)
-    return step, scorer, skeleton(run.model, uncut, patch_id=patch_id, train=whole)
+        scorer = skeleton(run.model, seam, train=run.train, **how)
+    return step, scorer, skeleton(run.model, uncut, train=whole, **how)
 
 
 def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, list[Part], dict[str, str]]:
@@ -187,6 +188,7 @@ def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[T
     parts = [part._replace(run=preflight.with_paths(part.run)) for part in parts]
     files = preflight.data_files(parts)
     provenance.check_same_files(workdir, files)
+    preflight.check_tune(parts[-1].run)
     preflight.check_evals(parts[-1].run)  # they are the same in all; what a row takes of the cache is most in the last
     return tokenizer, parts, files
 

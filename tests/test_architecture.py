@@ -26,6 +26,7 @@ ROOMS = (
         "config_file",
         "checks",
         "checks_model",
+        "checks_tune",
         "variants",
         "batch",
         "stripes",

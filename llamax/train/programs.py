@@ -99,12 +99,13 @@ def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") 
         logger.warning(line)
     everywhere = NamedSharding(mesh, PartitionSpec())
     whole = jax.tree.map(lambda _: everywhere, shapes)
-    structure = jax.tree.structure(shapes.params)
+    trained, _ = bones.split(params)
+    structure = jax.tree.structure(trained)
 
     def like_params(tree: Any) -> bool:
         return jax.tree.structure(tree) == structure
 
-    opt = jax.tree.map(lambda tree: params if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
+    opt = jax.tree.map(lambda tree: trained if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
     return whole._replace(params=params, opt=opt)
 
 

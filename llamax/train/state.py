@@ -26,10 +26,12 @@ class State(NamedTuple):
 
 
 def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int, spike_window: int) -> State:
-    """A fresh state; pure, so that run.py can place it under one jit, or only take its shapes."""
+    """A fresh state; pure, so that run.py can place it under one jit, or only take its shapes. The optimizer knows
+    nothing of what is frozen."""
     key = jax.random.key(seed)
     init_key, run_key = jax.random.split(key)
     params, router_bias = skeleton.init(init_key)
     zero = jnp.zeros((), jnp.int32)
     recent = jnp.full((2, spike_window), jnp.inf, jnp.float32)
-    return State(zero, params, router_bias, optimizer.init(params), jax.random.key_data(run_key), zero, zero, recent)
+    opt = optimizer.init(skeleton.split(params)[0])
+    return State(zero, params, router_bias, opt, jax.random.key_data(run_key), zero, zero, recent)
