@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llamax import checks_model, checks_preference, stages, stripes
+from llamax import checks_model, checks_preference, checks_tune, stages, stripes
 from llamax.config import (
     ATTN_SCALES,
     BIAS_UPDATES,
@@ -117,6 +117,7 @@ def check(run: Run) -> None:
     _sources(run)
     _schedule(run)
     _moments(run.optim)
+    checks_tune.check(run)
     _mesh(run)
     _evals(run)
     _checkpoint(run)

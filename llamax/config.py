@@ -422,6 +422,13 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Which parameters are trained: all, but for those that rules freeze (model/tuned.py)."""
+
+    freeze: tuple = ()  # patterns over paths, frozen; "!PATTERN": trained after all; of several that match, the last
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of a run with settings of its own. Stages come one after the other, in the order of their names (a number
     in a name counts as a number); each goes on with the weights and the optimizer of the one before.
@@ -443,6 +450,7 @@ class Run:
     name: str = ""
     seed: int = 0
     init: Init = field(default_factory=Init)
+    tune: Tune = field(default_factory=Tune)
     stages: dict[str, Stage] = field(default_factory=dict)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -1,6 +1,6 @@
-"""The laptop sizes of the recipes: what one changes of its full size for a model of millions of parameters, the data that
-`llamax data build` makes, and two cores. A recipe's `:tiny` begins with one of these and takes the code paths of its full
-size in minutes."""
+"""The laptop sizes of the recipes: what each changes for a model of millions of parameters, the data that
+`llamax data build` makes, and two cores. A recipe's `:tiny` begins with one of these, and takes the code paths of its
+full size in minutes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pretrain(run: ConfigDict, model: config.Model) -> ConfigDict:
 
 
 def context(run: ConfigDict, model: config.Model) -> ConfigDict:
-    """The laptop size of a recipe that extends a context: from the 512 tokens a row of `pretrain` to 1,024 and to 2,048."""
+    """A context extended: from the 512 tokens a row of `pretrain` to 1,024 and to 2,048."""
     run = pretrain(run, model)
     run.train.steps = 0
     run.data.multimodal_steps = 0.5

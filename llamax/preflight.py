@@ -17,6 +17,8 @@ from llamax.config_dict import flat
 from llamax.data.sources import open_source, read_manifest
 from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer, check_size
+from llamax.model.seam import Seam
+from llamax.model.skeleton import skeleton
 from llamax.observe import provenance
 from llamax.parallel import processes
 from llamax.stages import Part
@@ -138,6 +140,12 @@ def code_hashes() -> dict[str, str]:
     root = Path(__file__).parent
     paths = sorted(root.rglob("*.py"))
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
+
+
+def check_tune(run: config.Run) -> None:
+    """ConfigError if the rules of what is trained do not suit the model."""
+    if run.tune != config.Tune():
+        skeleton(run.model, Seam(), patch_id=0, train=run.train, tune=run.tune)
 
 
 def check_evals(run: config.Run) -> None:

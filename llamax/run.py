@@ -132,7 +132,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
     bones, scorer, sampler = skeletons(run, mesh, cut, tokenizer.patch)
     if mesh.shape["pipeline"] > 1:
         logger.info("%s", Schedule.of(mesh.shape["pipeline"], run.model.plan[0][1], run.train.pipeline_microbatches))
-    tx = optimizer(run.optim, run.train.steps, bones.kinds)
+    tx = optimizer(run.optim, run.train.steps, bones.split(bones.kinds)[0])
     step, shapes = build(run, bones, tx, mesh)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
     kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
@@ -142,7 +142,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights)
-        state = starting.with_reference(state, shapes, house.reference)
+        state = starting.with_reference(state, shapes, bones, house.reference)
         put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
         row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
@@ -161,9 +161,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
                 stop=stop,
                 hooks=around,
                 leave=partial(leave, around),
-                go_back=partial(
-                    starting.go_back, part, shapes, house.reference, house.checkpoints, around.log, house.ledger
-                ),
+                go_back=partial(back, part, shapes, bones, house, around.log),
             )
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
@@ -176,11 +174,12 @@ def skeletons(run: config.Run, mesh: Mesh, cut: stripes.Stripes, patch_id: int) 
     rows. The first may lack the temperature that is for inference only."""
     whole = replace(run.train, expert_capacity=0.0)
     seam, uncut = make_seam(mesh, run.train, cut), make_seam(mesh, whole, place.WHOLE)
-    step = skeleton(run.model.in_training, seam, patch_id=patch_id, train=run.train)
+    how = dict(patch_id=patch_id, tune=run.tune)
+    step = skeleton(run.model.in_training, seam, train=run.train, **how)
     scorer = step
     if run.model.in_training != run.model:
-        scorer = skeleton(run.model, seam, patch_id=patch_id, train=run.train)
-    return step, scorer, skeleton(run.model, uncut, patch_id=patch_id, train=whole)
+        scorer = skeleton(run.model, seam, train=run.train, **how)
+    return step, scorer, skeleton(run.model, uncut, train=whole, **how)
 
 
 def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, list[Part], dict[str, str]]:
@@ -190,6 +189,7 @@ def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[T
     parts = [part._replace(run=preflight.with_paths(part.run)) for part in parts]
     files = preflight.data_files(parts)
     provenance.check_same_files(workdir, files)
+    preflight.check_tune(parts[-1].run)
     preflight.check_evals(parts[-1].run)  # they are the same in all; what a row takes of the cache is most in the last
     return tokenizer, parts, files
 
@@ -287,6 +287,11 @@ def leave(around: Hooks, step: int, state: State) -> None:
     except RollBack:
         return  # the newest checkpoint is from before the bad step: whoever goes on comes here again
     around.save.save(step, state)
+
+
+def back(part: Part, shapes: State, bones: Skeleton, house: House, written: hooks.Log, asked: RollBack) -> State:
+    """The state that a roll-back asks for."""
+    return starting.go_back(part, shapes, bones, house.reference, house.checkpoints, written, house.ledger, asked)
 
 
 class Hooks(NamedTuple):

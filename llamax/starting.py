@@ -18,6 +18,7 @@ from llamax.config import ConfigError
 from llamax.config_dict import flat, merged
 from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Found
+from llamax.model.skeleton import Skeleton
 from llamax.observe import provenance
 from llamax.observe.goodput import Ledger
 from llamax.parallel import processes
@@ -71,12 +72,14 @@ def find_reference(run: config.Run, tokenizer: Tokenizer) -> Found | None:
     return found
 
 
-def with_reference(state: State, shapes: State, found: Found | None) -> State:
+def with_reference(state: State, shapes: State, bones: Skeleton, found: Found | None) -> State:
     """The state with a live reference's weights, where the run has one; `found` as of `find_reference`."""
     if shapes.reference is None:
         return state
     assert found is not None
-    return state._replace(reference=loading.read(found, *shapes.reference))
+    trained, bias = shapes.reference
+    params, bias = loading.read(found, merged(trained, bones.split(shapes.params)[1]), bias)
+    return state._replace(reference=(bones.split(params)[0], bias))
 
 
 def about(found: Found | None) -> dict[str, Any] | None:
@@ -153,8 +156,8 @@ def begun(fresh: Callable[[], State], shapes: State, weights: Found | None) -> S
     options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
     if weights is None:
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
-    lacking = () if weights.said.model.attn_scale == "ssmax" else ("ssmax",)
-    lacking += () if weights.said.model.reward_head else ("reward",)
+    theirs_has = dict(ssmax=weights.said.model.attn_scale == "ssmax", reward=weights.said.model.reward_head)
+    lacking = [name for name, there in theirs_has.items() if not there]
     theirs, ours = split(shapes.params, lacking)
 
     def rest_of(state: State) -> State:
@@ -207,6 +210,7 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: 
 def go_back(
     part: Part,
     shapes: State,
+    bones: Skeleton,
     reference: Found | None,
     checkpoints: Checkpoints,
     written: hooks.Log,
@@ -220,7 +224,7 @@ def go_back(
             checkpoints.set_aside(step, "rolled-back")
     # The one before, should its files be damaged by now.
     state = in_stage(part, restore(shapes._replace(reference=None), checkpoints, None, None))
-    state = with_reference(state, shapes, reference)
+    state = with_reference(state, shapes, bones, reference)
     to = int(jax.device_get(state.step))
     written.rewind(to)
     ledger.lose_steps_after(to)

@@ -11,8 +11,8 @@ trains adapters instead of all parameters: --config.tune.lora_rank=16 (docs/how-
 
 Meta published that the fine-tuning was light, and on the hardest data; rates, rows and steps are ours.
 
-:tiny starts from the quickstart's model, which has Scout's shape; from a Maverick of your own (maverick_pretrain.py:tiny)
-it starts with --config.model taken from there. Expected of it: from next to no answer in the form that is asked for to nearly all of them, and most of them right.
+:tiny has the shape of the quickstart's model, a Scout, and starts from it. Expected: from next to no answer in the form
+that is asked for to nearly all of them, and most of them right.
 """
 
 from llamax import config as lx

@@ -4,9 +4,9 @@
     llamax show  recipes/vision_align.py                       # every setting
     llamax train recipes/vision_align.py --workdir DIR --config.init.path=PRETRAINED   # or a layout, as :v5p_256
 
-Llama 4's encoder was adapted in conjunction with a frozen Llama, so that its features suit the decoder; here on captions,
-of which only the text is learnt. Frozen parameters have no gradient and no moments, and are the same bits at the end
-(docs/how-to/tune.md). Rates, rows and steps are ours.
+Llama 4's encoder was adapted in conjunction with a frozen Llama, so that its features suit the decoder; here on
+captions, of which only the text is learnt. Frozen parameters have no gradient and no moments, and are the same bits at
+the end (docs/how-to/tune.md). Rates, rows and steps are ours.
 
 Expected of :tiny: the loss of held-out captions falls, and that of text stays what it was, exactly.
 """
@@ -19,7 +19,7 @@ LAYOUTS = dict(v5p_256=dict(mesh=dict(fsdp=64, expert=4), train=dict(remat="bloc
 
 def get_config(size: str = "full"):
     run = lx.recipe(name="vision_align", model=variants.scout(), seed=24)
-    run.tune.train = ("vision/*", "projector")
+    run.tune.freeze = ("*", "!vision/*", "!projector")
     if size == "tiny":
         return laptop.align(run, variants.scout_tiny())
 

@@ -27,6 +27,7 @@ ROOMS = (
         "checks",
         "checks_model",
         "checks_preference",
+        "checks_tune",
         "variants",
         "batch",
         "stripes",

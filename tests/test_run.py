@@ -101,7 +101,7 @@ def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
     sizes = {f"Mesh.{f.name}" for f in dataclasses.fields(config.Mesh)}  # tests/train/test_meshes.py
     by_check_devices = {"Run.mesh"} | sizes  # it resolves the mesh that the run takes
     fields = {f"{c.__name__}.{f.name}" for c in SECTIONS for f in dataclasses.fields(c)}
-    assert len(SECTIONS) == 16 and "Mesh.data" in fields
+    assert len(SECTIONS) == 17 and "Mesh.data" in fields
     by_stages = {f"{c.__name__}.{f.name}" for c in (config.Stage, config.Init) for f in dataclasses.fields(c)}
     by_long_contexts = {f"Eval.{f.name}" for f in dataclasses.fields(config.Eval)}  # tests/evals/test_long_contexts.py
     # tests/model/test_positions.py, tests/model/test_rope.py

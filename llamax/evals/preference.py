@@ -66,7 +66,7 @@ def of_batch(ctx: Context, batch: Batch) -> dict[str, np.ndarray]:
 @partial(jax.jit, static_argnums=(0, 1))
 def compared(skeleton: Skeleton, how: tuple[int, config.Preference], params, router_bias, reference, batch: Batch):
     logp_BT = score(skeleton.bind(params, router_bias), batch).logp
-    ref_BT = batch.ref_logp if reference is None else score(skeleton.bind(*reference), batch).logp
+    ref_BT = batch.ref_logp if reference is None else score(skeleton.reference(params, *reference), batch).logp
     return compare(logp_BT, batch.sides, ref_BT, batch.positions, *how)
 
 

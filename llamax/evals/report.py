@@ -31,7 +31,7 @@ class Context(NamedTuple):
     row_multiple: int  # the rows of a batch divide by it
     params: Any = None
     router_bias: Any = None
-    reference: Any = None  # (params, router_bias) that answers are measured against
+    reference: Any = None  # (what is trained of it, router_bias): the model that answers are measured against
     check_stop: Callable[[], None] = lambda: None  # raises if the run is to stop: called between batches
     track: Callable[[Sequence, str], Iterable] = untracked  # of batches, and what they are of: shows how far it is
 

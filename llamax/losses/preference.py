@@ -63,9 +63,9 @@ def without_holes(c: Compared) -> Compared:
 def told(compared: Compared, cfg: config.Preference) -> dict[str, Sum]:
     """What a step tells of its comparisons: log-probabilities a token, rewards, how often the chosen answer leads.
 
-    `accuracy` goes by log-probabilities, `reward_accuracy` by implicit rewards, where a tie counts half: before the first
-    step all are ties. `kl` is the mean of log pi - log ref over the tokens of chosen answers: the policy has not said
-    them, so it is a distance from the reference and not the divergence.
+    `accuracy` goes by log-probabilities, `reward_accuracy` by implicit rewards, where a tie counts half: before the
+    first step all are ties. `kl` is the mean of log pi - log ref over the tokens of chosen answers: the policy has not
+    said them, so it is a distance from the reference and not the divergence.
     """
     c, good, bad, both = without_holes(compared), compared.has_chosen, compared.has_rejected, paired.pairs(compared)
     good_reward, bad_reward = paired.rewards(c, cfg)

@@ -28,6 +28,7 @@ def of_answers(scores_BT: Float[Array, "B T"], batch: Batch, S: int, centring: f
 def at_end(x_BT: Array, batch: Batch, S: int, sign: int) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
     """x where every answer of that sign ends, at the token whose target is the last that is trained; whether it is
     there. Tokens are told by their positions, so they may stand in any order."""
+    assert batch.sides is not None, "rows without comparisons"
     of_BTS = batch.sides[..., None] == sign * jnp.arange(1, S + 1)
     places_BTS = jnp.where(of_BTS, batch.positions[..., None], -1)
     last_BS = places_BTS.max(axis=1)

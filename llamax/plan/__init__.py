@@ -74,7 +74,7 @@ def _compiled(run: config.Run, where: Topology, notes: list[str]) -> Any:
         _estimate_flops(cost, run, where, mesh)
     for loop in sorted(cost.endless):
         notes.append(f"the length of a loop is not known when compiling; counted once: {loop}")
-    held = _held(step.state)
+    held = _held(run, step.state)
     beside = got.peak_bytes - held["parameters"] - held["optimizer"] - held["gradients"]
     return _report(run, where, mesh, "compiled", step.state, beside, cost, places, notes)
 
@@ -94,7 +94,7 @@ def _report(
     from llamax.model import count
     from llamax.plan import estimate, report, roofline
 
-    held = _held(state)
+    held = _held(run, state)
     kept = min(max(0.0, beside), estimate.memory(run, mesh, _tiles(run)).kept)
     peak = sum(held.values()) + beside
     limit = where.chip.hbm_bytes
@@ -126,7 +126,8 @@ def _report(
 def _leaves(run: config.Run, state: Any) -> list[Any]:
     from llamax.plan import estimate
 
-    return estimate.split_of(state.params, _bones(run.model).axes, pictures=_tiles(run) > 0)
+    bones = _bones(run.model, run.tune)
+    return estimate.split_of(state.params, bones.axes, bones.trained, pictures=_tiles(run) > 0)
 
 
 def _beside(run: config.Run, mesh: Mapping[str, int], state: Any) -> float:
@@ -134,7 +135,7 @@ def _beside(run: config.Run, mesh: Mapping[str, int], state: Any) -> float:
     from llamax.plan import estimate
 
     needs = estimate.memory(run, mesh, _tiles(run))
-    return needs.kept + needs.working + estimate.cast(run, _held(state)["parameters"])
+    return needs.kept + needs.working + estimate.cast(run, _held(run, state)["parameters"])
 
 
 def _estimate_flops(cost: Any, run: config.Run, where: Topology, mesh: Mapping[str, int]) -> None:
@@ -164,12 +165,13 @@ def _pipeline(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
         yield f"{estimate.pipeline_of(run, mesh)}"
 
 
-def _held(state: Any) -> dict[str, int]:
-    """Bytes of the classes that shapes and places decide, on one device."""
+def _held(run: config.Run, state: Any) -> dict[str, int]:
+    """Bytes of the classes that shapes and places decide, on one device. What is frozen has parameters alone."""
     from llamax.plan.compiled import bytes_per_device
 
-    parameters = bytes_per_device(state.params)
-    return {"parameters": parameters, "optimizer": bytes_per_device(state.opt), "gradients": parameters}
+    trained, _ = _bones(run.model, run.tune).split(state.params)
+    parameters, gradients = bytes_per_device(state.params), bytes_per_device(trained)
+    return {"parameters": parameters, "optimizer": bytes_per_device(state.opt), "gradients": gradients}
 
 
 def _state(run: config.Run, mesh: Mapping[str, int]) -> Any:
@@ -179,28 +181,28 @@ def _state(run: config.Run, mesh: Mapping[str, int]) -> Any:
     from llamax.train.programs import places_of, shape_at
 
     nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    shapes = _shapes(run.model, run.optim)
-    return jax.tree.map(shape_at, shapes, places_of(_bones(run.model), shapes, nowhere, run.mesh.rules))
+    shapes = _shapes(run.model, run.tune, run.optim)
+    return jax.tree.map(shape_at, shapes, places_of(_bones(run.model, run.tune), shapes, nowhere, run.mesh.rules))
 
 
 @functools.lru_cache(maxsize=4)  # tracing the initialisation takes seconds, and levers ask for it again and again
-def _shapes(model: config.Model, optim: config.Optim) -> Any:
+def _shapes(model: config.Model, tune: config.Tune, optim: config.Optim) -> Any:
     import jax
 
     from llamax.optim.build import optimizer
     from llamax.train.state import init
 
-    bones = _bones(model)
-    tx = optimizer(optim, config.Train().steps, bones.kinds)
+    bones = _bones(model, tune)
+    tx = optimizer(optim, config.Train().steps, bones.split(bones.kinds)[0])
     return jax.eval_shape(functools.partial(init, bones, tx, 0, config.Health().spike_window))
 
 
 @functools.lru_cache(maxsize=4)
-def _bones(model: config.Model) -> Any:
+def _bones(model: config.Model, tune: config.Tune) -> Any:
     from llamax.model.seam import Seam
     from llamax.model.skeleton import skeleton
 
-    return skeleton(model, Seam(), patch_id=0, train=config.Train())
+    return skeleton(model, Seam(), patch_id=0, train=config.Train(), tune=tune)
 
 
 def _whole(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
@@ -210,7 +212,7 @@ def _whole(run: config.Run, mesh: Mapping[str, int]) -> Iterator[str]:
     from llamax.parallel import rules
 
     nowhere = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    lines = rules.unsharded(_bones(run.model).axes, _state(run, mesh).params, nowhere)
+    lines = rules.unsharded(_bones(run.model, run.tune).axes, _state(run, mesh).params, nowhere)
     if lines:
         yield f"{len(lines)} dimensions stay whole on every device, for instance {lines[0]}"
 
@@ -220,7 +222,7 @@ def _levers(run: config.Run, where: Topology, mesh: Mapping[str, int], peak: flo
 
     def needed(changed: config.Run, sizes: Mapping[str, int]) -> float:
         state = _state(changed, sizes)
-        return sum(_held(state).values()) + _beside(changed, sizes, state)
+        return sum(_held(changed, state).values()) + _beside(changed, sizes, state)
 
     now, found = needed(run, mesh), False
     for words, changed in changes(run, mesh):

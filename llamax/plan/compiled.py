@@ -35,7 +35,7 @@ def traced(run: config.Run, devices: list[Any]) -> Traced:
     """Steps with pictures are the larger ones: where the run has them, one of those is taken."""
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
     bones = bones_of(run, mesh)
-    step, state = build(run, bones, optimizer(run.optim, run.train.steps, bones.kinds), mesh)
+    step, state = build(run, bones, optimizer(run.optim, run.train.steps, bones.split(bones.kinds)[0]), mesh)
     batch = abstract_batch(run, slots(run), place.batch_shardings(mesh))
     return Traced(mesh, step, state, batch)
 
@@ -44,7 +44,7 @@ def bones_of(run: config.Run, mesh: Mesh) -> Skeleton:
     cut = stripes.of(run.model, run.data.seq_len, mesh.shape["context"])
     seam = make_seam(mesh, run.train, cut)
     # Any token may stand for the patch: it is a constant that no shape depends on.
-    return skeleton(run.model.in_training, seam, patch_id=0, train=run.train)
+    return skeleton(run.model.in_training, seam, patch_id=0, train=run.train, tune=run.tune)
 
 
 def lower(step: Traced, topology: Topology) -> Any:

@@ -180,6 +180,7 @@ class Leaf(NamedTuple):
     split: tuple[str, ...]  # mesh axes
     stays: tuple[str, ...] = ()  # of these, those along which tokens travel instead: of experts, and of embeddings
     once: bool = False  # gathered once: the head's, which is no part of what is rematted
+    trained: bool = True  # else it has no gradient to be summed
 
 
 def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[Leaf], *, least: bool = False) -> hlo.Cost:
@@ -195,7 +196,7 @@ def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[Leaf], *, l
     total = hlo.Cost()
     sums: dict[tuple[str, tuple[str, ...]], float] = defaultdict(float)
     stages = pipeline_of(run, mesh)
-    for size, split, stays, alone in leaves:
+    for size, split, stays, alone, trained in leaves:
         often = run.train.accumulate * (stages.microbatches if "pipeline" in split else 1)
         gathered = tuple(axis for axis in split if axis in rows and axis not in (*stays, "data", "pipeline"))
         n = math.prod(mesh[axis] for axis in gathered)
@@ -203,15 +204,15 @@ def exchanged(run: config.Run, mesh: Mapping[str, int], leaves: list[Leaf], *, l
         if "data" in split and mesh["data"] > 1:  # over `data` a copy is gathered, once a step (place.Copies)
             once = (mesh["data"] - 1) / mesh["data"] * part
             sums["all-gather", ("data",)] += once
-            sums["reduce-scatter", ("data",)] += once * run.train.accumulate
+            sums["reduce-scatter", ("data",)] += once * run.train.accumulate * trained
         if n > 1:
             twice = (remat or least) and not alone
             sums["all-gather", gathered] += (n - 1) * part * (2 if twice else 1) * often
-            sums["reduce-scatter", gathered] += (n - 1) * part * often
+            sums["reduce-scatter", gathered] += (n - 1) * part * often * trained
         copies = tuple(axis for axis in rows if axis not in split)
         m = math.prod(mesh[axis] for axis in copies)
         if m > 1:
-            sums["all-reduce", copies] += 2 * (m - 1) / m * part * run.train.accumulate
+            sums["all-reduce", copies] += 2 * (m - 1) / m * part * run.train.accumulate * trained
     if stages.stages > 1:
         handed = tokens_per_device(run, mesh) * stages.stages / stages.microbatches * run.model.dim * c
         sums["collective-permute", ("pipeline",)] += 2 * stages.ticks * handed * run.train.accumulate
@@ -274,15 +275,14 @@ def pipeline_of(run: config.Run, mesh: Mapping[str, int]) -> Schedule:
     return Schedule.of(stages, run.model.plan[0][1], run.train.pipeline_microbatches if stages > 1 else 0)
 
 
-def split_of(params: Any, names: Any, *, pictures: bool = True) -> list[Leaf]:
-    """Every parameter of a tree of shapes with shardings; `names`: the same tree with their logical axes. Without
-    `pictures`, those of the vision side are left out: such a step has no use for them."""
+def split_of(params: Any, names: Any, trained: Any, *, pictures: bool = True) -> list[Leaf]:
+    """Every parameter of a tree of shapes with shardings; `names`: the same tree with their logical axes; `trained`:
+    with whether it is. Without `pictures`, those of the vision side are left out: such a step has no use for them."""
     import jax
 
     found = []
-    for (path, x), axes in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(names, is_leaf=_is_axes), strict=True
-    ):
+    told = jax.tree.leaves(names, is_leaf=_is_axes), jax.tree.leaves(trained)
+    for (path, x), axes, learns in zip(jax.tree_util.tree_leaves_with_path(params), *told, strict=True):
         if not pictures and path[0].key in ("vision", "projector"):
             continue
         spec = (*x.sharding.spec, *(None for _ in range(len(axes) - len(x.sharding.spec))))
@@ -290,7 +290,7 @@ def split_of(params: Any, names: Any, *, pictures: bool = True) -> list[Leaf]:
         split = tuple(axis for entry in entries for axis in entry)
         of_experts = entries[axes.index("experts")] if "experts" in axes else ()
         stays = split if axes == ("vocab", "embed") else of_experts
-        found.append(Leaf(math.prod(x.shape), split, stays, axes == ("embed", "vocab")))
+        found.append(Leaf(math.prod(x.shape), split, stays, axes == ("embed", "vocab"), learns))
     return found
 
 

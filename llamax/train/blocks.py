@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from llamax.model.stack import moe_slots
 
 def gradient_squares(grads: dict[str, Any], plan: tuple) -> dict[str, Array]:
     """Sums of squares, float32, by block: "layer" [L] in layer order, "vision" [vision layers], and a number for each
-    part of the model that is no block (embed, head, ..., vision_rest)."""
+    part of the model that is no block (embed, head, ..., vision_rest). What is frozen is in none: a layer of which
+    nothing is trained has 0, and a part is left out."""
 
     def squares(tree: Any, keep: int) -> Array:
         """Over all but the first `keep` dimensions."""
@@ -28,25 +30,32 @@ def gradient_squares(grads: dict[str, Any], plan: tuple) -> dict[str, Array]:
     for name, tree in grads.items():
         if name == "stack":
             segments = []
-            for s, (kinds, _) in enumerate(plan):
-                slots = [squares(tree[f"segment{s}"][f"slot{i}"], 1) for i in range(len(kinds))]
+            for s, (kinds, repeats) in enumerate(plan):
+                trained = [tree.get(f"segment{s}", {}).get(f"slot{i}") for i in range(len(kinds))]
+                slots = [jnp.zeros(repeats, jnp.float32) if slot is None else squares(slot, 1) for slot in trained]
                 segments.append(jnp.stack(slots, 1).reshape(-1))
             out["layer"] = jnp.concatenate(segments)
         elif name == "vision":
             if "blocks" in tree:  # linear patches have none
                 out["vision"] = squares(tree["blocks"], 1)
-            out["vision_rest"] = squares({key: part for key, part in tree.items() if key != "blocks"}, 0)
+            rest = {key: part for key, part in tree.items() if key != "blocks"}
+            if rest:
+                out["vision_rest"] = squares(rest, 0)
         else:
             out[name] = squares(tree, 0)
     return out
 
 
-def move_biases(router_bias: Any, loads_LE: Array, plan: tuple, rate: float, update: str) -> Any:
-    """The routers' biases after a step with these loads; same tree."""
+def move_biases(router_bias: Any, loads_LE: Array, plan: tuple, rate: float, update: str, grads: Any) -> Any:
+    """The routers' biases after a step with these loads; same tree. The bias of a frozen router, which has no gradient
+    in `grads`, stays."""
     slots = moe_slots(plan)
 
     def move(path: tuple, bias_RE: Array) -> Array:
         # ("stack", segment, slot, "moe", "router_bias")
+        layer = functools.reduce(lambda tree, key: tree.get(key.key, {}), path[:-1], grads)
+        if "router" not in layer:
+            return bias_RE
         layers = jnp.array(slots[path[1].key, path[2].key])
         return router.bias_step(bias_RE, loads_LE[layers], rate, update)
 

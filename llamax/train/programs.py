@@ -90,13 +90,13 @@ def state_shardings(bones: Skeleton, tx: optax.GradientTransformation, run: conf
 
 
 def state_shapes(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation) -> State:
-    """With a live reference's, if the run has one: its arrays are of the dtypes that the step computes with."""
+    """With a live reference's, if the run has one: of what is trained, in the dtypes that the step computes with."""
     shapes = jax.eval_shape(partial(init, bones, tx, run.seed, run.health.spike_window))
     if run.reference.source != "live":
         return shapes
     dtypes = computed_dtypes(run, bones)
     params = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), shapes.params, dtypes)
-    return shapes._replace(reference=(params, shapes.router_bias))
+    return shapes._replace(reference=(bones.split(params)[0], shapes.router_bias))
 
 
 def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") -> State:
@@ -108,14 +108,16 @@ def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") 
         logger.warning(line)
     everywhere = NamedSharding(mesh, PartitionSpec())
     whole = jax.tree.map(lambda _: everywhere, shapes)
-    structure = jax.tree.structure(shapes.params)
+    trained, _ = bones.split(params)
+    structure = jax.tree.structure(trained)
 
     def like_params(tree: Any) -> bool:
         return jax.tree.structure(tree) == structure
 
-    opt = jax.tree.map(lambda tree: params if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
+    opt = jax.tree.map(lambda tree: trained if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
     if shapes.reference is not None:  # where it is computed with
-        whole = whole._replace(reference=(rules.shardings(bones.axes, shapes.params, mesh), whole.reference[1]))
+        computing = bones.split(rules.shardings(bones.axes, shapes.params, mesh))[0]
+        whole = whole._replace(reference=(computing, whole.reference[1]))
     return whole._replace(params=params, opt=opt)
 
 

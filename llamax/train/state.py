@@ -23,14 +23,16 @@ class State(NamedTuple):
     bad_in_row: Array  # int32: bad steps since the last good one
     skipped: Array  # int32: bad steps so far, whose update was not applied
     recent: Array  # float32 [2, W]: the last finite losses of steps without pictures and with; inf: not yet
-    reference: Any = None  # (params, router_bias) that answers are measured against: never changed, in no checkpoint
+    reference: Any = None  # (what is trained, router_bias) of a live reference: never changed, in no checkpoint
 
 
 def init(skeleton: Skeleton, optimizer: optax.GradientTransformation, seed: int, spike_window: int) -> State:
-    """A fresh state; pure, so that run.py can place it under one jit, or only take its shapes."""
+    """A fresh state; pure, so that run.py can place it under one jit, or only take its shapes. The optimizer knows
+    nothing of what is frozen."""
     key = jax.random.key(seed)
     init_key, run_key = jax.random.split(key)
     params, router_bias = skeleton.init(init_key)
     zero = jnp.zeros((), jnp.int32)
     recent = jnp.full((2, spike_window), jnp.inf, jnp.float32)
-    return State(zero, params, router_bias, optimizer.init(params), jax.random.key_data(run_key), zero, zero, recent)
+    opt = optimizer.init(skeleton.split(params)[0])
+    return State(zero, params, router_bias, opt, jax.random.key_data(run_key), zero, zero, recent)

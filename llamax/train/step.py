@@ -17,6 +17,7 @@ from jax import Array
 
 from llamax import config
 from llamax.batch import Batch
+from llamax.config_dict import merged
 from llamax.losses import TERMS, Facts, Sum, compare, next_token, preference, router
 from llamax.model.score import Score, score
 from llamax.model.skeleton import Skeleton
@@ -58,10 +59,11 @@ class Told(NamedTuple):
 
 
 def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = None) -> Callable:
-    """gradient(params, router_bias, batch, reference=None) -> (grads, Told) over all of the batch's rows.
+    """gradient(params, router_bias, batch, reference=None) -> (grads, Told) over all of the batch's rows: grads of what
+    is trained.
 
-    `reference`: (params, router_bias) whose log-probabilities take the place of the batch's `ref_logp`. They go through
-    the same function in the same program, so those of equal weights are equal to the bit.
+    `reference`: (what is trained of it, router_bias), whose log-probabilities take the place of the batch's `ref_logp`.
+    They go through the same function in the same program, so those of equal weights are equal to the bit.
     `copies`: of the parameters, made once and computed with; None: the parameters themselves serve.
     """
     n_sources = len(run.data.sources)
@@ -72,7 +74,7 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
     def loss(params, router_bias, reference, batch: Batch, dens: dict[str, Array]):
         model = skeleton.bind(params, router_bias)
         if reference is not None:
-            batch = batch._replace(ref_logp=score(skeleton.bind(*reference), batch).logp)
+            batch = batch._replace(ref_logp=score(skeleton.reference(params, *reference), batch).logp)
         scored = score(model, batch, run.preference.wpo)
         seen = {name: (scored, batch) for name in weights}
         if any(TERMS[name].in_row_order for name in weights):
@@ -95,19 +97,21 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
     def gradient(params, router_bias, batch: Batch, reference: Any = None):
         dens = {name: TERMS[name].den(batch) for name in weights}
         made = None if copies is None else copies(params)
+        trained, frozen = skeleton.split(params)
 
-        def of(params, batch: Batch):
+        def of(trained, batch: Batch):
+            params = merged(trained, frozen)
             used = params if copies is None else copies.standing_for(params, made)
             return loss(used, router_bias, reference, batch, dens)
 
         if run.train.accumulate == 1:
-            return jax.grad(of, has_aux=True)(params, batch)
+            return jax.grad(of, has_aux=True)(trained, batch)
         # The backward pass adds to these in place: a micro-batch's own gradient never exists as a whole.
-        totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
+        totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), trained)
 
         def add(_, part):
             batch_of_part = each_nth_row(batch, run.train.accumulate, part)
-            value, backward, told = jax.vjp(partial(of, batch=batch_of_part), params, has_aux=True)
+            value, backward, told = jax.vjp(partial(of, batch=batch_of_part), trained, has_aux=True)
             backward.with_refs(totals)(jnp.ones_like(value))
             return None, told
 
@@ -140,21 +144,22 @@ def make_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         grads, told = gradient(state.params, state.router_bias, batch, state.reference)
         grad_norm = optax.tree.norm(grads)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        trained, frozen = skeleton.split(state.params)
+        updates, opt = optimizer.update(grads, state.opt, trained)
         # Not from the updates too: until the last of them were known, all of them and the new moments would have to
         # live beside the old, three times the parameters. From finite gradients, clipped, AdamW makes finite updates.
         finite = jnp.isfinite(told.loss) & jnp.isfinite(grad_norm)
         kind = int(batch.tiles.shape[1] > 0)  # batches with pictures have losses of their own
         spike = is_spike(told.loss, state.recent[kind], health.spike_sigmas)
         good = finite if health.on_spike == "warn" else finite & ~spike
-        params, router_bias = optax.apply_updates(state.params, updates), state.router_bias
+        updated, router_bias = optax.apply_updates(trained, updates), state.router_bias
         if told.routing is not None and bias.rate:
-            router_bias = blocks.move_biases(router_bias, told.routing.loads, plan, bias.rate, bias.update)
+            router_bias = blocks.move_biases(router_bias, told.routing.loads, plan, bias.rate, bias.update, grads)
         remembered = jnp.concatenate([state.recent[kind, 1:], told.loss[None]])
         bad = (~good).astype(jnp.int32)
         new = State(
             step=state.step + 1,
-            params=keep_if(good, params, state.params),
+            params=merged(keep_if(good, updated, trained), frozen),
             router_bias=keep_if(good, router_bias, state.router_bias),
             opt=keep_if(good, opt, state.opt),
             rng=state.rng,

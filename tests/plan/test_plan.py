@@ -14,7 +14,7 @@ from llamax import cli, config
 from llamax.config import ConfigError
 from llamax.model import count
 from llamax.observe.metrics import PEAK_BF16
-from llamax.plan import _held, _state, changes, estimate, hlo, plan, report, roofline
+from llamax.plan import _held, _leaves, _state, changes, estimate, hlo, plan, report, roofline
 from llamax.plan.chips import CHIPS
 from llamax.plan.topology import TARGETS, Topology, parse
 from tests.runs import tiny_run
@@ -246,8 +246,8 @@ def test_levers_of_memory_are_offered_and_free_what_they_say():
     assert list(offered)[:2] == ["--config.train.remat=attention", "--config.train.remat=period"]
     kept = [estimate.memory(changed, mesh).kept for changed in (run, *offered.values())]
     assert kept[0] > kept[1] > kept[2]
-    shapes = {words: _held(_state(changed, mesh)) for words, changed in offered.items()}
-    base = _held(_state(run, mesh))
+    shapes = {words: _held(changed, _state(changed, mesh)) for words, changed in offered.items()}
+    base = _held(run, _state(run, mesh))
     assert shapes["--config.mesh.rules=zero"]["optimizer"] < 0.3 * base["optimizer"]
     assert shapes["--config.optim.moments_dtype=bfloat16"]["optimizer"] == pytest.approx(
         base["optimizer"] / 2, rel=0.01
@@ -255,6 +255,24 @@ def test_levers_of_memory_are_offered_and_free_what_they_say():
     zero = offered["--config.mesh.rules=zero"]
     assert estimate.memory(zero, mesh).kept > estimate.memory(run, mesh).kept  # the copies
     assert not any("zero" in words for words, _ in changes(zero, mesh))
+
+
+def test_what_is_frozen_is_held_and_gathered_and_no_more():
+    """Neither gradients nor moments, nor sums of gradients on their way."""
+    whole = tiny_run(mesh=dict(data=1, fsdp=4))
+    frozen = dataclasses.replace(whole, tune=config.Tune(freeze=("*", "!projector")))
+    mesh = whole.mesh.axes
+    n = 32 * 32 // 4  # the projector's numbers on a device
+    held = _held(frozen, _state(frozen, mesh))
+    counters = held["optimizer"] - 2 * 4 * n
+    assert held["gradients"] == 4 * n and 0 <= counters < 32
+    assert held["parameters"] == _held(whole, _state(whole, mesh))["parameters"] > 100 * held["gradients"]
+    sent = {kind: 0.0 for kind in ("all-gather", "reduce-scatter")}
+    for run, sign in ((whole, 1), (frozen, -1)):
+        for exchange, n_bytes in estimate.exchanged(run, mesh, _leaves(run, _state(run, mesh))).sent.items():
+            if exchange.kind in sent:
+                sent[exchange.kind] += sign * n_bytes
+    assert sent["all-gather"] == 0 < sent["reduce-scatter"]
 
 
 def test_exchanged_bytes_of_masters_over_data_by_hand():

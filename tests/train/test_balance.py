@@ -118,11 +118,18 @@ def test_biases_move_by_the_loads_of_their_own_layer():
         return {"moe": {"router_bias": np.zeros((repeats, 2), np.float32)}}
 
     tree = {"stack": {"segment0": {"slot0": biases(2), "slot2": biases(2)}, "segment1": {"slot0": biases(1)}}}
-    moved = move_biases(tree, loads_LE, plan, 1.0, "sign")["stack"]
+    routers = {"moe": {"router": None}}
+    grads = {"stack": {"segment0": {"slot0": routers, "slot2": routers}, "segment1": {"slot0": routers}}}
+    moved = move_biases(tree, loads_LE, plan, 1.0, "sign", grads)["stack"]
     signs = {"slot0": [[0, 0], [-1, 1]], "slot2": [[-1, 1], [1, -1]]}  # layers 0 and 2, layers 1 and 3
     for slot, expected in signs.items():
         np.testing.assert_array_equal(moved["segment0"][slot]["moe"]["router_bias"], expected)
     np.testing.assert_array_equal(moved["segment1"]["slot0"]["moe"]["router_bias"], [[-1, 1]])
+    frozen = {"stack": {"segment0": {"slot0": {"moe": {"gate": None}}, "slot2": routers}}}  # two of the three
+    still = move_biases(tree, loads_LE, plan, 1.0, "sign", frozen)["stack"]
+    for segment, slot in (("segment0", "slot0"), ("segment1", "slot0")):
+        np.testing.assert_array_equal(still[segment][slot]["moe"]["router_bias"], 0)
+    np.testing.assert_array_equal(still["segment0"]["slot2"]["moe"]["router_bias"], signs["slot2"])
 
 
 @pytest.mark.parametrize("encoder", ["vit", "linear"])

@@ -187,7 +187,7 @@ def test_loss_and_gradient_must_both_be_finite(monkeypatch, loss, grad):
     tx = optimizer(replace(RUN.optim, warmup_steps=0), 10, {"w": "matrix"})
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, params, {}, tx.init(params), zero, zero, zero, NOTHING_RECENT)
-    new, metrics = make_step(RUN, None, tx)(state, ROWS)
+    new, metrics = make_step(RUN, SimpleNamespace(split=lambda tree: (tree, {})), tx)(state, ROWS)
     assert metrics.skipped == metrics.bad_in_row == (0 if good else 1)
     assert np.isfinite(new.params["w"]).all() and (np.asarray(new.params["w"]) != 1).any() == good
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.opt))

@@ -156,11 +156,8 @@ def preference(rng: random.Random, side: int, held_out: bool = False) -> dict:
     """A question, a good answer and a worse one."""
     name, asked = _asked(rng, side, held_out)
     wrong = bool(asked.others) and rng.random() < WRONG
-    if wrong:
-        rejected = _said(asked, rng.choice(asked.others), "")
-    else:
-        rejected = _said(asked, asked.answer, rng.choice(HEDGES))
-    said = {"chosen": _said(asked, asked.answer, ""), "rejected": rejected}
+    other, hedge = (rng.choice(asked.others), "") if wrong else (asked.answer, rng.choice(HEDGES))
+    said = {"chosen": _said(asked, asked.answer, ""), "rejected": _said(asked, other, hedge)}
     answers = {key: {"role": "assistant", "content": text} for key, text in said.items()}
     kind = {"rejected_for": "wrong" if wrong else "hedging"}
     return {"prompt": _prompt(rng, asked), **answers, "meta": _meta(name, asked) | kind}
