@@ -401,6 +401,7 @@ class Eval:
     threshold: float = 0.856  # ruler: a length counts as effective above it; in the paper, Llama 2 7B at 4k tokens
     buckets: int = 8  # position: equal parts of a document
     seed: int = 0  # of the samples
+    max_tokens: int = 64  # instructions: of an answer
     patience: int = 3  # a figure that should not fall and does, at so many evaluations in a row, is warned of
     cache_gb: float = 4.0  # what keys and values of the rows worked on together may take, in 10^9 bytes
 

@@ -11,17 +11,20 @@ Records that no rule can judge, and those that cannot be read, are left out and 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from llamax import config, rewards
 from llamax.config import ConfigError
+from llamax.data import chat
 from llamax.data.sources import Document
 from llamax.evals.held_out import documents
 from llamax.evals.report import Context, Report, left_out_of
-from llamax.sample.engine import Prompt
+from llamax.sample.engine import Prompt, generate
 
 BATCH = 128  # prompts a program run
 SHOWN = 8  # answers in the report
@@ -31,11 +34,15 @@ class Asked(NamedTuple):
     document: Document
     prompt: Prompt
 
+    @property
+    def pictures(self) -> int:
+        """Their tiles."""
+        return len(self.prompt.tiles)
+
 
 def check(run: config.Run, cfg: config.Eval) -> None:
     del run
-    found = documents(cfg.path, cfg.max_docs)
-    if not any(rewards.verifiable(document.meta) and document.conversation for document in found):
+    if not any(map(is_asked, documents(cfg.path, cfg.max_docs))):
         true = "none of its records is a conversation whose answer a rule can judge"
         change = 'Add {"meta": {"verify": "exact", "answer": ...}} to them, or name another manifest.'
         raise ConfigError(f"instructions evaluation of {cfg.path}", true, change)
@@ -67,7 +74,36 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
     report.details["answers"] = [
         {"asked": one.document.id, "said": text, "truth": one.document.meta.get("answer")} for one, (text, _) in shown
     ]
-    for one, (text, _) in list(zip(asked, said, strict=True)):
-        if len(one.prompt.tiles) and len(report.pictures) < SHOWN:
-            report.pictures.append((one.prompt.tiles[0], text.strip()))
+    seeing = ((one.prompt.tiles[0], text.strip()) for one, (text, _) in zip(asked, said, strict=True) if one.pictures)
+    report.pictures += itertools.islice(seeing, SHOWN)
     return report
+
+
+def is_asked(document: Document) -> bool:
+    """Whether it is a conversation that ends with an answer which a rule can judge."""
+    talk = document.talk
+    return talk is not None and not talk.answers and not document.skip and rewards.verifiable(document.meta)
+
+
+def asked_of(ctx: Context, document: Document) -> Asked | None:
+    """None: it cannot be asked."""
+    if not is_asked(document):
+        return None
+    talk, vision = document.talk, ctx.run.model.vision
+    try:
+        spans = chat.render(talk.messages[:-1], tools=talk.tools or None, prompt=True)
+        encoded = chat.encode(spans, ctx.tokenizer, vision, video_frames=ctx.run.data.video_frames)
+    except ConfigError:  # a picture that cannot be read, or that the model cannot see
+        return None
+    return Asked(document, Prompt(encoded.tokens.tolist(), encoded.tiles))
+
+
+def answers(ctx: Context, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[str, bool]]:
+    """(what the model says, whether it ended it itself), greedily."""
+    said: list[tuple[str, bool]] = []
+    for start in range(0, len(prompts), BATCH):
+        ctx.check_stop()
+        how = dict(max_tokens=max_tokens, stop=ctx.tokenizer.stop, row_multiple=ctx.row_multiple)
+        new = generate(ctx.sampler, ctx.params, ctx.router_bias, prompts[start : start + BATCH], **how)
+        said += [(ctx.tokenizer.decode(completion.text), completion.stopped) for (completion,) in new]
+    return said
