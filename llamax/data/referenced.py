@@ -1,0 +1,47 @@
+"""Documents with what a reference model gives their answers, which `llamax/post/reference.py` has written beside.
+
+A folder of ArrayRecord files, one record a document in the order of the source: float32 log-probabilities of the tokens
+by which its answers are judged (`sides` of its encoding is not 0), in their order. A document that is left out has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from llamax.config import ConfigError
+from llamax.data.document import Document
+from llamax.data.encoded import Encoded
+
+PATTERN = "*.arrayrecord"
+
+
+class Referenced(Sequence[Document]):
+    """A source's documents, each with its `ref_logp`. The files are opened when one is first asked for."""
+
+    def __init__(self, reader: Sequence[Document], folder: Path):
+        self.reader, self.folder = reader, folder
+        self._records: Sequence[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, number: int) -> Document:
+        if self._records is None:
+            self._records = grain.sources.ArrayRecordDataSource(sorted(map(str, self.folder.glob(PATTERN))))
+        return self.reader[number]._replace(ref_logp=np.frombuffer(self._records[number], np.float32))
+
+
+def put(encoded: Encoded, ref_logp: np.ndarray) -> Encoded:
+    """The log-probabilities at their tokens. ConfigError if there is another number of them."""
+    assert encoded.sides is not None, "a document that compares nothing"
+    judged = encoded.sides != 0
+    if judged.sum() != len(ref_logp):
+        true = f"a reference has {len(ref_logp)} log-probabilities for its {judged.sum()} tokens that are judged"
+        raise ConfigError(encoded.where, true, "Delete the reference's folder; the same command computes it again.")
+    whole = np.zeros(len(encoded.tokens), np.float32)
+    whole[judged] = ref_logp
+    return encoded._replace(ref_logp=whole)
