@@ -12,21 +12,22 @@ import pytest
 from llamax import config
 from llamax.losses import preference, reward
 from tests.losses import goldens
-from tests.tolerances import TRL_32, TRL_64, TRL_ROUNDED
 
 CLOSED = goldens.MANIFEST["closed_form"]
 
 
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def found(request):
+    return request.param, goldens.ours(goldens.CASES, request.param)
+
+
 @pytest.mark.parametrize("case", goldens.CASES)
-def test_trl_gives_the_same(case):
-    theirs = goldens.wanted(case)
-    for dtype, tolerance in (("float64", TRL_ROUNDED if case in goldens.ROUNDED else TRL_64), ("float32", TRL_32)):
-        with jax.enable_x64(dtype == "float64"):
-            found = goldens.ours(case, dtype)
-            assert found.keys() == theirs.keys()
-            for key, x in found.items():
-                assert x.dtype == dtype
-                np.testing.assert_allclose(x, theirs[key], **tolerance, err_msg=f"{case} {key} {dtype}")
+def test_trl_gives_the_same(case, found):
+    dtype, (mine, theirs) = found[0], (found[1][case], goldens.wanted(case))
+    assert mine.keys() == theirs.keys()
+    for key, x in mine.items():
+        assert x.dtype == dtype
+        np.testing.assert_allclose(x, theirs[key], **goldens.tolerance(case, dtype), err_msg=key)
 
 
 def test_no_case_of_these_families_is_left_out():
