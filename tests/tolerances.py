@@ -54,3 +54,9 @@ SPLIT_PARAMETER = 1e-5
 
 # Peak bytes, FLOPs and bytes sent of a step, estimated from formulas, beside its compiler's, at true size.
 ESTIMATE = 0.15
+
+# Losses that compare answers beside TRL's, in float64, in float32, and in float64 where TRL rounds to float32 on the
+# way (8e-8 was seen).
+TRL_64 = dict(rtol=1e-10, atol=1e-12)
+TRL_32 = dict(rtol=1e-5, atol=1e-6)
+TRL_ROUNDED = dict(rtol=1e-6, atol=1e-8)

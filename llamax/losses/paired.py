@@ -39,7 +39,7 @@ def scores(c: Compared, cfg: config.Preference) -> tuple[Array, Array]:
     2411.15124, section 5) divides by an answer's length.
     """
     chosen, rejected = c.chosen - c.ref_chosen, c.rejected - c.ref_rejected
-    if c.chosen_tail is not None:
+    if c.chosen_tail is not None and c.rejected_tail is not None:
         chosen, rejected = (
             x - (1 - cfg.ld_alpha) * tail for x, tail in ((chosen, c.chosen_tail), (rejected, c.rejected_tail))
         )
