@@ -44,7 +44,7 @@ from llamax.config_dict import ConfigError, divisors, nearest, nearest_divisor, 
 MAY_BE_ZERO = (
     *("seed", "model.n_shared_experts", "model.attn_temperature", "model.rope.attention_factor"),
     *("data.multimodal_steps", "data.workers", "data.align_tokens", "train.expert_capacity"),
-    *("init.step", "train.steps", "optim.begins"),
+    *("init.step", "train.steps", "optim.begins", "tune.lora_rank"),
     *("optim.warmup_steps", "optim.decay_steps", "optim.end_lr_ratio", "optim.b1", "optim.b2", "optim.weight_decay"),
     *("losses.router_balance", "losses.router_balance_seq", "losses.router_z", "router_bias.rate"),
     *(
