@@ -50,6 +50,7 @@ EVAL_KINDS = (  # the keys of llamax.evals.EVALS
     *("perplexity", "drawings", "needle", "ruler", "position", "answer"),
     *("preference", "reward", "instructions"),
 )
+LORA_TARGETS = ("attention", "dense", "shared", "experts")  # the keys of llamax.model.lora.TARGETS
 TEMPLATES = ("seen", "held_out")
 
 
@@ -424,9 +425,12 @@ class Init:
 
 @dataclass(frozen=True)
 class Tune:
-    """Which parameters are trained: all, but for those that rules freeze (model/tuned.py)."""
+    """Which parameters are trained: all, but for those that rules freeze (model/tuned.py); or adapters beside them."""
 
     freeze: tuple = ()  # patterns over paths, frozen; "!PATTERN": trained after all; of several that match, the last
+    lora_rank: int = 0  # of the adapters that are trained instead of all else (model/lora.py); 0: there are none
+    lora_alpha: float = 32.0  # adapters count alpha / rank times
+    lora_targets: tuple = ()  # what has adapters: attention, dense, shared, experts; (): what of these the model has
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,9 @@ def with_reference(state: State, shapes: State, bones: Skeleton, found: Found | 
     if shapes.reference is None:
         return state
     assert found is not None
-    trained, bias = shapes.reference
-    params, bias = loading.read(found, merged(trained, bones.split(shapes.params)[1]), bias)
-    return state._replace(reference=(bones.split(params)[0], bias))
+    own, bias = shapes.reference
+    params, bias = loading.read(found, merged(own, bones.split(shapes.params)[1]), bias)
+    return state._replace(reference=(bones.own(params), bias))
 
 
 def about(found: Found | None) -> dict[str, Any] | None:

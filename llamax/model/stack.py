@@ -18,6 +18,7 @@ from llamax import config
 from llamax.model.attention import Attention, Places
 from llamax.model.cache import KV, Layers
 from llamax.model.layers import RMSNorm, SwiGLU, in_order, mean_square, scan, stacked
+from llamax.model.lora import folding
 from llamax.model.moe import MoE, Routing
 from llamax.model.remat import block
 from llamax.model.seam import Seam
@@ -34,6 +35,8 @@ class Trace(NamedTuple):
 
 
 class Block(nnx.Module):
+    adapted = False  # whether there are adapters beside its matrices (lora.py)
+
     def __init__(self, model: config.Model, kind: str, seam: Seam, *, rngs: nnx.Rngs):
         attention, ffn = kind.split("+")
         # Outputs into the residual stream start smaller the deeper the stack, so that its variance stays of order one.
@@ -84,7 +87,8 @@ class Period(nnx.Module):
     ) -> tuple[Array, Told]:
         told = Told([], [], {})
         for slot in self.slots:
-            x_BTD, energy_B, routing, new = block(getattr(self, slot), self.remat)(x_BTD, at, past and past[slot])
+            run = block(folding(getattr(self, slot)), self.remat)
+            x_BTD, energy_B, routing, new = run(x_BTD, at, past and past[slot])
             told.energy.append(energy_B)
             if routing is not None:
                 told.routing.append(routing)

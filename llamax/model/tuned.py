@@ -6,7 +6,8 @@ a "!". Of several rules that match a path the last one counts; what none matches
     freeze=("*", "!vision/*", "!projector")     the language model is frozen, encoder, adapter and projector are trained
     freeze=("*/router",)                        the routers alone are frozen
 
-`*` stands for any characters, "/" among them. What is frozen has no gradient and no optimizer state: a step
+`*` stands for any characters, "/" among them. With adapters (lora.py) all else is frozen, before the first rule: so
+freeze=("!vision/*", "!projector") trains the vision side beside the adapters. What is frozen has no gradient and no optimizer state: a step
 differentiates and updates the one tree, and only reads the other.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from llamax import config
 from llamax.config import ConfigError
+from llamax.model.lora import ADAPTERS
 
 Tree = dict[str, Any]
 AGAIN = "!"  # before a pattern of what is trained after all
@@ -31,16 +33,22 @@ def trained(tune: config.Tune, params: Tree) -> Tree:
     Raises:
         ConfigError: a pattern that matches none of them, or nothing is left to be trained.
     """
-    paths = list(paths_of(params))
+    paths, rules = list(paths_of(params)), rules_of(tune)
     for rule in tune.freeze:
         if not any(_matches(path, rule) for path in paths):
             true = f"no parameter's path matches; the nearest are {', '.join(_nearest(rule, paths))}"
             raise ConfigError(f"{rule!r} in --config.tune.freeze", true, f"Write it like {_example(tune, rule, paths)}")
-    verdicts = {path: _is_trained(path, tune.freeze) for path in paths}
+    verdicts = {path: _is_trained(path, rules) for path in paths}
     if not any(verdicts.values()):
         asked, true = f"--config.tune.freeze={tune.freeze}", "it freezes every parameter, and a run trains some"
         raise ConfigError(asked, true, f"Add what is to be trained: {AGAIN}PATTERN after the others.")
     return _told(params, verdicts)
+
+
+def rules_of(tune: config.Tune) -> tuple[str, ...]:
+    """All rules, in their order."""
+    beside = ("*", *(AGAIN + adapter for adapter in ADAPTERS)) if tune.lora_rank else ()
+    return (*beside, *tune.freeze)
 
 
 def split(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:

@@ -96,7 +96,7 @@ def state_shapes(run: config.Run, bones: Skeleton, tx: optax.GradientTransformat
         return shapes
     dtypes = computed_dtypes(run, bones)
     params = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), shapes.params, dtypes)
-    return shapes._replace(reference=(bones.split(params)[0], shapes.router_bias))
+    return shapes._replace(reference=(bones.own(params), shapes.router_bias))
 
 
 def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") -> State:
@@ -116,7 +116,7 @@ def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") 
 
     opt = jax.tree.map(lambda tree: trained if like_params(tree) else everywhere, shapes.opt, is_leaf=like_params)
     if shapes.reference is not None:  # where it is computed with
-        computing = bones.split(rules.shardings(bones.axes, shapes.params, mesh))[0]
+        computing = bones.own(rules.shardings(bones.axes, shapes.params, mesh))
         whole = whole._replace(reference=(computing, whole.reference[1]))
     return whole._replace(params=params, opt=opt)
 
