@@ -64,10 +64,10 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
         figures[str(meta.get("domain", "none"))].append(row)
     report = Report({"left_out": len(looked_at) - len(asked)})
     for domain, rows in sorted(figures.items(), key=lambda item: item[0] != "all"):
-        exact, form, ended = (float(x) for x in np.mean(rows, axis=0))
+        exact, formed, ended = (float(x) for x in np.mean(rows, axis=0))
         within = "" if domain == "all" else f"{domain}/"
-        report.scalars |= {f"{within}exact": exact, f"{within}form": form, f"{within}ended": ended}
-        told = f"{form:.1%} in the form asked for, {ended:.1%} ended"
+        report.scalars |= {f"{within}exact": exact, f"{within}form": formed, f"{within}ended": ended}
+        told = f"{formed:.1%} in the form asked for, {ended:.1%} ended"
         left_out = left_out_of(len(looked_at) - len(asked), len(looked_at)) if domain == "all" else ""
         report.rows.append((f"right of {len(rows)}, {domain}", f"{exact:.1%}", told + left_out))
     shown = zip(asked[:SHOWN], said, strict=False)
