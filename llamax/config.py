@@ -52,6 +52,7 @@ EVAL_KINDS = (  # the keys of llamax.evals.EVALS
 )
 LORA_TARGETS = ("attention", "dense", "shared", "experts")  # the keys of llamax.model.lora.TARGETS
 TEMPLATES = ("seen", "held_out")
+TOO_LONG = ("skip", "cut_begin", "cut_end")
 
 
 # ------------------------------------------------------------------------------------------------------- the schema
@@ -224,6 +225,9 @@ class Data:
     video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
     lanes: int = 1  # parts of a batch's rows, each with windows of its own: a process reads only the lanes it needs
+    too_long: str = "skip"  # skip | cut_begin | cut_end: what becomes of a conversation that is longer than a row
+    comparisons_per_row: int = 0  # comparisons of answers that one row can hold; 0: the run has none
+    compare_marks: bool = True  # whether an answer's marks (its end of turn, ...) count where answers are compared
     align_tokens: int = 0  # documents are aligned to stripes of so many tokens; 0: to what mesh.context needs
     workers: int = 0  # loader processes of each process; 0 reads in it
     prefetch_batches: int = 4

@@ -14,6 +14,7 @@ from llamax import config, stripes
 from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.config_dict import flat
+from llamax.data.encoded import LEARNT
 from llamax.data.sources import open_source, read_manifest
 from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer, check_size
@@ -62,8 +63,9 @@ def data_files(parts: Sequence[Part]) -> dict[str, str]:
         for name, source in sorted(part.run.data.sources.items()):
             manifest = read_manifest(source.path)
             sizes = {path.name: path.stat().st_size for path in manifest.files}
-            content = [manifest.format, manifest.kind, manifest.sha256 or sizes]
+            content: list[Any] = [manifest.format, manifest.kind, manifest.sha256 or sizes]
             content += [manifest.tasks] if manifest.tasks else []
+            content += [manifest.learnt] if manifest.learnt != LEARNT else []
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
             files[name if files.get(name, digest) == digest else f"{part.name}.{name}"] = digest
     return files

@@ -135,7 +135,8 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
     tx = optimizer(run.optim, run.train.steps, bones.split(bones.kinds)[0])
     step, shapes = build(run, bones, tx, mesh)
     fresh = partial(init, bones, tx, run.seed, run.health.spike_window)
-    kinds = [abstract_batch(run, n, place.batch_shardings(mesh)) for n in pipeline.tile_slots(run.data)]
+    lacking = pipeline.lacking(run.data)
+    kinds = [abstract_batch(run, n, place.batch_shardings(mesh, lacking)) for n in pipeline.tile_slots(run.data)]
     done = house.checkpoints.latest() == part.end
     with ExitStack() as open_things:
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, house.ledger, stop))
@@ -312,12 +313,15 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
         return newest_between(checkpoints.steps(), run.optim.begins, before)
 
     combine = processes.largest if run.data.lanes > 1 else None  # else each process has seen all
-    left_out, patch_id = partial(pipeline.skipped, batches, run.data, combine), context.tokenizer.patch
+    patch_id = context.tokenizer.patch
+    left_out, cut = (partial(of, batches, run.data, combine) for of in (pipeline.skipped, pipeline.cut))
     each_step = StepLog(run.model, steps, board)
     warn = logger.warning if processes.is_first() else logger.debug
     every = (run.train.log_every_steps, run.checkpoint.every_steps, run.health.norms_every_steps)
     return Hooks(
-        hooks.Log(run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, warn, every),
+        hooks.Log(
+            run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, cut, warn, every
+        ),
         Health(run.health, every, newest, f"{checkpoints.folder}", warn),
         hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
         hooks.Evaluate(run, context, house.ledger, file, board, logger.info, warn, house.end),

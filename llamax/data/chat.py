@@ -2,8 +2,8 @@
 
     <|begin_of_text|>, then for every message   <|header_start|>ROLE<|header_end|>\\n\\n CONTENT <|eot|>
 
-A prompt ends with the assistant's header. Training learns what the assistant says, its end of turn included, and
-nothing else. Messages have OpenAI's form: dicts with
+A prompt ends with the assistant's header. Training learns what the assistant says (or other roles that are asked for),
+its end of turn included, and nothing else. Messages have OpenAI's form: dicts with
 
     "role"          system | user | assistant | tool (also called ipython: what a tool answered)
     "content"       a text, or a list of {"type": "text", "text": ...}, {"type": "image", "image": path or bytes} and
@@ -12,6 +12,7 @@ nothing else. Messages have OpenAI's form: dicts with
     "tool_call_id"  of a tool: which call it answers; may be left out
     "token_ids"     of the assistant: the ids that were sampled. They are the turn, as they are: text that was sampled
                     is never tokenized again, for that may give other ids. "content" is then for people only.
+    "train"         true or false: whether the message is learnt, whatever its role; OpenAI's "weight", 1 or 0, is that
 
 Where Meta's code and Hugging Face's template differ, this is Hugging Face's, which transformers and vLLM feed to the
 released models, so a conversation has the same text in training, here and there:
@@ -40,7 +41,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,10 +49,10 @@ import numpy as np
 
 from llamax.config import ConfigError, Data, Vision
 from llamax.data import tool_calls
-from llamax.data.chat_check import Message, check
-from llamax.data.encode import Encoded, picture_blocks
+from llamax.data.chat_check import check
+from llamax.data.document import Message, Picture
+from llamax.data.encoded import LEARNT, Encoded, check_size, picture_blocks
 from llamax.data.images import PictureError
-from llamax.data.sources import Picture
 from llamax.data.tokenizer import Tokenizer
 
 PLACEHOLDER = "<|image|>"  # in a text: the next of the pictures that come beside the messages
@@ -83,6 +84,12 @@ class Span(NamedTuple):
     trained: bool  # whether its tokens are learnt
 
 
+class BadPicture(ConfigError):
+    """A picture that cannot be used; `reason` is a key of sources.SKIP_REASONS."""
+
+    reason = ""
+
+
 # ----------------------------------------------------------------------------------------------------------- rendering
 
 
@@ -92,6 +99,8 @@ def render(
     tools: Sequence[Message] | None = None,
     images: Sequence[str | Path | bytes] | None = None,
     prompt: bool = False,
+    learnt: Collection[str] = LEARNT,
+    since: int = 0,
 ) -> list[Span]:
     """The conversation in parts, in order.
 
@@ -100,6 +109,8 @@ def render(
         images: pictures for the `<|image|>` in texts and for the {"type": "image"} that bring none, in order. Without
             `images` an `<|image|>` in a text is plain text.
         prompt: ends with the assistant's header, for the next turn to be sampled.
+        learnt: the roles whose messages are, unless a message says otherwise.
+        since: no message before this one is learnt.
 
     Raises:
         ConfigError: a message is not as above, a tool answers that was not called, or there is another number of images
@@ -109,10 +120,18 @@ def render(
     supply = None if images is None else _Supply(images)
     spans = [Span(Special("begin_of_text"), "", False)]
     for i, message in enumerate(messages):
-        spans += _turn(message, f"message {i}", supply, tools or (), opens=i == 0, brings_tools=i == first)
+        trained = i >= since and is_learnt(message, learnt)
+        spans += _turn(message, f"message {i}", supply, tools or (), i == 0, i == first, trained)
     if supply:
         supply.check_empty()
     return spans + (_header("assistant") if prompt else [])
+
+
+def is_learnt(message: Message, roles: Collection[str] = LEARNT) -> bool:
+    """Whether a message is: as it says itself, else by its role."""
+    said = message.get("train", message.get("weight"))
+    role = "tool" if message["role"] == "ipython" else message["role"]
+    return role in roles if said is None else bool(said)
 
 
 def _header(role: str) -> list[Span]:
@@ -121,15 +140,21 @@ def _header(role: str) -> list[Span]:
 
 
 def _turn(
-    message: Message, where: str, supply: _Supply | None, tools: Sequence[Message], opens: bool, brings_tools: bool
+    message: Message,
+    where: str,
+    supply: _Supply | None,
+    tools: Sequence[Message],
+    opens: bool,
+    brings_tools: bool,
+    trained: bool,
 ) -> list[Span]:
     """A message's header, content and end. `opens`: it is the first of all; `brings_tools`: it describes the tools."""
-    role, trained = message["role"], message["role"] == "assistant"
+    role = message["role"]
     head, end = _header(role), Special("eot")
     if message.get("token_ids") is not None:
-        return [*head, Span(Sampled(tuple(message["token_ids"])), role, True)]
+        return [*head, Span(Sampled(tuple(message["token_ids"])), role, trained)]
     if role in ("tool", "ipython"):
-        return [*head, *(Span(c, "ipython", False) for c in (_json(message.get("content"), where), end))]
+        return [*head, *(Span(c, "ipython", trained) for c in (_json(message.get("content"), where), end))]
     parts: list[str | Picture | Special] = list(_parts(message.get("content"), where, supply))
     if role == "system" and opens:
         parts = [ENVIRONMENT if tools else "", *_stripped(parts)]
@@ -268,7 +293,8 @@ def encode(
     pictures, tiles, length = [], [], 0
     for span in spans:
         if isinstance(span.content, Picture):
-            for picture_tiles, block in _blocks(span.content, tokenizer, vision, video_frames):
+            so_far = sum(of.nbytes for of in tiles)
+            for picture_tiles, block in _blocks(span.content, tokenizer, vision, video_frames, so_far):
                 pictures.append((length, length + len(block), len(picture_tiles)))
                 tiles.append(picture_tiles)
                 ids.append(np.array(block, np.int32))
@@ -306,15 +332,27 @@ def _ids(content: str | Special | Sampled, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _blocks(
-    picture: Picture, tokenizer: Tokenizer, vision: Vision | None, video_frames: int
+    picture: Picture, tokenizer: Tokenizer, vision: Vision | None, video_frames: int, tile_bytes: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """`picture_blocks` behind pictures whose tiles take so many bytes."""
     shown = f"{len(picture.data)} bytes" if isinstance(picture.data, bytes) else str(picture.data)
     if vision is None:
-        raise ConfigError(f"picture {shown}", "the model has no vision encoder", "Leave it out, or take another model.")
+        raise _bad(
+            "unexpected_picture", shown, "the model has no vision encoder", "Leave it out, or take another model."
+        )
     try:
-        yield from picture_blocks(picture, vision, tokenizer, video_frames)
+        for tiles, block in picture_blocks(picture, vision, tokenizer, video_frames):
+            tile_bytes += tiles.nbytes
+            check_size(tile_bytes)
+            yield tiles, block
     except PictureError as error:
-        raise ConfigError(f"picture {shown}", f"{error.reason}: {error.args[1]}", "Give another file.") from None
+        raise _bad(error.reason, shown, f"{error.reason}: {error.args[1]}", "Give another file.") from None
+
+
+def _bad(reason: str, shown: str, true: str, change: str) -> BadPicture:
+    error = BadPicture(f"picture {shown}", true, change)
+    error.reason = reason
+    return error
 
 
 def parse(ids: Sequence[int], tokenizer: Tokenizer, tools: Sequence[Message] | None = None) -> dict[str, Any]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from llamax.config import ConfigError
+from llamax.data.document import Message
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")  # the last two are one
 PARTS = ("text", "image", "image_url", "video")
-
-Message = Mapping[str, Any]
 
 
 def check(messages: Sequence[Message], tools: Sequence[Message] | None) -> int | None:
@@ -42,6 +40,10 @@ def _check(message: Message, where: str) -> None:
         empty = isinstance(message.get(key), list | tuple) and not message[key]
         if role != "assistant" and message.get(key) is not None and not empty:
             raise ConfigError(where, f"it has {key}, and only the assistant's messages may", f"Leave {key} out.")
+    for key, allowed in (("train", "true or false"), ("weight", "0 or 1")):
+        said = message.get(key)
+        if said is not None and not (isinstance(said, bool) if key == "train" else said in (0, 1)):
+            raise ConfigError(where, f"its {key} is {str(said)[:40]!r}", f"Make it {allowed}, or leave it out.")
     calls = message.get("tool_calls") or ()
     if not isinstance(calls, list | tuple):
         raise ConfigError(where, f"its tool_calls are a {type(calls).__name__}", "Give a list of calls.")

@@ -1,9 +1,12 @@
-"""A document as every source gives it: texts and pictures in reading order."""
+"""A document as every source gives it: texts and pictures in reading order, or a conversation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+Message = Mapping[str, Any]
 
 
 class Picture(NamedTuple):
@@ -11,6 +14,22 @@ class Picture(NamedTuple):
 
     data: bytes | Path
     video: bool = False
+
+
+class Answer(NamedTuple):
+    """What is said behind a prompt, and whether it is the better (or a good) answer: 1, or -1."""
+
+    side: int
+    messages: tuple[Message, ...]
+
+
+class Talk(NamedTuple):
+    """A conversation or, with answers, the prompt that they answer. Messages are chat.py's."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Message, ...] = ()
+    answers: tuple[Answer, ...] = ()  # of a comparison the chosen one, then the rejected one; or one that is labelled
+    margin: float = 0.0  # how much better the chosen answer is
 
 
 class Document(NamedTuple):
@@ -24,3 +43,4 @@ class Document(NamedTuple):
     where: str = ""  # record and file, for messages
     detail: str = ""  # what is wrong with it, where `skip` does not say all
     weights: tuple[float, ...] = ()  # of each piece's tokens in the loss; empty: 1. A picture is never learnt
+    talk: Talk | None = None  # then there are no pieces

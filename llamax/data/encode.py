@@ -1,46 +1,23 @@
-"""A document becomes token ids and picture tiles: `<|begin_of_text|>` pieces `<|end_of_text|>`."""
+"""A document becomes token ids and picture tiles: `<|begin_of_text|>` pieces `<|end_of_text|>`, or a conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from llamax.config import Data, Vision
-from llamax.data.images import PictureError, image_tokens, open_image, tile_image, to_rgb
-from llamax.data.sources import Document, Picture
+from llamax.data.document import Document
+from llamax.data.encoded import ENDLESS, LEARNT, Encoded, Row, check_size, picture_blocks
+from llamax.data.images import PictureError
+from llamax.data.talk_encode import How, Unfit, encode_talk
 from llamax.data.tokenizer import Tokenizer, shared
-from llamax.data.video import each_frame
-
-MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
-
-
-class Encoded(NamedTuple):
-    """A document as the packer takes it. L tokens, n tiles, P pixels along a tile's side."""
-
-    source_id: int
-    tokens: np.ndarray  # int32 [L], framed
-    pictures: np.ndarray  # int32 [pictures, 3]: first token, one past the last token, number of tiles
-    tiles: np.ndarray  # uint8 [n, P, P, 3], in the order of the patch tokens
-    skip: str = ""  # a key of sources.SKIP_REASONS; then L = 0
-    where: str = ""  # the document's record and file, and what is wrong with it
-    weights: np.ndarray | None = None  # float32 [L]: of the tokens as targets in the loss; None: 1 for all text
-
-
-def picture_blocks(
-    picture: Picture, vision: Vision, tokenizer: Tokenizer, video_frames: int
-) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """(tiles uint8 [n, P, P, 3], token ids) of a picture, or of every frame that is kept of a clip. PictureError."""
-    frames = each_frame(picture.data, video_frames) if picture.video else [to_rgb(open_image(picture.data))]
-    for frame in frames:
-        tiles, (rows, cols) = tile_image(frame, vision)
-        yield tiles, image_tokens(rows, cols, vision, tokenizer)
 
 
 class Encoder:
-    """Encodes the documents of one source; `where` names it in errors."""
+    """Encodes the documents of one source; `where` names it in errors. Of conversations, `row` says what they have to
+    fit into and `learnt` whose messages are."""
 
     def __init__(
         self,
@@ -49,9 +26,11 @@ class Encoder:
         source_id: int = 0,
         where: str = "",
         video_frames: int = Data.video_frames,
+        row: Row = ENDLESS,
+        learnt: Sequence[str] = LEARNT,
     ):
         self.tokenizer_path, self.vision, self.source_id, self.where = str(tokenizer), vision, source_id, where
-        self.video_frames = video_frames
+        self.video_frames, self.row, self.learnt = video_frames, row, tuple(learnt)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -61,6 +40,8 @@ class Encoder:
         """What cannot be trained on has `skip`: a picture where there is no vision encoder, too."""
         if document.skip:
             return self._skipped(document.skip, document)
+        if document.talk:
+            return self._of_talk(document)
         ids, pictures, tiles = [self._ids([self.tokenizer.bos])], [], []
         begins: list[int] = []  # of each piece
         length, tile_bytes = 1, 0
@@ -78,8 +59,7 @@ class Encoder:
                     tiles.append(picture_tiles)
                     ids.append(self._ids(block))
                     length, tile_bytes = length + len(block), tile_bytes + picture_tiles.nbytes
-                    if tile_bytes > MAX_TILE_BYTES:
-                        return self._skipped("too_large", document)
+                    check_size(tile_bytes)
             except PictureError as error:
                 return self._skipped(error.reason, document)
         ids.append(self._ids([self.tokenizer.eos]))
@@ -90,6 +70,13 @@ class Encoder:
         # The end of the text weighs as what it ends; its beginning is never a target.
         lengths = np.diff([0, *begins, length + 1])
         return encoded._replace(weights=np.repeat(np.array([1, *document.weights], np.float32), lengths))
+
+    def _of_talk(self, document: Document) -> Encoded:
+        how = How(self.tokenizer, self.vision, self.video_frames, self.row, self.learnt, self.source_id)
+        try:
+            return encode_talk(document.talk, how)._replace(where=document.where)
+        except Unfit as error:
+            return self._skipped(error.reason, document._replace(detail=error.detail))
 
     @staticmethod
     def _ids(ids: list[int]) -> np.ndarray:

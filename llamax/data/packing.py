@@ -6,6 +6,9 @@ positions restart at 0, but whose last target is still the true next token. No c
 pieces go into rows best fit first: largest piece first, into the row that it fills most. A row holds at most seq_len
 tokens and `tiles_per_row` picture tiles; what is left over is padding. At last the window's rows are shuffled.
 
+A conversation is one piece, and so is a comparison, whose two conversations are two segments of it, one behind the
+other. The comparisons of a row are numbered 1, 2, ... (`sides`), and there are at most so many in it.
+
 Loss weights are 1, but 0 on padding and where the target is one of a picture's tokens: only text is learnt. A document
 may say what else each of its tokens weighs (`Encoded.weights`): of a conversation, only what the assistant says is
 learnt, of a task mostly the answers.
@@ -15,7 +18,7 @@ counted, and smaller ones behind it are still taken.
 
 Where rows are split over devices (stripes.py), a piece that fits into a stripe lies inside one, and any other begins at
 one: then no chunk of a document, one of which begins every C tokens of it, lies in two stripes, which are whole chunks.
-What that leaves free stands between the documents, as padding.
+What that leaves free stands between the documents, as padding. Each segment of a comparison obeys that by itself.
 
 What comes out depends on the window's documents and its number alone. Letters: R rows, T = seq_len, P tile pixels.
 """
@@ -23,13 +26,13 @@ What comes out depends on the window's documents and its number alone. Letters: 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from llamax.batch import Batch
-from llamax.data.encode import Encoded
+from llamax.batch import COMPARING, Batch
+from llamax.data.encoded import Encoded
 
 
 class Room(NamedTuple):
@@ -54,10 +57,21 @@ class Piece(NamedTuple):
     end: int
     first_tile: int
     last_tile: int
+    second_at: int = 0  # of a comparison: where its second segment begins, counted from the piece's first place
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(first place in the piece, first pair, one past the last pair) of each."""
+        if not self.second_at:
+            return [(0, self.start, self.end)]
+        second = self.document.second
+        return [(0, self.start, second - 1), (self.second_at, second, self.end)]
 
     @property
     def n_tokens(self) -> int:
-        return self.end - self.start
+        """The places that it takes."""
+        at, start, end = self.segments[-1]
+        return at + end - start
 
     @property
     def n_tiles(self) -> int:
@@ -72,10 +86,14 @@ class Window(NamedTuple):
     skipped: dict[str, int]  # "source id/reason" -> documents left out
     first_skipped: dict[str, str]  # the same keys -> record and file of the first of them
     taken: np.ndarray  # int32: the documents in the rows, by their number in the window
+    cut: dict[str, int]  # "source id/key of sources.CUTS" -> documents in the rows that were cut to fit
 
 
-def split(document: Encoded, seq_len: int, tiles_per_row: int) -> list[Piece] | None:
-    """Cuts a document into pieces that fit a row; None if one of its pictures alone does not."""
+def split(document: Encoded, seq_len: int, tiles_per_row: int, stripe: int = 0) -> list[Piece] | None:
+    """Cuts a document into pieces that fit a row; None if one of its pictures alone does not, or it is never cut."""
+    if document.whole:
+        piece = _whole(document, stripe or seq_len)
+        return [piece] if piece.n_tokens <= seq_len and piece.n_tiles <= tiles_per_row else None
     pieces: list[Piece] = []
     start = end = first = last = 0  # the open piece
     for begin, stop, n_tiles in [*document.pictures.tolist(), (len(document.tokens) - 1,) * 2 + (0,)]:
@@ -95,14 +113,28 @@ def split(document: Encoded, seq_len: int, tiles_per_row: int) -> list[Piece] | 
     return pieces
 
 
-def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int, stripe: int) -> list[list[tuple[int, Piece]]]:
-    """Best-fit decreasing: rows as lists of (first place, piece), each row within both capacities.
+def _whole(document: Encoded, stripe: int) -> Piece:
+    """A document in one piece. A segment that fits into a stripe lies inside one, and any other begins at one, as the
+    first does where the piece itself is longer than a stripe."""
+    piece = Piece(document, 0, len(document.tokens) - 1, 0, len(document.tiles))
+    if not document.second:
+        return piece
+    first, second = document.second - 1, piece.end - document.second
+    free = -first % stripe  # behind the first segment, in its last stripe
+    return piece._replace(second_at=first if second <= free or first + second <= stripe else first + free)
+
+
+def fit(
+    pieces: Sequence[Piece], seq_len: int, tiles_per_row: int, stripe: int, comparisons: int = 0
+) -> list[list[tuple[int, Piece]]]:
+    """Best-fit decreasing: rows as lists of (first place, piece), each row within its capacities.
 
     A piece that does not fit into a stripe of `stripe` tokens begins at one; any other lies inside one.
     """
     n = seq_len // stripe
     free = np.full((len(pieces), n), stripe)  # at the end of each stripe, of every row that could be opened
     free_tiles = np.full(len(pieces), tiles_per_row)
+    free_comparisons = np.full(len(pieces), comparisons)
     rows: list[list[tuple[int, Piece]]] = []
     shares = [-max(piece.n_tokens / seq_len, piece.n_tiles / max(tiles_per_row, 1)) for piece in pieces]
     first = 0  # rows before it are full; without this a document of many rows takes time as their square
@@ -115,7 +147,9 @@ def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int, stripe: int) 
             left = (np.sum(open_rows == stripe, 1, keepdims=True) * stripe) - piece.n_tokens
         else:
             left = open_rows - piece.n_tokens
-        left[(left < 0) | (free_tiles[first:opened, None] < piece.n_tiles)] = seq_len + 1
+        compares = piece.document.sides is not None
+        full = (free_tiles[first:opened] < piece.n_tiles) | (free_comparisons[first:opened] < compares)
+        left[(left < 0) | full[:, None]] = seq_len + 1
         row, at = opened, 0
         if left.size and left.min() <= seq_len:
             row, at = np.unravel_index(left.argmin(), left.shape)
@@ -130,13 +164,17 @@ def fit(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int, stripe: int) 
         free[row, int(at) : last] = 0
         free[row, last] = (last + 1) * stripe - end
         free_tiles[row] -= piece.n_tiles
+        free_comparisons[row] -= compares
         rows[row].append((start, piece))
     return [sorted(row, key=lambda placed: placed[0]) for row in rows]
 
 
-def places(n_tokens: float, n_tiles: float, seq_len: int, tiles_per_row: int) -> float:
-    """Places of rows that so much takes: its tokens, or more where the slots for tiles run out before them."""
-    return max(n_tokens, n_tiles * seq_len / max(tiles_per_row, 1))
+def places(
+    n_tokens: float, n_tiles: float, compared: float, seq_len: int, tiles_per_row: int, comparisons: int
+) -> float:
+    """Places of rows that so much takes: its tokens, or more where what a row may hold of tiles or of comparisons runs
+    out before them."""
+    return max(n_tokens, n_tiles * seq_len / max(tiles_per_row, 1), compared * seq_len / max(comparisons, 1))
 
 
 def pack_window(
@@ -146,21 +184,26 @@ def pack_window(
     rng: np.random.Generator,
     room: Room = ROOM,
     align: int = 0,
+    comparisons: int = 0,
+    lacking: Collection[str] = COMPARING,
 ) -> Window:
     """Packs the documents of a window; `rng` shuffles the rows. `align`: the tokens of a stripe, 0 for the whole row.
+    `comparisons`: at most so many in a row. `lacking`: what the batches have not got.
 
     Documents with `skip` and those for which there is no room are counted and left out. The documents may be an
     iterator that encodes them as they are asked for: no more than the window may hold are held at once.
     """
     skipped: Counter[str] = Counter()
     first_skipped: dict[str, str] = {}
+    cuts: Counter[str] = Counter()
     pieces: list[Piece] = []
     taken: list[int] = []
     n_places = n_tile_bytes = 0.0
     for number, document in enumerate(documents):
-        cut = None if document.skip else split(document, seq_len, tiles_per_row)
-        reason = document.skip or ("image_too_large" if cut is None else "")
-        its_places = places(len(document.tokens), len(document.tiles), seq_len, tiles_per_row)
+        cut = None if document.skip else split(document, seq_len, tiles_per_row, align)
+        reason = document.skip or (("too_long" if document.whole else "image_too_large") if cut is None else "")
+        of_a_row = seq_len, tiles_per_row, comparisons
+        its_places = places(len(document.tokens), len(document.tiles), document.sides is not None, *of_a_row)
         full = n_places + its_places > room.places or n_tile_bytes + document.tiles.nbytes > room.tile_bytes
         if reason := reason or ("window_full" if full else ""):
             key = f"{document.source_id}/{reason}"
@@ -168,54 +211,66 @@ def pack_window(
             first_skipped.setdefault(key, document.where)
             continue
         pieces += cut or []
+        cuts.update([f"{document.source_id}/{document.cut}"] if document.cut else [])
         taken.append(number)
         n_places, n_tile_bytes = n_places + its_places, n_tile_bytes + document.tiles.nbytes
-    rows = fit(pieces, seq_len, tiles_per_row, align or seq_len)
+    rows = fit(pieces, seq_len, tiles_per_row, align or seq_len, comparisons)
     rows = [rows[i] for i in rng.permutation(len(rows))]
-    batch = _blank(len(rows), seq_len)
+    batch = _blank(len(rows), seq_len, lacking=lacking)
     for r, row in enumerate(rows):
-        for segment, (t, piece) in enumerate(row, start=1):
-            _place(piece, batch, r, slice(t, t + piece.n_tokens), segment)
+        segment = compared = 0
+        for t, piece in row:
+            compared += piece.document.sides is not None
+            for at, start, end in piece.segments:
+                segment += 1
+                _place(piece, start, end, batch, r, t + at, segment, compared)
     placed = [piece for row in rows for _, piece in row if piece.n_tiles]
     tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for piece in placed]
     counts = np.array([sum(piece.n_tiles for _, piece in row) for row in rows], np.int32)
     flat = np.concatenate(tiles) if tiles else batch.tiles
-    return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped, np.array(taken, np.int32))
+    numbers = np.array(taken, np.int32)
+    return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped, numbers, dict(cuts))
 
 
-def _blank(rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3)) -> Batch:
+def _blank(
+    rows: int, seq_len: int, tiles: tuple[int, ...] = (0, 0, 0, 3), lacking: Collection[str] = COMPARING
+) -> Batch:
     """A Batch of nothing but padding."""
-    ids = [np.zeros((rows, seq_len), np.int32) for _ in range(5)]
-    return Batch(
-        tokens=ids[0],
-        targets=ids[1],
-        loss_weights=np.zeros((rows, seq_len), np.float32),
-        segment_ids=ids[2],
-        positions=ids[3],
-        source_ids=ids[4],
-        tiles=np.zeros(tiles, np.uint8),
-    )
+    floats, there = ("loss_weights", "ref_logp", "margins"), set(Batch._fields) - {"tiles", *lacking}
+    arrays = {name: np.zeros((rows, seq_len), np.float32 if name in floats else np.int32) for name in there}
+    return Batch(**arrays, tiles=np.zeros(tiles, np.uint8))
 
 
-def _place(piece: Piece, batch: Batch, r: int, where: slice, segment: int) -> None:
-    """Writes a piece into its place of row r."""
-    document = piece.document
-    weights = np.ones(piece.n_tokens, np.float32)  # of the targets, which stand one further on
+def _place(piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, segment: int, compared: int) -> None:
+    """Writes the pairs [start, end) of a piece's document, a segment, into row r from place t on. `compared`: the
+    number of the comparison in the row, if it is one."""
+    document, n = piece.document, end - start
+    where, targets = slice(t, t + n), slice(start + 1, end + 1)
+    weights = np.ones(n, np.float32)  # of the targets, which stand one further on
     if document.weights is not None:
-        weights[:] = document.weights[piece.start + 1 : piece.end + 1]
+        weights[:] = document.weights[targets]
     for begin, stop, _ in document.pictures:
-        weights[max(0, begin - 1 - piece.start) : max(0, stop - 1 - piece.start)] = 0
-    batch.tokens[r, where] = document.tokens[piece.start : piece.end]
-    batch.targets[r, where] = document.tokens[piece.start + 1 : piece.end + 1]
+        weights[max(0, begin - 1 - start) : max(0, stop - 1 - start)] = 0
+    batch.tokens[r, where] = document.tokens[start:end]
+    batch.targets[r, where] = document.tokens[targets]
     batch.loss_weights[r, where] = weights
     batch.segment_ids[r, where] = segment
-    batch.positions[r, where] = np.arange(piece.n_tokens)
+    batch.positions[r, where] = np.arange(n)
     batch.source_ids[r, where] = document.source_id
+    if document.sides is None:
+        return
+    assert batch.sides is not None and batch.margins is not None, "batches of a run without comparisons"
+    sides = document.sides[targets]
+    batch.sides[r, where] = sides * compared
+    batch.margins[r, where] = np.where(sides != 0, document.margin, 0)
+    if batch.ref_logp is not None:
+        assert document.ref_logp is not None, f"no reference for {document.where}"
+        batch.ref_logp[r, where] = np.where(sides != 0, document.ref_logp[targets], 0)
 
 
 def collate(rows: Sequence[tuple[Window, int]], n_rows: int, seq_len: int, tiles: tuple[int, int]) -> Batch:
     """Rows (window, number in it) to a Batch of `n_rows`, padded with empty rows. `tiles` is (slots a row, pixels)."""
-    batch = _blank(n_rows, seq_len, (n_rows, tiles[0], tiles[1], tiles[1], 3))
+    batch = _blank(n_rows, seq_len, (n_rows, tiles[0], tiles[1], tiles[1], 3), rows[0][0].rows.lacking())
     for b, (window, r) in enumerate(rows):
         theirs = window.rows.of_tokens()
         for name, mine in batch.of_tokens().items():

@@ -31,20 +31,19 @@ import numpy as np
 from absl import flags
 
 from llamax import config
-from llamax.batch import Batch
+from llamax.batch import COMPARING, Batch
 from llamax.config import ConfigError
-from llamax.data import packing, schedule
-from llamax.data.encode import Encoded, Encoder
+from llamax.data import packing, schedule, usable
+from llamax.data.encode import Encoder
+from llamax.data.encoded import row_of
 from llamax.data.mixture import Shuffled, is_multimodal
-from llamax.data.packing import Window, collate, pack_window, split
-from llamax.data.sources import SKIP_REASONS, Document, Manifest, open_source, read_manifest
-from llamax.data.tasks.source import Exams
+from llamax.data.packing import Window, collate, pack_window
+from llamax.data.sources import CUTS, SKIP_REASONS, Document, Manifest, open_source, read_manifest
+from llamax.data.talk_encode import learnt_texts
 from llamax.data.tasks.tokens import Tokens
 
 logger = logging.getLogger("llamax")
 
-SAMPLE_DOCS = 128  # documents that stand for a source whose manifest states no tokens
-MOST_LOOKED_AT = 16  # documents with pictures of tasks that are looked at before a run
 MIN_WINDOW_ROWS = 32  # rows that a window of short documents grows to, for it wastes about half a row
 MAX_GROWTH = 8  # times data.window_docs
 MAX_UNUSABLE_DOCS = 5_000  # in a row, whole windows of them, before the stream gives up
@@ -83,12 +82,18 @@ def tile_slots(data: config.Data) -> list[int]:
     return [0] * (steps < 1) + [data.tiles_per_row] * (steps > 0)
 
 
+def lacking(data: config.Data) -> tuple[str, ...]:
+    """The names of what `build`'s batches have not got: of a run without comparisons, all that is of comparisons."""
+    return ("ref_logp",) if data.comparisons_per_row else COMPARING
+
+
 class Opened(NamedTuple):
     """A source that is read."""
 
     reader: Sequence[Document]
     encoder: Encoder
     means: Means
+    labels: set[int]
 
 
 class Windows:
@@ -144,11 +149,23 @@ class Windows:
             reader = open_source(manifest, Tokens(data.tokenizer, self.vision))
             vision = self.vision if name in self.pictures else None
             source_id = self.names.index(name)
-            encoder = Encoder(data.tokenizer, vision, source_id, str(manifest.path), data.video_frames)
-            _check_usable(name, reader, encoder, data)
-            _check_whole(name, reader, encoder, data)
-            self._opened[name] = Opened(reader, encoder, _means(manifest, reader, encoder))
+            encoder = encoder_of(manifest, data, vision, source_id)
+            usable.check_compared(name, reader, encoder.where, data)
+            usable.check(name, reader, encoder, data)
+            usable.check_whole(name, reader, encoder, data)
+            labels = usable.labels(reader) if data.comparisons_per_row else set()
+            self._opened[name] = Opened(reader, encoder, _means(manifest, reader, encoder), labels)
         return self._opened[name]
+
+    def check_labels(self) -> None:
+        """ConfigError if all answers that have a label have the same one."""
+        usable.check_labels({name: opened.labels for name, opened in self._opened.items()})
+
+
+def encoder_of(manifest: Manifest, data: config.Data, vision: config.Vision | None, source_id: int) -> Encoder:
+    """The encoder of a source."""
+    row = row_of(data, vision)
+    return Encoder(data.tokenizer, vision, source_id, str(manifest.path), data.video_frames, row, manifest.learnt)
 
 
 class Means(NamedTuple):
@@ -156,6 +173,7 @@ class Means(NamedTuple):
 
     tokens: float  # less the last one, which is only a target
     tiles: float
+    compared: float = 0.0  # share of comparisons
 
 
 def _means(manifest: Manifest, reader: Sequence[Document], encoder: Encoder) -> Means:
@@ -165,12 +183,12 @@ def _means(manifest: Manifest, reader: Sequence[Document], encoder: Encoder) -> 
     text = manifest.tokens / len(reader) + 1
     if manifest.tokens and manifest.kind == "text":
         return Means(text, 0)
-    total = tiles = n = 0
-    for encoded in _sample(reader, encoder):  # one at a time: a sample of large documents is not held in memory
+    total = tiles = compared = n = 0
+    for encoded in usable.sample(reader, encoder):  # one at a time: a sample of large documents is not held in memory
         of_pictures = int((encoded.pictures[:, 1] - encoded.pictures[:, 0]).sum())
         total, n = total + (of_pictures if manifest.tokens else max(0, len(encoded.tokens) - 1)), n + 1
-        tiles += len(encoded.tiles)
-    return Means(text + total / n if manifest.tokens else max(1.0, total / n), tiles / n)
+        tiles, compared = tiles + len(encoded.tiles), compared + (encoded.sides is not None)
+    return Means(text + total / n if manifest.tokens else max(1.0, total / n), tiles / n, compared / n)
 
 
 def _window_docs(
@@ -183,7 +201,8 @@ def _window_docs(
     enough = int(MIN_WINDOW_ROWS * data.seq_len * sum(documents.values()))
     window_docs = max(data.window_docs, min(enough, MAX_GROWTH * data.window_docs))
     share = {name: n / sum(documents.values()) for name, n in documents.items()}
-    n_places = sum(p * packing.places(*means[name], data.seq_len, tiles_per_row) for name, p in share.items())
+    of_a_row = data.seq_len, tiles_per_row, data.comparisons_per_row
+    n_places = sum(p * packing.places(*means[name], *of_a_row) for name, p in share.items())
     n_tiles = sum(p * means[name].tiles for name, p in share.items())
     most = packing.ROOM.places / 2 / n_places
     if n_tiles and vision:
@@ -191,55 +210,18 @@ def _window_docs(
     return max(1, min(window_docs, int(most)))
 
 
-def _sample(reader: Sequence[Document], encoder: Encoder, most: int = SAMPLE_DOCS) -> Iterator[Encoded]:
-    """At most so many of a source's documents, spread evenly over it."""
-    return (encoder(reader[int(n)]) for n in np.unique(np.linspace(0, len(reader) - 1, most).astype(int)))
-
-
-def _check_usable(name: str, reader: Sequence[Document], encoder: Encoder, data: config.Data) -> None:
-    """ConfigError for a source none of whose documents, as far as a sample tells, could ever be trained on."""
-    skips: dict[str, str] = {}
-    for encoded in _sample(reader, encoder):
-        if not encoded.skip and split(encoded, data.seq_len, data.tiles_per_row) is not None:
-            return
-        skips.setdefault(encoded.skip or "image_too_large", encoded.where)
-    sampled = f"the {SAMPLE_DOCS} that were looked at, spread over its {len(reader)} documents"
-    raise ConfigError(
-        f"data source {name} ({encoder.where})",
-        f"none of {sampled if len(reader) > SAMPLE_DOCS else f'its {len(reader)} documents'} can be used: "
-        + "; ".join(f"{SKIP_REASONS[reason]} ({where})" for reason, where in skips.items()),
-        f"Look at them with `llamax data show {encoder.where}`, and repair them or drop the source.",
-    )
-
-
-def _check_whole(name: str, reader: Sequence[Document], encoder: Encoder, data: config.Data) -> None:
-    """ConfigError for tasks that a row does not hold: a question would come apart from its context."""
-    if not isinstance(reader, Exams):
-        return
-    asked, longest = f"data source {name} ({encoder.where})", reader.table.longest
-    if longest > data.seq_len:
-        true = f"its tasks have up to {longest:,} tokens and a row {data.seq_len:,}"
-        raise ConfigError(asked, true, f"Set --config.data.seq_len={longest} or more, or ask for shorter ones.")
-    if encoder.vision is None:
-        return
-    tiles = max(len(encoded.tiles) for encoded in _sample(reader, encoder, MOST_LOOKED_AT))
-    if tiles > data.tiles_per_row:
-        true = f"its tasks have up to {tiles} tiles and a row {data.tiles_per_row}: their documents would come apart"
-        raise ConfigError(asked, true, f"Set --config.data.tiles_per_row={tiles} or more, or ask for fewer pictures.")
-
-
 def _pack(
     documents: grain.MapDataset, window_docs: int, data: config.Data, tiles_per_row: int, seed: tuple[int, int]
 ) -> grain.MapDataset:
     """Encoded documents to packed windows. A window's are encoded one after the other, as the packer asks for them."""
 
-    room = packing.ROOM
+    room, rest = packing.ROOM, (data.align_tokens, data.comparisons_per_row, lacking(data))
 
     def pack(number: int) -> Window:
         first = number * window_docs
         window = (documents[n] for n in range(first, min(first + window_docs, len(documents))))
         rng = np.random.default_rng((*seed, number))
-        return pack_window(window, data.seq_len, tiles_per_row, rng, room, data.align_tokens)
+        return pack_window(window, data.seq_len, tiles_per_row, rng, room, *rest)
 
     return grain.MapDataset.range(-(-len(documents) // window_docs)).map(pack)
 
@@ -261,12 +243,14 @@ class Rows(Iterator[tuple[Window, int]]):
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"window": self._window, "row": self._row, "skipped": dict(self._skipped)}
+        state = {"window": self._window, "row": self._row, "skipped": dict(self._skipped)}
+        return state | ({"cut": dict(self._cut)} if self._cut else {})
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.close()
         self._window, self._row, self._skipped = state["window"], state["row"], Counter(state["skipped"])
+        self._cut = Counter(state.get("cut", {}))
 
     def start(self) -> grain.DatasetIterator:
         """Opens the windows from the present one on, and starts the loader processes if there are any."""
@@ -289,6 +273,7 @@ class Rows(Iterator[tuple[Window, int]]):
             window = next(windows)
             if self._row == 0:
                 self._skipped.update(window.skipped)
+                self._cut.update(window.cut)
                 self._tell(window.first_skipped)
             if len(window.tile_counts):
                 return window
@@ -353,6 +338,7 @@ class Stream(grain.IterDataset):
         self.share = range(data.rows) if share is None else share
         self.windows, self.data, self.tile_px = windows, data, vision.tile_px if vision else 0
         windows.of(schedule.began(data.sources))  # what is wrong with them is met here
+        windows.check_labels()
 
     def __iter__(self) -> grain.DatasetIterator:
         return StreamIterator(self)
@@ -456,18 +442,34 @@ def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: part for state in states for key, part in state.items()}
 
 
+Combine = Callable[[np.ndarray], np.ndarray]
+
+
 def skipped(
-    iterator: grain.DatasetIterator, data: config.Data, combine: Callable[[np.ndarray], np.ndarray] | None = None
+    iterator: grain.DatasetIterator, data: config.Data, combine: Combine | None = None
 ) -> dict[str, dict[str, int]]:
     """Documents left out up to the last batch: source -> reason (a key of sources.SKIP_REASONS) -> count.
 
     `combine` gives the largest that any process has of each number, where processes read different lanes.
     """
-    names, reasons = sorted(data.sources), list(SKIP_REASONS)
+    return _counted(iterator, data, "skipped", list(SKIP_REASONS), combine)
+
+
+def cut(
+    iterator: grain.DatasetIterator, data: config.Data, combine: Combine | None = None
+) -> dict[str, dict[str, int]]:
+    """Conversations cut to fit into a row, up to the last batch: source -> key of sources.CUTS -> count."""
+    return _counted(iterator, data, "cut", list(CUTS), combine)
+
+
+def _counted(
+    iterator: grain.DatasetIterator, data: config.Data, what: str, reasons: list[str], combine: Combine | None
+) -> dict[str, dict[str, int]]:
+    names = sorted(data.sources)
     counts, state = np.zeros((2, data.lanes, len(names), len(reasons)), np.int32), iterator.get_state()
     for i, stream in enumerate(("text", "multimodal")):
         for lane in range(data.lanes):
-            for key, count in state.get(key_of(stream, lane, data.lanes), {"skipped": {}})["skipped"].items():
+            for key, count in state.get(key_of(stream, lane, data.lanes), {}).get(what, {}).items():
                 source, reason = key.split("/")
                 counts[i, lane, int(source), reasons.index(reason)] = count
     totals = (combine(counts) if combine else counts).sum((0, 1))
@@ -498,7 +500,7 @@ class HeldOut:
         data, vision = self.data, self.vision
         reader = self._reader()
         n = min(self.max_docs or len(reader), len(reader))
-        encode = Encoder(data.tokenizer, vision, self.source_id, str(self.manifest.path), data.video_frames)
+        encode = encoder_of(self.manifest, data, vision, self.source_id)
         tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
         self.taken, self.skipped = [], {}
 
@@ -522,6 +524,8 @@ class HeldOut:
         reader = self._reader()
         for number in self.taken:
             document = reader[number]
+            if document.talk:
+                yield from learnt_texts(document.talk, self.manifest.learnt)
             weights = document.weights or (1.0,) * len(document.pieces)
             for piece, weight in zip(document.pieces, weights, strict=True):
                 if isinstance(piece, str) and weight:

@@ -8,6 +8,7 @@ A manifest is a TOML file that says where a data set lies and what it is:
     lang = "en"                                      # or "python", ...
     documents = 12_345                               # optional, checked against the files
     tokens = 6_789_012                               # optional: BPE tokens of the text; pictures come on top
+    learnt = ["assistant"]                           # optional, of conversations: the roles whose messages are learnt
 
 or a TOML file with a [tasks] table (tasks/source.py): documents that are made as they are read.
 
@@ -15,7 +16,8 @@ A record is `{"pieces": [{"text": str} | {"image": ...} | {"video": ...}, ...], 
 `{"text": str}`; "id" and "meta" are optional. A text may have a weight, `{"text": str, "weight": 0.5}`: what its tokens
 weigh in the loss, 1 if it is not stated, 0 for what is read and not learnt. In ArrayRecord files a record is a msgpack
 map and pictures are encoded bytes (PNG, ...); in JSONL files it is a line and pictures are paths relative to the file.
-Text that spells a special token is plain text.
+Text that spells a special token is plain text. A record may be a conversation, too, or answers that are compared
+(talk_read.py).
 
 A record that is damaged, in its content or as a whole, becomes a document with `skip` set to one of `SKIP_REASONS`,
 which the packer leaves out and counts. A manifest that is wrong, a file that cannot be opened and storage that fails
@@ -42,13 +44,16 @@ import msgpack
 import numpy as np
 
 from llamax.config import ConfigError
+from llamax.data import talk_read
+from llamax.data.chat_check import ROLES
 from llamax.data.document import Document, Picture
+from llamax.data.encoded import LEARNT
 from llamax.data.tasks.source import Exams, read_table
 from llamax.data.tasks.tokens import Tokens
 
 KINDS = ("text", "multimodal")
 SKIP_REASONS = {
-    "malformed": "the record is damaged, or no map with pieces of text, image or video",
+    "malformed": "the record is damaged, or no map with pieces of text, image or video, or no conversation",
     "empty": "the document has neither a picture nor a character that is not white space",
     "invalid_utf8": "a text is not valid UTF-8",
     "unexpected_picture": 'a picture in a source whose manifest says kind = "text"',
@@ -58,7 +63,15 @@ SKIP_REASONS = {
     "image_too_large": "one picture alone needs more tokens or tiles than a row holds",
     "too_large": "the document has more text or pictures than one document may",
     "task": "the text of a task has all the words in it that could be keys, or no room for a question",
+    "no_answer": "an answer that is to be learnt or compared says nothing, or there is none",
+    "identical": "the chosen and the rejected answer are the same",
+    "too_long": "the conversation is longer than a row, or the two of a comparison are",
+    "unexpected_comparison": "answers are compared, and data.comparisons_per_row = 0",
     "window_full": "the documents that are packed together with it fill the memory that they may take",
+}
+CUTS = {
+    "cut_begin": "lost their oldest turns, to fit into a row",
+    "cut_end": "lost their ends, to fit into a row",
 }
 MAX_TEXT_BYTES = 2**24  # of one document, as UTF-8: a window of documents is held in memory, 24 bytes a token
 MAX_LINE_BYTES = 8 * MAX_TEXT_BYTES  # of a JSONL record; JSON may spell a byte with six
@@ -81,6 +94,7 @@ class Manifest:
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
+    learnt: tuple[str, ...] = LEARNT
     sha256: dict[str, str] = field(default_factory=dict)  # file name -> hash
     tasks: dict[str, Any] = field(
         default_factory=dict
@@ -104,6 +118,7 @@ def read_manifest(path: str | Path) -> Manifest:
         raise ConfigError(asked, f"it is not TOML: {_one_line(error)}", "Correct the file.") from None
     types = {f.name: f.type for f in fields(Manifest) if f.name != "path"} | {
         "files": "list",
+        "learnt": "list",
         "sha256": "dict",
         "tasks": "dict",
     }
@@ -120,6 +135,11 @@ def read_manifest(path: str | Path) -> Manifest:
     for key, allowed in (("format", (*FORMATS, TASKS)), ("kind", KINDS)):
         if table.get(key, "text") not in allowed:
             raise ConfigError(asked, f"its {key} is {table.get(key)!r}", f"Use one of {', '.join(allowed)}.")
+    wrong = [role for role in table.get("learnt", LEARNT) if role not in ROLES]
+    if wrong or not table.get("learnt", LEARNT):
+        true = f"its learnt is {_one_line(table['learnt'])}"
+        raise ConfigError(asked, true, f"Name some of {', '.join(ROLES[:-1])}, or leave it out.")
+    table |= {"learnt": tuple("tool" if role == "ipython" else role for role in table.get("learnt", LEARNT))}
     if table.get("format") == TASKS:
         return _of_tasks(path, table)
     if "tasks" in table:
@@ -211,6 +231,8 @@ def verify(manifest: Manifest) -> None:
 
 def parse(record: Any, lang: str, where: str, folder: Path | None = None) -> Document:
     """A decoded record to a Document; with a folder, pictures are paths in it. ConfigError if it is no such record."""
+    if talk_read.is_talk(record):
+        return talk_read.read(record, lang, where, folder, MAX_TEXT_BYTES)
     parts = record.get("pieces", [_short_form(record)]) if isinstance(record, dict) else None
     if not isinstance(parts, list) or {"text", "pieces"} <= record.keys():
         raise _malformed(record, where)

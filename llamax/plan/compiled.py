@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llamax import config, stripes
+from llamax.data.pipeline import lacking
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
 from llamax.optim.build import optimizer
@@ -36,7 +37,7 @@ def traced(run: config.Run, devices: list[Any]) -> Traced:
     mesh = make_mesh(config.check_devices(run, len(devices)), devices)
     bones = bones_of(run, mesh)
     step, state = build(run, bones, optimizer(run.optim, run.train.steps, bones.split(bones.kinds)[0]), mesh)
-    batch = abstract_batch(run, slots(run), place.batch_shardings(mesh))
+    batch = abstract_batch(run, slots(run), place.batch_shardings(mesh, lacking(run.data)))
     return Traced(mesh, step, state, batch)
 
 

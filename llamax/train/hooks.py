@@ -15,7 +15,7 @@ from llamax import config
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from llamax.data import schedule
-from llamax.data.sources import SKIP_REASONS
+from llamax.data.sources import CUTS, SKIP_REASONS
 from llamax.evals import EVALS, Report
 from llamax.evals.report import Context
 from llamax.model import count
@@ -45,6 +45,7 @@ class Log:
     board: TensorBoard
     each_step: StepLog
     left_out: Callable[[], Mapping[str, Mapping[str, int]]]  # documents skipped so far: source -> reason -> count
+    cut: Callable[[], Mapping[str, Mapping[str, int]]]  # conversations cut so far: source -> how -> count
     warn: Callable[[str], None]
     every: Sequence[int]  # when it fetches: loop.fetched
     window: metrics.Window = field(default_factory=metrics.Window)
@@ -132,14 +133,20 @@ class Log:
             written.rewind(step)
 
     def documents_left_out(self, last: bool) -> dict[str, float]:
-        """Counts for the log; a warning at a reason's first document of a source, and with the total at the end."""
-        counts = {f"{source}/{why}": n for source, of in self.left_out().items() for why, n in of.items()}
-        for name, n in counts.items():
+        """Counts for the log, of those that were cut too; a warning at a reason's first document of a source, and with
+        the total at the end."""
+        left_out, cut = (
+            {f"{source}/{why}": n for source, of in counted().items() for why, n in of.items()}
+            for counted in (self.left_out, self.cut)
+        )
+        for name, n in (left_out | cut).items():
             if last or name not in self.warned:
                 source, why = name.split("/")
-                self.warn(f"{n} documents of {source} left out so far: {SKIP_REASONS[why]}")
-        self.warned |= counts.keys()
-        return {f"data/left_out/{name}": float(n) for name, n in counts.items()}
+                what = f"left out so far: {SKIP_REASONS[why]}" if name in left_out else f"{CUTS[why]} so far"
+                self.warn(f"{n} documents of {source} {what}")
+        self.warned |= left_out.keys() | cut.keys()
+        shown = {f"data/left_out/{name}": float(n) for name, n in left_out.items()}
+        return shown | {f"data/cut/{name}": float(n) for name, n in cut.items()}
 
 
 @dataclass

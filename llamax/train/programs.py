@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax import config
 from llamax.batch import Batch
+from llamax.data.pipeline import lacking
 from llamax.model.remat import HOST
 from llamax.model.skeleton import Skeleton
 from llamax.observe.goodput import Ledger
@@ -66,7 +67,7 @@ def build(run: config.Run, bones: Skeleton, tx: optax.GradientTransformation, me
     check_memories(run, mesh)
     step = jax.jit(
         make_step(run, bones, tx, copies(run, bones, shardings.params, shapes.params)),
-        in_shardings=(shardings, place.batch_shardings(mesh)),
+        in_shardings=(shardings, place.batch_shardings(mesh, lacking(run.data))),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
         compiler_options=compiler_options(mesh),

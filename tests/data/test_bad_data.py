@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from llamax.config import ConfigError, Data, Source
-from llamax.data import encode, images, packing, sources, video
+from llamax.data import encoded, images, packing, sources, video
 from llamax.data.encode import Encoder
 from llamax.data.packing import pack_window
-from llamax.data.pipeline import SAMPLE_DOCS, HeldOut, Means, _pack, _window_docs, build, skipped
+from llamax.data.pipeline import HeldOut, Means, _pack, _window_docs, build, skipped
 from llamax.data.show import show
 from llamax.data.sources import Document, Picture, open_source, read_manifest, write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
+from llamax.data.usable import SAMPLE_DOCS
 from tests.data import hostile
 from tests.runs import tiny_run
 
@@ -281,7 +282,7 @@ def test_malformed_records_are_left_out_counted_and_named_and_the_others_unchang
     assert len(told) == 1
     at, detail = re.fullmatch(
         rf"source x leaves out record (\d+) of {tmp_path / 'x.jsonl'} \((.*)\): the record is damaged, or no map "
-        "with pieces of text, image or video",
+        "with pieces of text, image or video, or no conversation",
         told[0],
     ).groups()
     expected = {"20": "{'txt': 'no text'}", "21": "it cannot be decoded: Expecting property name", "22": "['a']"}
@@ -377,7 +378,7 @@ def test_a_document_too_large_is_left_out(tmp_path, monkeypatch):
 def test_a_document_of_too_many_tiles_is_left_out(monkeypatch):
     data = hostile.picture("good")
     one = 3 * VISION.tile_px**2 * 3  # two tiles and the global one
-    monkeypatch.setattr(encode, "MAX_TILE_BYTES", 4 * one)
+    monkeypatch.setattr(encoded, "MAX_TILE_BYTES", 4 * one)
     encoder = Encoder(RUN.data.tokenizer, VISION)
     assert len(encoder(Document((Picture(data),) * 4)).tiles) == 12
     assert encoder(Document((Picture(data),) * 5)).skip == "too_large"
@@ -400,14 +401,13 @@ def test_runs_without_end_are_tokenized_the_same_everywhere_and_come_back():
         text = char * 60_000 + "end"
         ids = TOKENIZER.encode(text)
         assert ids == TOKENIZER.encode_array(text).tolist() and TOKENIZER.decode(ids) == text
-        encoded = Encoder(RUN.data.tokenizer, None)(Document((text,)))
-        assert encoded.tokens[1:-1].tolist() == ids
+        assert Encoder(RUN.data.tokenizer, None)(Document((text,))).tokens[1:-1].tolist() == ids
 
 
 def test_a_long_document_is_packed_whole():
     """As many rows as it has, each pair once, in a time that does not go as their square."""
     tokens = np.arange(2_000_001, dtype=np.int32)
-    long = encode.Encoded(0, tokens, np.zeros((0, 3), np.int32), np.zeros((0, 0, 0, 3), np.uint8))
+    long = encoded.Encoded(0, tokens, np.zeros((0, 3), np.int32), np.zeros((0, 0, 0, 3), np.uint8))
     rows = pack_window([long], 128, 0, np.random.default_rng(0)).rows
     real = rows.segment_ids > 0
     assert len(real) == 15_625 and real.all()
@@ -424,9 +424,9 @@ class Made(Sequence):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, i: int) -> encode.Encoded:
+    def __getitem__(self, i: int) -> encoded.Encoded:
         tokens = np.full(100, i, np.int32)
-        return encode.Encoded(0, tokens, np.array([[1, 91, 64]]), np.full((64, 64, 85, 3), i, np.uint8), where=f"{i}")
+        return encoded.Encoded(0, tokens, np.array([[1, 91, 64]]), np.full((64, 64, 85, 3), i, np.uint8), where=f"{i}")
 
 
 def test_a_window_holds_no_more_than_it_may_while_it_is_made_and_after(monkeypatch):
