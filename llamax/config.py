@@ -221,12 +221,12 @@ class Data:
     sources: dict[str, Source] = field(default_factory=dict)
     multimodal_steps: float = 0.5  # share of steps whose batch carries pictures
     tiles_per_row: int = 32  # picture tiles that one row can hold
-    comparisons_per_row: int = 0  # comparisons of answers that one row can hold; 0: the run has none
     video_frames: int = 8  # frames of a clip that the model sees, at most; each is a picture of its own
     window_docs: int = 256  # documents packed together; a window depends on its number alone
     lanes: int = 1  # parts of a batch's rows, each with windows of its own: a process reads only the lanes it needs
     too_long: str = "skip"  # skip | cut_begin | cut_end: what becomes of a conversation that is longer than a row
     comparisons_per_row: int = 0  # comparisons of answers that one row can hold; 0: the run has none
+    ref_logp: str = ""  # reference.source=cache: the folder of what it gave the answers; "": WORKDIR/reference
     compare_marks: bool = True  # whether an answer's marks (its end of turn, ...) count where answers are compared
     align_tokens: int = 0  # documents are aligned to stripes of so many tokens; 0: to what mesh.context needs
     workers: int = 0  # loader processes of each process; 0 reads in it
@@ -292,10 +292,9 @@ class Losses:
 class Reference:
     """The model that answers are measured against, which does not change."""
 
-    source: str = "none"  # none | live (its weights are held beside) | cache (its log-probabilities are kept on disk)
+    source: str = "none"  # none | live (its weights are held beside) | cache (what it gave is on disk: data.ref_logp)
     path: str = ""  # a model, as of init; "": the one that init names
     step: int = 0  # of a run; 0: its newest sound checkpoint
-    cache: str = ""  # cache only: the folder; "": `reference` in the workdir
 
 
 @dataclass(frozen=True)

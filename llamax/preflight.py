@@ -35,7 +35,7 @@ def check_tokenizer(run: config.Run) -> Tokenizer:
     return tokenizer
 
 
-def with_paths(run: config.Run) -> config.Run:
+def with_paths(run: config.Run, workdir: Path) -> config.Run:
     """The run with its data paths resolved for this machine."""
     sources = {
         name: dataclasses.replace(s, path=str(config.resolve_path(s.path))) for name, s in run.data.sources.items()
@@ -43,6 +43,8 @@ def with_paths(run: config.Run) -> config.Run:
     evals = {name: dataclasses.replace(e, path=str(config.resolve_path(e.path))) for name, e in run.evals.items()}
     tokenizer = str(config.resolve_path(run.data.tokenizer))
     data = dataclasses.replace(run.data, sources=sources, tokenizer=tokenizer)
+    if run.reference.source == "cache":
+        data = dataclasses.replace(data, ref_logp=str(Path(data.ref_logp or workdir / "reference").absolute()))
     tokens = Tokens(tokenizer, run.model.vision)
     for evaluation in evals.values():  # a missing or cut one should not be met after hours of training
         open_source(read_manifest(evaluation.path), tokens)

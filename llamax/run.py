@@ -187,7 +187,7 @@ def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[T
     """What this machine's files have to say: the tokenizer, the parts with their paths resolved, hashes of the data."""
     provenance.check_same_run(workdir, asked)
     tokenizer = preflight.check_tokenizer(parts[0].run)
-    parts = [part._replace(run=preflight.with_paths(part.run)) for part in parts]
+    parts = [part._replace(run=preflight.with_paths(part.run, workdir)) for part in parts]
     files = preflight.data_files(parts)
     provenance.check_same_files(workdir, files)
     preflight.check_tune(parts[-1].run)

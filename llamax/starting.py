@@ -58,8 +58,8 @@ def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
 
 
 def find_reference(run: config.Run, tokenizer: Tokenizer) -> Found | None:
-    """The model that a live reference is of; None where the run has none. ConfigError as in `find`."""
-    if run.reference.source != "live":
+    """The model that the run is measured against; None where there is none. ConfigError as in `find`."""
+    if run.reference.source == "none":
         return None
     path, step = (run.reference.path, run.reference.step) if run.reference.path else (run.init.path, run.init.step)
     found = loading.find(config.resolve_path(path), step or None)

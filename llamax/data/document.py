@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Message = Mapping[str, Any]
 
 
@@ -44,3 +46,4 @@ class Document(NamedTuple):
     detail: str = ""  # what is wrong with it, where `skip` does not say all
     weights: tuple[float, ...] = ()  # of each piece's tokens in the loss; empty: 1. A picture is never learnt
     talk: Talk | None = None  # then there are no pieces
+    ref_logp: np.ndarray | None = None  # float32: what a reference gives the tokens by which its answers are judged

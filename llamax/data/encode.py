@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llamax.config import Data, Vision
+from llamax.data import referenced
 from llamax.data.document import Document
 from llamax.data.encoded import ENDLESS, LEARNT, Encoded, Row, check_size, picture_blocks
 from llamax.data.images import PictureError
@@ -74,9 +75,10 @@ class Encoder:
     def _of_talk(self, document: Document) -> Encoded:
         how = How(self.tokenizer, self.vision, self.video_frames, self.row, self.learnt, self.source_id)
         try:
-            return encode_talk(document.talk, how)._replace(where=document.where)
+            encoded = encode_talk(document.talk, how)._replace(where=document.where)
         except Unfit as error:
             return self._skipped(error.reason, document._replace(detail=error.detail))
+        return encoded if document.ref_logp is None else referenced.put(encoded, document.ref_logp)
 
     @staticmethod
     def _ids(ids: list[int]) -> np.ndarray:

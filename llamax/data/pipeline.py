@@ -33,7 +33,7 @@ from absl import flags
 from llamax import config
 from llamax.batch import COMPARING, Batch
 from llamax.config import ConfigError
-from llamax.data import packing, schedule, usable
+from llamax.data import packing, referenced, schedule, usable
 from llamax.data.encode import Encoder
 from llamax.data.encoded import row_of
 from llamax.data.mixture import Shuffled, is_multimodal
@@ -84,7 +84,9 @@ def tile_slots(data: config.Data) -> list[int]:
 
 def lacking(data: config.Data) -> tuple[str, ...]:
     """The names of what `build`'s batches have not got: of a run without comparisons, all that is of comparisons."""
-    return ("ref_logp",) if data.comparisons_per_row else COMPARING
+    if not data.comparisons_per_row:
+        return COMPARING
+    return () if data.ref_logp else ("ref_logp",)
 
 
 class Opened(NamedTuple):
@@ -131,7 +133,8 @@ class Windows:
             # One order a source, whichever stream reads it.
             order = np.random.SeedSequence([self.seed, self.names.index(name)]).generate_state(1)
             opened = self._open(name)
-            parts.append(grain.MapDataset.source(Shuffled(opened.reader, int(order[0]))).map(opened.encoder))
+            reader = referenced.with_logps(opened.reader, self.manifests[name].path, self.data, self.vision)
+            parts.append(grain.MapDataset.source(Shuffled(reader, int(order[0]))).map(opened.encoder))
         mixed = grain.MapDataset.select_from_datasets(parts, planned.mixture)
         seed = (self.seed, schedule.STREAMS.index(stream))
         return _pack(mixed, planned.window_docs, self.data, self._tiles(stream), seed)
@@ -491,6 +494,7 @@ class HeldOut:
         self, path: str | Path, data: config.Data, vision: config.Vision | None, max_docs: int = 0, source_id: int = 0
     ):
         self.manifest, self.data, self.source_id = read_manifest(path), data, source_id
+        self.model_vision = vision
         self.vision = vision if self.manifest.kind == "multimodal" else None
         self.max_docs = max_docs
         self.taken: list[int] = []
@@ -517,7 +521,8 @@ class HeldOut:
         self.skipped = {key.split("/")[1]: count for key, count in rows.state["skipped"].items()}
 
     def _reader(self) -> Sequence[Document]:
-        return open_source(self.manifest, Tokens(self.data.tokenizer, self.vision))
+        reader = open_source(self.manifest, Tokens(self.data.tokenizer, self.vision))
+        return referenced.with_logps(reader, self.manifest.path, self.data, self.model_vision)
 
     def texts(self) -> Iterator[str]:
         """The texts that weigh in the batches of the last pass, read again: all of them may not fit in memory."""
@@ -530,6 +535,23 @@ class HeldOut:
             for piece, weight in zip(document.pieces, weights, strict=True):
                 if isinstance(piece, str) and weight:
                     yield piece
+
+
+def numbered(
+    path: str | Path, data: config.Data, vision: config.Vision | None, numbers: Sequence[int]
+) -> Iterator[Batch]:
+    """Some documents of a manifest, by their numbers, as such Batches whose `source_ids` are these numbers."""
+    manifest = read_manifest(path)
+    vision = vision if manifest.kind == "multimodal" else None
+    reader = open_source(manifest, Tokens(data.tokenizer, vision))
+    encode = encoder_of(manifest, data, vision, 0)
+    tiles = (data.tiles_per_row, vision.tile_px) if vision else (0, 0)
+    encoded = grain.MapDataset.source(numbers).map(lambda n: encode(reader[n])._replace(source_id=n))
+    windows = _pack(encoded, data.window_docs, data, tiles[0], (0, 0))
+    for i in range(len(windows)):
+        rows = [(windows[i], row) for row in range(len(windows[i].tile_counts))]
+        for first in range(0, len(rows), data.rows):
+            yield collate(rows[first : first + data.rows], data.rows, data.seq_len, tiles)
 
 
 def text_bytes(batch: Batch, byte_lengths: np.ndarray, n_sources: int = 1) -> np.ndarray:
