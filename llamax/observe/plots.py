@@ -41,6 +41,18 @@ def curves(
     return _drawn(figure, axes, title, x_title, y_title)
 
 
+def histogram(
+    values: Mapping[str, Sequence[float]], *, title: str, x_title: str = "", y_title: str = "records", bins: int = 30
+) -> np.ndarray:
+    """How often values fall where, for each kind, one kind on top of the other; bins are those of all together."""
+    figure, axes = _blank(6.4, 3.6)
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(of, float) for of in values.values()]), bins)
+    axes.hist([np.asarray(of, float) for of in values.values()], edges, stacked=True, label=list(values))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return _drawn(figure, axes, title, x_title, y_title)
+
+
 def png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")

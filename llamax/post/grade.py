@@ -64,7 +64,7 @@ def grade(
     log_skipped(records)
     model = describe(judge, step=step, dtype=dtype)
     able = {method.name: _able(method, records, model) for method in asked} if by != PASS else {}
-    drawable = able_to_pass(records, model) if by == PASS else None
+    drawable = able_to_pass(records, model, f"--by pass of {file}") if by == PASS else None
     reader = cache(model.load)  # once, and only if something is missing
     rows, found = power_of_two(batch_size), {}
     with Ledger(grades or f"{file}.grades.jsonl") as ledger:
@@ -127,7 +127,7 @@ def _able(method: ByRubric | ByLoss, records: Records, model: Described) -> Able
     return able, reasons
 
 
-def able_to_pass(records: Records, model: Described) -> Able:
+def able_to_pass(records: Records, model: Described, asked: str) -> Able:
     """The records that can be asked again and verified."""
 
     def why_not(record: Record) -> str:
@@ -137,7 +137,7 @@ def able_to_pass(records: Records, model: Described) -> Able:
     if not able:
         true = f"no answer to its {len(records)} records can be verified: {_listed(reasons)}"
         change = 'Say how in their meta: {"verify": "math", "answer": "4"}.'
-        raise ConfigError(f"--by pass of {records.path}", true, change)
+        raise ConfigError(asked, true, change)
     return able, reasons
 
 

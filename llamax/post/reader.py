@@ -31,6 +31,11 @@ class Described(NamedTuple):
     step: int | None
     vision: bool
 
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = loading.tokenizer_of(loading.find(self.folder, self.step).said)
+        assert tokenizer is not None  # `describe` has found it
+        return tokenizer
+
     def load(self) -> Reader:
         with waiting(f"loading {self.folder}"):
             model = loading.load(self.folder, dtype=self.dtype, step=self.step)
