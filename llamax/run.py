@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
-from llamax import config, preflight, stages, starting, stripes
+from llamax import config, loading, preflight, stages, starting, stripes
 from llamax.checkpoint.manager import Checkpoints
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
@@ -40,11 +41,12 @@ from llamax.optim.build import optimizer
 from llamax.parallel import place, processes, rules
 from llamax.parallel.mesh import make_mesh
 from llamax.parallel.pipeline import Schedule
+from llamax.post import reference
 from llamax.stages import Part
 from llamax.train import hooks
 from llamax.train.health import Health
 from llamax.train.loop import RollBack, StopRequest, fit
-from llamax.train.programs import Programs, abstract_batch, build
+from llamax.train.programs import Programs, abstract_batch, build, computed_shapes
 from llamax.train.state import State, init
 from llamax.train.step_log import StepLog
 
@@ -100,7 +102,7 @@ def _train(
     tokenizer, parts, files = processes.together(partial(look, stages.parts(run), workdir, asked))
     preflight.check_same({"its data": files})
     ready = [make_ready(part, devices) for part in parts]
-    weights, reference = starting.find(run, workdir, tokenizer), starting.find_reference(run, tokenizer)
+    weights, beside = starting.find(run, workdir, tokenizer), starting.find_reference(run, tokenizer)
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
         first = take_workdir(parts, workdir, asked, overrides, files, weights, open_things)
@@ -110,7 +112,7 @@ def _train(
         open_things.callback(goodput.write, now=True)
         written = open_written(workdir, asked, first, ends[-1], open_things)
         clock = metrics.Clock(peak.flops_per_s, ledger)
-        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop, ends[-1], reference)
+        house = House(tokenizer, checkpoints, written, goodput, clock, ledger, stop, ends[-1], beside)
         for one in ready:
             if first <= one.part.end:
                 result = train_part(one, house, weights)
@@ -140,6 +142,8 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
     done = house.checkpoints.latest() == part.end
     with ExitStack() as open_things:
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, house.ledger, stop))
+        if run.reference.source == "cache" and not done:
+            keep_reference(run, mesh, cut, house)
         batches = iter(data)
         open_things.callback(batches.close)
         state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights)
@@ -181,6 +185,21 @@ def skeletons(run: config.Run, mesh: Mesh, cut: stripes.Stripes, patch_id: int) 
     if run.model.in_training != run.model:
         scorer = skeleton(run.model, seam, train=run.train, **how)
     return step, scorer, skeleton(run.model, uncut, train=whole, **how)
+
+
+def keep_reference(run: config.Run, mesh: Mesh, cut: stripes.Stripes, house: House) -> None:
+    """What the reference gives the answers of the run's comparisons is on disk, from here on."""
+    assert house.reference is not None
+    tasks = processes.together(partial(reference.left, run, starting.identity(house.reference)))
+    if not tasks:
+        return
+    with house.ledger.during("reference"):
+        whole = replace(run, tune=config.Tune())
+        _, bones, _ = skeletons(whole, mesh, cut, house.tokenizer.patch)
+        weights = loading.read(house.reference, *computed_shapes(whole, bones, mesh))
+        put = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
+        order = np.argsort(cut.places(run.data.seq_len))
+        reference.fill(run, tasks, reference.Scorer(bones, put, lambda x: x[:, order]), weights, house.stop.check)
 
 
 def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[Tokenizer, list[Part], dict[str, str]]:
@@ -277,7 +296,7 @@ class House(NamedTuple):
     ledger: Ledger
     stop: StopRequest
     end: int  # the last step
-    reference: Found | None  # of a live one, its model
+    reference: Found | None  # the model that the run is measured against
 
 
 def leave(around: Hooks, step: int, state: State) -> None:

@@ -36,6 +36,10 @@ COMMANDS = [
     ["data", "build"],
     ["data", "show"],
     ["data", "tokenizer"],
+    ["data", "grade"],
+    ["data", "select"],
+    ["data", "sample"],
+    ["data", "pairs"],
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from llamax.cli import curate
 from llamax.cli.words import command, count, examples, named, sentence
 
 # ------------------------------------------------------------------------------------------------------ the handlers
@@ -55,7 +56,7 @@ def _data_tokenizer(args: argparse.Namespace) -> None:
 
 def add(commands: Any) -> None:
     """The words of `llamax data`."""
-    about = "build or look at data, train a tokenizer"
+    about = "build or look at data, train a tokenizer; grade, choose and draw conversations"
     data = commands.add_parser("data", help=about, description=sentence(about), **examples(DATA))
     verbs = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
     build = command(verbs, "build", _data_build, "make the embedded data: this Python's library, and drawings", BUILD)
@@ -87,6 +88,7 @@ def add(commands: Any) -> None:
         "--vocab", type=int, default=3968, metavar="N", help="ids without the specials (%(default)s)"
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings' words (%(default)s)")
+    curate.add(verbs)
 
 
 DATA = """

@@ -54,13 +54,13 @@ def scatter(
 
 
 def histogram(
-    values: Mapping[str, np.ndarray], *, title: str, x_title: str = "", y_title: str = "", bins: int = 40
+    values: Mapping[str, Sequence[float]], *, title: str, x_title: str = "", y_title: str = "records", bins: int = 30
 ) -> np.ndarray:
-    """How often values occur, in bins that all names share."""
+    """How often values fall where, for each kind, one kind on top of the other; bins are those of all together."""
     figure, axes = _blank(6.4, 3.6)
-    axes.hist(list(values.values()), bins=bins, label=list(values), histtype="stepfilled", alpha=0.6)
-    if len(values) > 1:
-        axes.legend()
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(of, float) for of in values.values()]), bins)
+    axes.hist([np.asarray(of, float) for of in values.values()], edges, stacked=True, label=list(values))
+    axes.legend()
     axes.grid(alpha=0.3)
     return _drawn(figure, axes, title, x_title, y_title)
 

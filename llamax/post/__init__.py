@@ -1,0 +1,1 @@
+"""After pretraining: judging data by models and rules, choosing of it, and making more."""

@@ -80,13 +80,16 @@ def generate(
     length: int = 0,
     tiles: int = 0,
     allowed: Collection[int] = (),
+    numbers: Sequence[int] = (),
 ) -> list[list[Completion]]:
     """`n` completions of at most `max_tokens` new tokens for each prompt.
 
     `rows`: completions that are worked on together, at most, but for what fills up to `row_multiple`: the rows of a
     batch divide by it (on a mesh, the devices that split rows). `length` and `tiles`: prompts are taken to have at
     least so many tokens, and tiles, so that calls with prompts of about one length share programs. `allowed`: the only
-    ids that may be drawn; none stands for all but `<|patch|>`, which would take a picture's next feature.
+    ids that may be drawn; none stands for all but `<|patch|>`, which would take a picture's next feature. `numbers`:
+    of the prompts, 0 to 2^32 - 1, by which they are sampled, so that a prompt's samples do not depend on those that it
+    is given with; their places unless given.
 
     Raises:
         ConfigError: `check_prompt` refuses a prompt, or `check` the numbers.
@@ -99,19 +102,20 @@ def generate(
     how = How(skeleton, tuple(sorted(stop)), sampling.temperature > 0, sampling.top_p < 1)
     chance = (np.float32(sampling.temperature), np.float32(sampling.top_p))
     done: list[list[Completion]] = [[] for _ in prompts]
-    for numbers in by_length(prompts, max(1, rows // n)):
-        some = [prompts[i] for i in numbers]
+    numbers = numbers or range(len(prompts))
+    for places in by_length(prompts, max(1, rows // n)):
+        some = [prompts[i] for i in places]
         room = rounded(max(length, *(len(prompt.tokens) for prompt in some)) + max_tokens)
         shape = dict(row_multiple=row_multiple, length=length, tiles=tiles)
         read_once = read(skeleton, params, router_bias, some, room, **shape)
         for sample in range(0, n, rows):
             samples = range(sample, min(n, sample + rows))
-            names = [(i, k) for i in numbers for k in samples]
+            names = [(i, k) for i in places for k in samples]
             logits_BV, cache = jax.tree.map(jnp.copy, read_once) if n > rows else read_once  # which `advance` takes
             if len(samples) > 1:
                 logits_BV, cache = jnp.repeat(logits_BV, len(samples), axis=0), caches.repeat(cache, len(samples))
             state = begin(logits_BV, cache, rounded(max_tokens), len(names))
-            keys_B = keys(sampling.seed, names, len(logits_BV))
+            keys_B = keys(sampling.seed, [(numbers[i], k) for i, k in names], len(logits_BV))
             state = advance(how, params, router_bias, state, np.int32(max_tokens), chance, may_V, keys_B)
             for (i, _), completion in zip(names, completions(state, len(names), how.stop), strict=True):
                 done[i].append(completion)

@@ -100,6 +100,17 @@ def state_shapes(run: config.Run, bones: Skeleton, tx: optax.GradientTransformat
     return shapes._replace(reference=(bones.own(params), shapes.router_bias))
 
 
+def computed_shapes(run: config.Run, bones: Skeleton, mesh: Mesh) -> tuple[Any, Any]:
+    """(params, router_bias) of a model that is only computed with, in the dtypes and places in which the step does."""
+    params, bias = bones.shapes()
+    dtypes, places = computed_dtypes(run, bones), rules.shardings(bones.axes, params, mesh)
+    params = jax.tree.map(
+        lambda x, dtype, at: jax.ShapeDtypeStruct(x.shape, dtype, sharding=at), params, dtypes, places
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return params, jax.tree.map(lambda x: shape_at(x, everywhere), bias)
+
+
 def places_of(bones: Skeleton, shapes: State, mesh: Mesh, preset: str = "fsdp") -> State:
     """Where every array of the state rests, by a preset of `rules.RESTING`: the optimizer's moments with their
     parameters, what is no parameter everywhere."""
