@@ -66,10 +66,26 @@ def context(run: ConfigDict, model: config.Model) -> ConfigDict:
 def sft(run: ConfigDict, model: config.Model) -> ConfigDict:
     """Fine-tuning on conversations with checkable answers: from the quickstart's model, which is of Scout's shape."""
     _post(run, model)
+    run.init.path = "runs/quickstart"
     run.data.sources = {"instructions": {"path": BUILT("instructions"), "weight": 1.0}}
     run.optim.update(peak_lr=1e-3, warmup_steps=20)
     run.train.steps = 400
     run.evals = {"answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=480)}
+    return run
+
+
+def align(run: ConfigDict, model: config.Model) -> ConfigDict:
+    """Captions for the vision side: from the quickstart's model."""
+    _post(run, model)
+    run.init.path = "runs/quickstart"
+    run.data.multimodal_steps = 1.0
+    run.data.sources = {"captions": {"path": BUILT("captions"), "weight": 1.0}}
+    run.optim.update(peak_lr=1e-3, warmup_steps=10, vision_lr_ratio=1.0)
+    run.train.steps = 100
+    run.evals = {
+        "captions": dict(path=BUILT("captions_heldout"), every_steps=50, max_docs=256),
+        "text": dict(path=BUILT("text_heldout"), every_steps=0, max_docs=64),
+    }
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import logging
 from collections.abc import Callable, Collection
 from functools import partial
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from llamax import config, loading
+from llamax.checkpoint.hf_read import Source
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from llamax.config_dict import flat, merged
@@ -80,6 +82,15 @@ def with_reference(state: State, shapes: State, bones: Skeleton, found: Found | 
     own, bias = shapes.reference
     params, bias = loading.read(found, merged(own, bones.split(shapes.params)[1]), bias)
     return state._replace(reference=(bones.own(params), bias))
+
+
+def identity(found: Found) -> dict[str, Any]:
+    """What tells a model's weights from others, wherever they lie."""
+    if isinstance(found.said, Source):
+        files = sorted(found.said.folder.glob("*.safetensors"))
+        return {path.name: path.stat().st_size for path in files}
+    sums = found.said.checkpoints / str(found.step) / "checksums.json"
+    return {"sums": hashlib.sha256(sums.read_bytes()).hexdigest()}
 
 
 def about(found: Found | None) -> dict[str, Any] | None:

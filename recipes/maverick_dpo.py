@@ -25,7 +25,8 @@ LAYOUTS = dict(v5p_512=dict(mesh=dict(fsdp=64, expert=8), train=dict(remat="bloc
 
 def get_config(size: str = "full"):
     run = lx.recipe(name="maverick_dpo", model=variants.maverick(), seed=22)
-    run.losses.update(preference=1.0, next_token=0.2)
+    run.preference.losses.sigmoid = 1.0
+    run.losses.next_token = 0.2
     run.reference.source = "cache"
     if size == "tiny":
         run = laptop.dpo(run, variants.scout_tiny())

@@ -1,7 +1,7 @@
 """Documents with what a reference model gives their answers, which `llamax/post/reference.py` has written beside.
 
-A folder of ArrayRecord files, one record a document in the order of the source: float32 log-probabilities of the tokens
-by which its answers are judged (`sides` of its encoding is not 0), in their order; of a document that is left out, none.
+A folder of ArrayRecord files, one record a document in the order of the source: float32 log-probabilities of the
+tokens by which its answers are judged (`sides` of its encoding is not 0), in their order; none of one that is left out.
 """
 
 from __future__ import annotations

@@ -64,10 +64,10 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
         figures[str(meta.get("domain", "none"))].append(row)
     report = Report({"left_out": len(looked_at) - len(asked)})
     for domain, rows in sorted(figures.items(), key=lambda item: item[0] != "all"):
-        exact, formed, ended = (float(x) for x in np.mean(rows, axis=0))
+        exact, formed, stopped = (float(x) for x in np.mean(rows, axis=0))
         within = "" if domain == "all" else f"{domain}/"
-        report.scalars |= {f"{within}exact": exact, f"{within}form": formed, f"{within}ended": ended}
-        told = f"{formed:.1%} in the form asked for, {ended:.1%} ended"
+        report.scalars |= {f"{within}exact": exact, f"{within}form": formed, f"{within}ended": stopped}
+        told = f"{formed:.1%} in the form asked for, {stopped:.1%} ended"
         left_out = left_out_of(len(looked_at) - len(asked), len(looked_at)) if domain == "all" else ""
         report.rows.append((f"right of {len(rows)}, {domain}", f"{exact:.1%}", told + left_out))
     shown = zip(asked[:SHOWN], said, strict=False)
@@ -87,9 +87,9 @@ def is_asked(document: Document) -> bool:
 
 def asked_of(ctx: Context, document: Document) -> Asked | None:
     """None: it cannot be asked."""
-    if not is_asked(document):
-        return None
     talk, vision = document.talk, ctx.run.model.vision
+    if talk is None or not is_asked(document):
+        return None
     try:
         spans = chat.render(talk.messages[:-1], tools=talk.tools or None, prompt=True)
         encoded = chat.encode(spans, ctx.tokenizer, vision, video_frames=ctx.run.data.video_frames)

@@ -100,7 +100,9 @@ def report_of(found: dict[str, np.ndarray], left_out: str = "") -> Report:
     points = {name: (lengths[names == name], rewards[names == name]) for name in ("chosen", "rejected")}
     pictures = {
         "length": plots.scatter(points, title="Length against reward", x_title="tokens", y_title="reward, nats"),
-        "margins": plots.histogram({"margin": margin}, title="Margins between rewards", x_title="nats", y_title="comparisons"),
+        "margins": plots.histogram(
+            {"margin": margin}, title="Margins between rewards", x_title="nats", y_title="comparisons"
+        ),
     }
     return Report(scalars, rows, plots=pictures, rises=("chosen_logp",))
 

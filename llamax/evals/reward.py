@@ -43,10 +43,10 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
     scalars = {"accuracy": right, "margin": margin, "chosen": float(chosen.mean()), "rejected": float(rejected.mean())}
     compared = f"chosen {chosen.mean():+.2f}, rejected {rejected.mean():+.2f}"
     compared += left_out_of(sum(held_out.skipped.values()), len(held_out.taken))
-    picture = plots.histogram({"chosen": chosen, "rejected": rejected}, title="Scores of answers", x_title="score", y_title="answers")
-    return Report(
-        scalars, [(f"right of {len(chosen)} comparisons", f"{right:.1%}", compared)], plots={"scores": picture}
-    )
+    sides = {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
+    picture = plots.histogram(sides, title="Scores of answers", x_title="score", y_title="answers")
+    rows = [(f"right of {len(chosen)} comparisons", f"{right:.1%}", compared)]
+    return Report(scalars, rows, plots={"scores": picture})
 
 
 @partial(jax.jit, static_argnums=(0, 1))

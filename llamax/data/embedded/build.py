@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import PIL
@@ -23,10 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llamax.config import ConfigError
 from llamax.data import join
 from llamax.data.document import Document
-from llamax.data.embedded import drawings, sequences, shards, stdlib
+from llamax.data.embedded import drawings, instructions, sequences, shards, stdlib
 from llamax.data.tokenizer import Tokenizer
 
-VERSION = 5  # raise it when the same parameters make other data
+VERSION = 6  # raise it when the same parameters make other data
 STAMP = "stamp.json"
 MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
     "one_shape": drawings.one_shape,
@@ -35,11 +36,23 @@ MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
     "chart": drawings.chart,
     "interleaved": sequences.interleaved,
     "clip": sequences.clip,
+    "caption": drawings.caption,
+    "instruction": instructions.instruction,
+    "preference": instructions.preference,
+    "caption_heldout": drawings.held_out_caption,
+    "instruction_heldout": partial(instructions.instruction, held_out=True),
+    "preference_heldout": partial(instructions.preference, held_out=True),
 }
 GENERATED = {  # manifest -> the makers of its documents
     "drawings": ("one_shape", "several_shapes", "written", "chart"),
     "interleaved": ("interleaved",),
     "clips": ("clip",),
+    "captions": ("caption",),
+    "captions_heldout": ("caption_heldout",),
+    "instructions": ("instruction",),
+    "instructions_heldout": ("instruction_heldout",),
+    "preferences": ("preference",),
+    "preferences_heldout": ("preference_heldout",),
 }
 OF_DRAWINGS = {"lang": "en", "kind": "multimodal", "licence": "CC0-1.0"}
 DESCRIPTIONS = {
@@ -55,6 +68,12 @@ DESCRIPTIONS = {
     "drawings": "Generated drawings (shapes, writing, bar charts) with captions or questions and answers.",
     "interleaved": "Generated documents of text and one to four drawings.",
     "clips": "Generated clips: three to six frames of a moving shape, with questions on direction and order.",
+    "captions": "Drawings of one shape, of which only the caption is learnt.",
+    "captions_heldout": "The same of held-out tuples.",
+    "instructions": "Conversations over drawings, clips, sums and short programs, with answers that a rule can check.",
+    "instructions_heldout": "The same of held-out drawings, numbers and programs.",
+    "preferences": "Such questions with a better and a worse answer: one that hedges, or is wrong.",
+    "preferences_heldout": "The same of held-out drawings, numbers and programs.",
     "drawings_heldout": "One-shape drawings whose (colour, shape, size, position) is in no training drawing; "
     "meta holds the prompt and the truth.",
 }
@@ -78,6 +97,12 @@ class Recipe:
             "chart": 1_500,
             "interleaved": 3_000,
             "clip": 2_000,
+            "caption": 4_000,
+            "caption_heldout": 400,
+            "instruction": 12_000,
+            "instruction_heldout": 600,
+            "preference": 3_000,
+            "preference_heldout": 480,
         }
     )
     held_out_copies: int = 5  # drawings of each of the 144 held-out tuples

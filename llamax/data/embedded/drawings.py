@@ -54,6 +54,18 @@ def held_out_shapes(rng: random.Random, side: int, copies: int) -> list[dict]:
     return documents
 
 
+def caption(rng: random.Random, side: int) -> dict:
+    """A drawing and a sentence on it."""
+    shape = scene.draw_one(rng)
+    return record([draw.png_of(rng, [shape], side), f"{words.caption(shape)}."])
+
+
+def held_out_caption(rng: random.Random, side: int) -> dict:
+    """The same of a held-out tuple."""
+    shape = scene.put(rng, *rng.choice(sorted(scene.HELD_OUT)))
+    return record([draw.png_of(rng, [shape], side), f"{words.caption(shape)}."])
+
+
 def several_shapes(rng: random.Random, side: int) -> dict:
     shapes = scene.draw_several(rng, rng.randint(2, 4))
     png = draw.png_of(rng, shapes, side)

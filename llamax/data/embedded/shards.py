@@ -53,12 +53,21 @@ def write_union(folder: Path, name: str, manifests: Sequence[dict], **about: str
 
 def _counted(documents: Iterable[dict], tokenizer: Tokenizer | None, totals: dict[str, int]) -> Iterator[dict]:
     for document in documents:
-        texts = [piece["text"] for piece in document["pieces"] if "text" in piece]
+        texts = list(_texts(document))
         totals["documents"] += 1
         totals["bytes"] += sum(len(text.encode()) for text in texts)
         if tokenizer:
             totals["tokens"] += sum(len(tokenizer.encode_array(text)) for text in texts)
         yield document
+
+
+def _texts(record: dict) -> Iterator[str]:
+    """Those of its pieces, or of its messages."""
+    answers = [record[key] for key in ("chosen", "rejected") if key in record]
+    for message in [*record.get("messages", ()), *record.get("prompt", ()), *answers]:
+        content = message["content"]
+        yield from [content] if isinstance(content, str) else (p["text"] for p in content if p["type"] == "text")
+    yield from (piece["text"] for piece in record.get("pieces", ()) if "text" in piece)
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
