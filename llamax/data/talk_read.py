@@ -136,7 +136,7 @@ def _part(part: Any, where: str, folder: Path | None) -> Any:
         return part | {kind: folder / data}
     if folder is None and isinstance(data, bytes):
         return part
-    true = f"its {kind} is {'missing' if data is None else f'a {type(data).__name__}'}"
+    true = f"its {kind} is {'missing' if data is None else f'of type {type(data).__name__}'}"
     wanted = "the encoded file's bytes" if folder is None else "a path relative to the JSONL file"
     raise ConfigError(where, true, f'Give {wanted}: {{"type": "{kind}", "{kind}": ...}}.')
 
