@@ -193,7 +193,7 @@ def keep_reference(run: config.Run, mesh: Mesh, cut: stripes.Stripes, house: Hou
     tasks = processes.together(partial(reference.left, run, starting.identity(house.reference)))
     if not tasks:
         return
-    with house.ledger.during("reference"):
+    with house.ledger.during("evaluate"):
         whole = replace(run, tune=config.Tune())
         _, bones, _ = skeletons(whole, mesh, cut, house.tokenizer.patch)
         weights = loading.read(house.reference, *computed_shapes(whole, bones, mesh))

@@ -60,3 +60,7 @@ ESTIMATE = 0.15
 TRL_64 = dict(rtol=1e-10, atol=1e-12)
 TRL_32 = dict(rtol=1e-5, atol=1e-6)
 TRL_ROUNDED = dict(rtol=1e-6, atol=1e-8)
+
+# A reference's log-probability of a token: from disk and live, in other packings, on other meshes. What the issue of a
+# trained model asks for; float32 sums of a few thousand terms.
+CACHED_LOGP = dict(rtol=0.0, atol=1e-5)

@@ -1,0 +1,157 @@
+"""What a reference gives, kept on disk: as live, whatever the packing and the mesh; resumed; refused when stale."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llamax import config, run
+from llamax.config import ConfigError
+from llamax.data import pipeline, referenced
+from llamax.data.embedded import instructions
+from llamax.post import reference
+from tests.runs import FIXTURES, tiny_run
+from tests.tolerances import CACHED_LOGP
+
+N = 24  # comparisons
+TEXT = dict(multimodal_steps=0.0, sources={"text": config.Source(str(FIXTURES / "text.toml"))})
+
+
+def manifest(folder: Path, seed: int = 0) -> str:
+    """Comparisons of text alone."""
+    lines = []
+    while len(lines) < N:
+        record = instructions.preference(random.Random(f"{seed}/{len(lines)}/{random.random()}"), 56)
+        if record["meta"]["domain"] in ("arithmetic", "code"):
+            lines.append(json.dumps(record))
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "pairs.toml").write_text('format = "jsonl"\nfiles = ["pairs.jsonl"]\nkind = "text"\n')
+    return str(folder / "pairs.toml")
+
+
+def run_of(pairs: str, base: Path, steps: int = 2, **sections) -> config.Run:
+    """DPO on them, from a run of one step."""
+    data = dict(sources={"pairs": config.Source(pairs)}, comparisons_per_row=2, multimodal_steps=0.0, window_docs=8)
+    data |= dict(seq_len=256, batch_tokens=8 * 256)
+    told = dict(
+        data=data | sections.pop("data", {}),
+        preference=dict(losses=config.PreferenceLosses(sigmoid=1.0)),
+        losses=dict(next_token=0.2),
+        init=dict(path=str(base)),
+        reference=dict(source="cache"),
+        router_bias=dict(rate=0.0),
+        train=dict(steps=steps, log_every_steps=1),
+    )
+    return tiny_run(steps, **told | sections)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(manifest, workdir of a model)."""
+    folder = tmp_path_factory.mktemp("reference")
+    pairs = manifest(folder / "data")
+    train(tiny_run(1, data=TEXT), folder / "base")
+    return pairs, folder / "base"
+
+
+def train(made: config.Run, workdir: Path, devices: int = 1) -> run.Result:
+    return run.train(made, workdir, devices=jax.devices()[:devices])
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def logps_of(made: config.Run, pairs: str) -> list[np.ndarray]:
+    """What the folder has of every comparison."""
+    reader = pipeline.open_source(pipeline.read_manifest(pairs))
+    found = referenced.with_logps(reader, pipeline.read_manifest(pairs).path, made.data, made.model.vision)
+    return [document.ref_logp for document in found]
+
+
+def in_folder(made: config.Run, folder: Path) -> config.Run:
+    return dataclasses.replace(made, data=dataclasses.replace(made.data, ref_logp=str(folder)))
+
+
+def test_what_is_kept_is_what_the_live_reference_gives(base, tmp_path):
+    """The first step's figures, and those of a second, whose weights have moved."""
+    pairs, folder = base
+    kept = train(run_of(pairs, folder), tmp_path / "cache")
+    live = train(run_of(pairs, folder, reference=dict(source="live")), tmp_path / "live")
+    assert kept.finished and live.finished
+    first, *_ = lines_of(tmp_path / "live")
+    assert first["preference/margin"] == 0 and first["preference/kl"] == 0, "to the bit: one program, one mesh"
+    for ours, theirs in zip(lines_of(tmp_path / "cache"), lines_of(tmp_path / "live"), strict=True):
+        for key in ("loss/total", "preference/margin", "preference/kl", "preference/reward_accuracy"):
+            if key != "preference/reward_accuracy" or ours["step"] > 1:
+                np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-4, err_msg=key)
+    for a, b in zip(*(jax.tree.leaves(of.state.params) for of in (kept, live)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_packings_and_meshes_give_the_same(base, tmp_path):
+    """Other windows, rows of two lengths would be other rows; on one device, on eight, and over a row."""
+    pairs, folder = base
+    one = in_folder(run_of(pairs, folder, steps=1), tmp_path / "one")
+    train(one, tmp_path / "a")
+    want = logps_of(one, pairs)
+    assert all(len(logp) > 10 and (logp < 0).all() for logp in want)
+    others = {
+        "window": dict(data=dict(window_docs=3)),
+        "mesh": dict(mesh=dict(data=2, fsdp=2, expert=2)),
+        "context": dict(mesh=dict(data=1, context=2), data=dict(align_tokens=0)),
+    }
+    for name, sections in others.items():
+        made = in_folder(run_of(pairs, folder, steps=1, **sections), tmp_path / name)
+        n = np.prod([max(1, n) for n in made.mesh.axes.values()])
+        train(made, tmp_path / f"run_{name}", devices=int(n))
+        if name == "context":
+            made = dataclasses.replace(made, data=dataclasses.replace(made.data, align_tokens=32))
+        for a, b in zip(logps_of(made, pairs), want, strict=True):
+            np.testing.assert_allclose(a, b, **CACHED_LOGP, err_msg=name)
+
+
+def test_it_is_computed_once_and_goes_on_where_it_was_left(base, tmp_path, monkeypatch):
+    pairs, folder = base
+    monkeypatch.setattr(reference, "SHARD", 7)
+    made = in_folder(run_of(pairs, folder, steps=1), tmp_path / "kept")
+    calls = []
+    whole = reference._of_documents
+
+    def counted(run, task, numbers, *rest):
+        calls.append(numbers)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(run, task, numbers, *rest)
+
+    monkeypatch.setattr(reference, "_of_documents", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train(made, tmp_path / "a")
+    assert len(list((tmp_path / "kept").rglob("*.arrayrecord"))) == 2
+    train(made, tmp_path / "a")
+    assert calls == [range(0, 7), range(7, 14), range(14, 21), range(14, 21), range(21, 24)]
+    train(made, tmp_path / "b")
+    assert len(calls) == 5, "another run reads what is there"
+
+
+def test_what_follows_from_something_else_is_refused_with_what_changed(base, tmp_path):
+    pairs, folder = base
+    made = in_folder(run_of(pairs, folder, steps=1), tmp_path / "kept")
+    train(made, tmp_path / "a")
+    train(tiny_run(1, seed=5, data=TEXT), tmp_path / "other")
+    with pytest.raises(ConfigError, match="computed from other weights"):
+        train(dataclasses.replace(made, init=config.Init(str(tmp_path / "other"))), tmp_path / "b")
+    with pytest.raises(ConfigError, match="computed from other dtype"):
+        train = dataclasses.replace(made.train, compute_dtype="bfloat16")
+        train(dataclasses.replace(made, train=train), tmp_path / "c")
+    (found,) = (tmp_path / "kept").rglob("key.json")
+    found.write_text(json.dumps(json.loads(found.read_text()) | {"code": "older"}))
+    with pytest.raises(ConfigError, match=r"computed from other code\. Delete it"):
+        train(made, tmp_path / "d")
