@@ -549,7 +549,8 @@ def numbered(
     encoded = grain.MapDataset.source(numbers).map(lambda n: encode(reader[n])._replace(source_id=n))
     windows = _pack(encoded, data.window_docs, data, tiles[0], (0, 0))
     for i in range(len(windows)):
-        rows = [(windows[i], row) for row in range(len(windows[i].tile_counts))]
+        window = windows[i]  # packs it
+        rows = [(window, row) for row in range(len(window.tile_counts))]
         for first in range(0, len(rows), data.rows):
             yield collate(rows[first : first + data.rows], data.rows, data.seq_len, tiles)
 
