@@ -25,7 +25,7 @@ def _data_show(args: argparse.Namespace) -> None:
         show(args.manifest, n=args.documents)
         return
     run = config.freeze(config.load(args.recipe))
-    show(args.manifest, n=args.documents, tokenizer=run.data.tokenizer, vision=run.model.vision)
+    show(args.manifest, n=args.documents, tokenizer=run.data.tokenizer, vision=run.model.vision, data=run.data)
 
 
 def _data_join(args: argparse.Namespace) -> None:
@@ -63,8 +63,8 @@ def add(commands: Any) -> None:
     build.add_argument("--out", default="data/built", metavar="DIR", help="the folder to fill (%(default)s)")
     build.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawings (%(default)s)")
     build.add_argument("--force", action="store_true", help="build again even if it is there")
-    look = command(verbs, "show", _data_show, "print some documents of a manifest, with their pictures", DATA_SHOW)
-    look.add_argument("manifest", metavar="MANIFEST", help="a .toml file")
+    look = command(verbs, "show", _data_show, "print some documents of a file, with their pictures", DATA_SHOW)
+    look.add_argument("manifest", metavar="FILE", help="a manifest (.toml), or a .jsonl file of documents")
     look.add_argument("-n", "--documents", type=count, default=3, metavar="N", help="how many (%(default)s)")
     about = "join related documents into long ones: the files of a folder, or a module and what imports it"
     joined = command(verbs, "join", _data_join, about, JOIN)

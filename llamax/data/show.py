@@ -1,4 +1,4 @@
-"""`llamax data show MANIFEST`: documents as a person would read them, and their pictures on contact sheets."""
+"""`llamax data show FILE`: documents as a person would read them, and their pictures on contact sheets."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from llamax import config
+from llamax import config, variants
+from llamax.data.encode import Encoder
+from llamax.data.encoded import ENDLESS, row_of
 from llamax.data.images import PictureError, open_image, to_rgb
-from llamax.data.sources import SKIP_REASONS, Document, Picture, open_source, read_manifest
+from llamax.data.show_talk import plain as escape
+from llamax.data.show_talk import show_talk, summary
+from llamax.data.sources import SKIP_REASONS, Document, Manifest, Picture, open_source, read_manifest
 from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import read_frames
@@ -27,23 +30,37 @@ def show(
     *,
     tokenizer: str | Path = "data/tokenizer.model",
     vision: config.Vision | None = None,
+    data: config.Data | None = None,
     out_dir: str | Path | None = None,
     console: Console | None = None,
 ) -> Path | None:
     """Prints what a manifest says and n of its documents, evenly spaced. Tasks are made for `tokenizer` and `vision`.
+    A file of JSON lines is shown without a manifest. Conversations are shown token by token, cut as the rows of `data`
+    ask for (None: not at all), with a summary.
 
     Their pictures go to `out_dir`/<manifest>.png, a document a row (default folder: `runs/show`).
     Returns that file, or None if there were no pictures. ConfigError for a wrong manifest or tokenizer file.
     """
     console = console or Console()
-    about = read_manifest(manifest)
+    about = _without_manifest(Path(manifest)) if Path(manifest).suffix == ".jsonl" else read_manifest(manifest)
     reader = Tokenizer(config.resolve_path(tokenizer))
     source = open_source(about, Tokens(str(reader.path), vision))
     _print_manifest(console, about, len(source))
     n = min(n, len(source))
-    rows = []
+    rows, talks = [], 0
+    its_vision = (vision or variants.scout().vision) if about.kind == "multimodal" else None
+    row = row_of(data, its_vision) if data else ENDLESS
+    frames = data.video_frames if data else config.Data.video_frames
+    encoder = Encoder(reader.path, its_vision, 0, str(about.path), frames, row, about.learnt)
     for number in (i * len(source) // n for i in range(n)):
         document = source[number]
+        if document.talk:
+            talks += 1
+            if shown := [
+                image for picture in show_talk(console, document, number, encoder) for image in images(picture)
+            ]:
+                rows.append(shown)
+            continue
         _print_document(console, document, number, reader)
         if about.kind == "text" and any(isinstance(piece, Picture) for piece in document.pieces):
             console.print(f"[red]skipped: {SKIP_REASONS['unexpected_picture']}[/red]", highlight=False)
@@ -56,6 +73,8 @@ def show(
             continue
         if pictures:
             rows.append(pictures)
+    if talks:
+        summary(console, source, encoder)
     if not rows:
         return None
     folder = Path(out_dir or "runs/show")
@@ -66,10 +85,9 @@ def show(
     return path
 
 
-def escape(text: str) -> str:
-    """Text as rich prints it unchanged; characters that a terminal would obey, or cannot take, become escapes."""
-    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-    return escape_markup("".join(shown))
+def _without_manifest(path: Path) -> Manifest:
+    """What is assumed of a file of JSON lines."""
+    return Manifest(path, "jsonl", (path,), kind="multimodal")
 
 
 def _print_manifest(console: Console, about, documents: int) -> None:
