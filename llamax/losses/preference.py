@@ -23,9 +23,9 @@ PREFERENCE: dict[str, Callable[[Compared, config.Preference], Array]] = {
     **paired.PAIRED,
     "simpo": reference_free.simpo,
     "orpo": reference_free.orpo,
-    "nll": reference_free.nll,
     "kto": unpaired.kto,
     "apo_zero_unpaired": unpaired.apo_zero_unpaired,
+    "nll": reference_free.nll,
 }
 ONE_SIDED = ("nll", "kto", "apo_zero_unpaired")  # these want one answer only, and look themselves whether it is there
 
