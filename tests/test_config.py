@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from llamax import checks, config, variants
+from llamax import checks, checks_preference, config, variants
 from llamax.config import ConfigError, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,6 +214,7 @@ def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
 
 SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
 PIPELINE, TWO = "--config.mesh.pipeline=2", "--config.model.plan=((('rope_chunk+moe', 'nope_full+moe'), 2),)"
+SIGMOID, JS = "--config.preference.losses.sigmoid=1", "--config.preference.f_divergence=js"
 WRONG = [  # (overrides, what the error says is true)
     (["--config.seed=-1"], "0 or more"),
     (["--config.seed=4294967296"], "at most 4294967295"),
@@ -312,6 +313,20 @@ WRONG = [  # (overrides, what the error says is true)
     (["--config.data.align_tokens=100"], "of whole chunks of 64"),
     (["--config.data.align_tokens=192"], "a row of seq_len=512 is a whole number of stripes"),
     (["--config.data.align_tokens=256", "--config.mesh.context=2"], "it divides the 128 tokens of a stripe"),
+    (["--config.preference.losses.sigmoid=-1"], "it is 0 or more"),
+    (["--config.preference.f_divergence=kl", SIGMOID], "one of reverse_kl, forward_kl, js, alpha"),
+    (["--config.preference.label_smoothing=0.5", SIGMOID], "at most 0.499"),
+    (["--config.preference.ld_alpha=1.5", SIGMOID], "at most 1"),
+    (["--config.preference.beta=0.3"], "of the losses that compare answers none is on"),
+    (["--config.preference.simpo_gamma=1", SIGMOID], "read by simpo, and of the losses that compare answers sigmoid"),
+    (["--config.preference.label_smoothing=0.1", "--config.preference.losses.kto=1"], "aot_unpaired or simpo, and"),
+    (["--config.preference.desirable_weight=2", SIGMOID], "read by kto or apo_zero_unpaired"),
+    (["--config.preference.per_token=true", "--config.preference.losses.ipo=1"], "of the losses that compare answers"),
+    (["--config.preference.f_alpha=0.2", SIGMOID], "f_divergence is reverse_kl, which has no alpha"),
+    ([JS, SIGMOID, "--config.preference.reference=false"], "a divergence is from a reference"),
+    ([JS, SIGMOID, "--config.preference.per_token=true"], "of which no other divergence than reverse_kl is known"),
+    ([SIGMOID, "--config.preference.ld_alpha=0.5", "--config.preference.per_token=true"], "an answer's length already"),
+    (["--config.preference.losses.exo_pair=1"], "exo_pair's loss is infinite without it"),
 ]
 
 
@@ -324,6 +339,17 @@ def test_what_cannot_work_is_refused_and_the_advice_works(overrides, true):
         frozen(*overrides, advice[1].rstrip("."))
     else:
         assert "--config." in str(error)
+
+
+def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
+    mixed = frozen(SIGMOID, "--config.preference.losses.bco_pair=0.2", "--config.preference.bco_shift=true")
+    assert mixed.preference.weights == {"sigmoid": 1.0, "bco_pair": 0.2} and mixed.preference.needs_reference
+    simpo = frozen("--config.preference.losses.simpo=1", "--config.preference.wpo=true")
+    assert not simpo.preference.needs_reference
+    assert not frozen(SIGMOID, "--config.preference.reference=false").preference.needs_reference
+    assert set(checks_preference.READ_BY) | {"losses", "reference", "f_alpha"} == {
+        f.name for f in dataclasses.fields(config.Preference)
+    }
 
 
 def test_vision_is_asked_for_only_where_there_are_pictures(tmp_path):
@@ -437,12 +463,16 @@ def test_freeze_takes_no_jax_and_little_time():
 def test_names_of_the_schema_are_what_the_code_has():
     from llamax.evals import EVALS
     from llamax.losses import TERMS
+    from llamax.losses.paired import DIVERGENCES, PAIRED
+    from llamax.losses.preference import ONE_SIDED, PREFERENCE
     from llamax.model import remat
     from llamax.parallel import rules
     from llamax.parallel.mesh import AXES
 
     assert set(config.EVAL_KINDS) == set(EVALS)
     assert {f.name for f in dataclasses.fields(config.Losses)} == set(TERMS)
+    assert tuple(PREFERENCE) == checks_preference.LOSSES and tuple(PAIRED) == checks_preference.PAIRED
+    assert {*checks_preference.ONE_SIDED, "nll"} == set(ONE_SIDED) and tuple(DIVERGENCES) == config.F_DIVERGENCES
     assert {f.name for f in dataclasses.fields(config.Mesh)} == {*AXES, "slices", "rules"}
     assert set(config.RULES) == set(rules.RESTING) and tuple(remat.KEPT) == config.REMATS
 

@@ -61,6 +61,11 @@ TRL_64 = dict(rtol=1e-10, atol=1e-12)
 TRL_32 = dict(rtol=1e-5, atol=1e-6)
 TRL_ROUNDED = dict(rtol=1e-6, atol=1e-8)
 
+# The same losses beside a slow twin of one answer at a time, in float64: values and gradients of a few sums, and slopes
+# by central differences of 1e-5.
+PREFERENCE_64 = dict(rtol=1e-10, atol=1e-11)
+PREFERENCE_SLOPE = dict(rtol=1e-6, atol=1e-7)
+
 # A reference's log-probability of a token: from disk and live, in other packings, on other meshes. What the issue of a
 # trained model asks for; float32 sums of a few thousand terms.
 CACHED_LOGP = dict(rtol=0.0, atol=1e-5)

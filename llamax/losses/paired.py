@@ -71,7 +71,7 @@ def hinge(c: Compared, cfg: config.Preference) -> Array:
 
 
 def ipo(c: Compared, cfg: config.Preference) -> Array:
-    """(h - 1 / (2 beta))^2, h the difference of the log-ratios (arXiv 2310.12036, eq. 17): of their means over an
+    """(h - 1 / (2 beta))^2, h the difference of the log-ratios (arXiv 2310.12036): of their means over an
     answer's tokens, as its authors run it."""
     chosen, rejected = (c.chosen - c.ref_chosen) / c.n_chosen, (c.rejected - c.ref_rejected) / c.n_rejected
     return (chosen - rejected - 1 / (2 * cfg.beta)) ** 2
@@ -79,14 +79,14 @@ def ipo(c: Compared, cfg: config.Preference) -> Array:
 
 def robust(c: Compared, cfg: config.Preference) -> Array:
     """(-(1 - eps) log s(d) + eps log s(-d)) / (1 - 2 eps): unbiased if a share eps is labelled the wrong way round
-    (arXiv 2403.00409, eq. 12)."""
+    (arXiv 2403.00409)."""
     chosen, rejected = rewards(c, cfg)
     d, eps = chosen - rejected, cfg.label_smoothing
     return (-(1 - eps) * log_s(d) + eps * log_s(-d)) / (1 - 2 * eps)
 
 
 def exo_pair(c: Compared, cfg: config.Preference) -> Array:
-    """KL(s(d), s(-d) || 1 - eps, eps): the reverse KL from the smoothed label (EXO, arXiv 2402.00856, eq. 16)."""
+    """KL(s(d), s(-d) || 1 - eps, eps): the reverse KL from the smoothed label (EXO, arXiv 2402.00856)."""
     chosen, rejected = rewards(c, cfg)
     d, eps = chosen - rejected, cfg.label_smoothing
     return s(d) * (log_s(d) - math.log1p(-eps)) + s(-d) * (log_s(-d) - math.log(eps))
@@ -99,7 +99,7 @@ def nca_pair(c: Compared, cfg: config.Preference) -> Array:
 
 
 def bco_pair(c: Compared, cfg: config.Preference) -> Array:
-    """-log s(r_w - m) - log s(m - r_l) (BCO, arXiv 2404.04656): m = 0, or with bco_shift the mean reward (its eq. 9).
+    """-log s(r_w - m) - log s(m - r_l) (BCO, arXiv 2404.04656): m = 0, or with bco_shift the mean reward (its reward shift).
 
     The mean is a constant to the gradient, and a statistic of the micro-batch over all devices: with it this loss does
     depend on how a batch is split by accumulation.
@@ -113,14 +113,14 @@ def bco_pair(c: Compared, cfg: config.Preference) -> Array:
 
 
 def sppo_hard(c: Compared, cfg: config.Preference) -> Array:
-    """((r_w - 1/2) / beta)^2 + ((r_l + 1/2) / beta)^2: who is chosen wins for certain (arXiv 2405.00675, eq. 4.6)."""
+    """((r_w - 1/2) / beta)^2 + ((r_l + 1/2) / beta)^2: who is chosen wins for certain (SPPO, arXiv 2405.00675)."""
     chosen, rejected = scores(c, cfg)
     return (chosen - 0.5 / cfg.beta) ** 2 + (rejected + 0.5 / cfg.beta) ** 2
 
 
 def aot(c: Compared, cfg: config.Preference) -> Array:
     """As `sigmoid`, d between equal ranks: log pi_w - log pi_l of the policy and of the reference, each sorted over the
-    comparisons (AOT, arXiv 2406.05882, section 3, paired).
+    comparisons (AOT, arXiv 2406.05882, paired).
 
     Sorted over the micro-batch on all devices: this loss does depend on how a batch is split by accumulation.
     """
@@ -146,7 +146,7 @@ def of_equal_rank(x: Array, beside: Array, exists: Array) -> Array:
 
 
 def apo_zero(c: Compared, cfg: config.Preference) -> Array:
-    """1 - s(r_w) + s(r_l): what is chosen is to grow likelier (arXiv 2408.06266, section 3)."""
+    """1 - s(r_w) + s(r_l): what is chosen is to grow likelier (arXiv 2408.06266)."""
     chosen, rejected = rewards(c, cfg)
     return 1 - s(chosen) + s(rejected)
 

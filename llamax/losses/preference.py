@@ -23,9 +23,9 @@ PREFERENCE: dict[str, Callable[[Compared, config.Preference], Array]] = {
     **paired.PAIRED,
     "simpo": reference_free.simpo,
     "orpo": reference_free.orpo,
-    "nll": reference_free.nll,
     "kto": unpaired.kto,
     "apo_zero_unpaired": unpaired.apo_zero_unpaired,
+    "nll": reference_free.nll,
 }
 ONE_SIDED = ("nll", "kto", "apo_zero_unpaired")  # these want one answer only, and look themselves whether it is there
 
@@ -40,13 +40,14 @@ def preference(compared: Compared, cfg: config.Preference) -> Sum:
     for name, weight in cfg.weights.items():
         loss_BS = PREFERENCE[name](c, cfg)
         if name not in ONE_SIDED:
-            loss_BS = jnp.where(paired.pairs(c), loss_BS if c.weight is None else loss_BS * c.weight, 0)
+            loss_BS = jnp.where(paired.pairs(c), loss_BS if c.weight is None else c.weight * loss_BS, 0)
         total += weight * loss_BS.sum()
     return Sum(total, (c.has_chosen | c.has_rejected).sum(dtype=c.chosen.dtype))
 
 
 def without_holes(c: Compared) -> Compared:
-    """0 for every number of an answer that is not there, and 1 for its length: no loss then meets inf, or 0 / 0."""
+    """0 for every number of an answer that is not there, and 1 for its length: no loss, and no gradient, then meets inf
+    or 0 / 0."""
     chosen, rejected = c.has_chosen, c.has_rejected
     return c._replace(
         chosen=jnp.where(chosen, c.chosen, 0),
@@ -57,6 +58,7 @@ def without_holes(c: Compared) -> Compared:
         n_rejected=jnp.where(rejected, c.n_rejected, 1),
         chosen_tail=None if c.chosen_tail is None else jnp.where(chosen, c.chosen_tail, 0),
         rejected_tail=None if c.rejected_tail is None else jnp.where(rejected, c.rejected_tail, 0),
+        weight=None if c.weight is None else jnp.where(chosen & rejected, c.weight, 0),
     )
 
 

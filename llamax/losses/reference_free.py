@@ -24,7 +24,7 @@ def simpo(c: Compared, cfg: config.Preference) -> Array:
 
 
 def orpo(c: Compared, cfg: config.Preference) -> Array:
-    """-beta log s(log odds_w - log odds_l), log odds = a - log(1 - exp a) (arXiv 2403.07691, eq. 6-7).
+    """-beta log s(log odds_w - log odds_l), log odds = a - log(1 - exp a) (arXiv 2403.07691).
 
     The paper's loss has the NLL of what is chosen beside it.
     """

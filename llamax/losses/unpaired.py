@@ -15,8 +15,8 @@ from llamax.losses.paired import s
 
 
 def kto(c: Compared, cfg: config.Preference) -> Array:
-    """w_good (1 - s(beta (r - z))) of what is good, w_bad (1 - s(beta (z - r))) of what is bad (KTO, arXiv 2402.01306,
-    eq. 7-8).
+    """w_good (1 - s(beta (r - z))) of what is good, w_bad (1 - s(beta (z - r))) of what is bad (KTO, arXiv
+    2402.01306).
 
     z = max(0, mean r of mismatched answers), those to other prompts: an estimate of KL(pi || ref), a constant to the
     gradient. It is a statistic of the micro-batch over all devices, so this loss does depend on how a batch is split by
@@ -27,17 +27,18 @@ def kto(c: Compared, cfg: config.Preference) -> Array:
     z = jax.lax.stop_gradient(jnp.maximum(kl, 0))
     good = 1 - s(cfg.beta * (c.chosen - c.ref_chosen - z))
     bad = 1 - s(cfg.beta * (z - (c.rejected - c.ref_rejected)))
-    return mean_of_sides(c, cfg.desirable_weight * good, cfg.undesirable_weight * bad)
+    return mean_of_sides(c, cfg, good, bad)
 
 
 def apo_zero_unpaired(c: Compared, cfg: config.Preference) -> Array:
     """w_good (1 - s(beta r)) of what is good, w_bad s(beta r) of what is bad (arXiv 2408.06266): KTO with z = 0."""
     good = 1 - s(cfg.beta * (c.chosen - c.ref_chosen))
     bad = s(cfg.beta * (c.rejected - c.ref_rejected))
-    return mean_of_sides(c, cfg.desirable_weight * good, cfg.undesirable_weight * bad)
+    return mean_of_sides(c, cfg, good, bad)
 
 
-def mean_of_sides(c: Compared, good: Array, bad: Array) -> Array:
-    """[B, S]: over the answers of a comparison that are there."""
+def mean_of_sides(c: Compared, cfg: config.Preference, good: Array, bad: Array) -> Array:
+    """[B, S]: over the answers of a comparison that are there, as the configuration weighs them."""
+    good, bad = cfg.desirable_weight * good, cfg.undesirable_weight * bad
     total = jnp.where(c.has_chosen, good, 0) + jnp.where(c.has_rejected, bad, 0)
     return total / jnp.maximum(c.has_chosen.astype(total.dtype) + c.has_rejected, 1)
