@@ -118,7 +118,7 @@ def check(run: Run) -> None:
     _mesh(run)
     _evals(run)
     _checkpoint(run)
-    checks_preference.check(run.preference)
+    checks_preference.check(run)
 
 
 def check_model(model: Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from llamax.config import F_DIVERGENCES, REFERENCE_FREE, Preference, PreferenceLosses
+from llamax.config import F_DIVERGENCES, REFERENCE_FREE, Preference, PreferenceLosses, Run
 from llamax.config_dict import ConfigError
 
 LOSSES = tuple(f.name for f in dataclasses.fields(PreferenceLosses))
@@ -36,7 +36,56 @@ AT_MOST = {"preference.f_alpha": 0.999, "preference.label_smoothing": 0.499, "pr
 CHOICES = {"preference.f_divergence": F_DIVERGENCES}
 
 
-def check(preference: Preference) -> None:
+def check(run: Run) -> None:
+    """Raises ConfigError at the first setting that means nothing, or that lacks another one."""
+    check_knobs(run.preference)
+    _comparisons(run)
+    _reference(run)
+    _reward(run)
+
+
+def _comparisons(run: Run) -> None:
+    """What compares answers needs rows that hold some."""
+    reward = run.losses.reward and run.model.reward_head
+    wanted = [f"preference.losses.{name}" for name in run.preference.weights] + ["losses.reward"] * bool(reward)
+    if wanted and not run.data.comparisons_per_row:
+        true = "it compares answers, and rows of this run hold no comparisons"
+        raise ConfigError(f"--config.{wanted[0]}", true, "Set --config.data.comparisons_per_row=8 or more.")
+
+
+def _reference(run: Run) -> None:
+    source, beside = run.reference.source, run.reference
+    needed = run.preference.needs_reference and run.losses.preference
+    if needed and source == "none":
+        asked = f"--config.preference.losses.{next(n for n in run.preference.weights if n not in REFERENCE_FREE)}"
+        true = "it counts answers beside what a reference model gives them, and there is none"
+        change = "Set --config.reference.source=cache (or live), or --config.preference.reference=false."
+        raise ConfigError(asked, true, change)
+    if source == "none":
+        for name, value in (("path", beside.path), ("step", beside.step)):
+            if value:
+                true = "reference.source is none"
+                raise ConfigError(f"--config.reference.{name}={value}", true, "Set --config.reference.source=live.")
+    elif not (beside.path or run.init.path):
+        true = "neither reference.path nor init.path names a model"
+        change = "Set --config.init.path to the model that the run begins with."
+        raise ConfigError(f"--config.reference.source={source}", true, change)
+    if run.data.ref_logp and source != "cache":
+        true = f"reference.source is {source}, which keeps nothing on disk"
+        change = "Set --config.reference.source=cache."
+        raise ConfigError(f"--config.data.ref_logp={run.data.ref_logp}", true, change)
+
+
+def _reward(run: Run) -> None:
+    if run.losses.reward and not run.model.reward_head:
+        true, change = "the model has no head that scores", "Set --config.model.reward_head=true."
+        raise ConfigError(f"--config.losses.reward={run.losses.reward}", true, change)
+    if run.model.reward_head and not run.losses.reward:
+        true, change = "nothing teaches it", "Set --config.losses.reward=1."
+        raise ConfigError("--config.model.reward_head=true", true, change)
+
+
+def check_knobs(preference: Preference) -> None:
     """Raises ConfigError at the first knob that means nothing."""
     for knob, readers in READ_BY.items():
         value, default = getattr(preference, knob), getattr(Preference(), knob)

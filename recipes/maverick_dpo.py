@@ -39,10 +39,11 @@ def get_config(size: str = "full"):
     run.data.batch_tokens = 512 * 16_384
     run.data.comparisons_per_row = 64
     run.data.sources = dict(
-        corner_cases=dict(path="data/corner_cases.toml", weight=0.5),
-        helpfulness=dict(path="data/helpfulness_pairs.toml", weight=0.5),
+        corner_cases=dict(path="data/corner_cases.toml", weight=0.4),
+        helpfulness=dict(path="data/helpfulness_pairs.toml", weight=0.4),
+        pictures=dict(path="data/picture_pairs.toml", weight=0.2),
     )
-    run.data.multimodal_steps = 0.0
+    run.data.multimodal_steps = 0.2
     run.data.lanes = 64  # up to 64 hosts read a part each
     run.data.workers = 8
     run.mesh = dict(data=-1, fsdp=512)  # -1 takes the devices that are left

@@ -35,8 +35,11 @@ def get_config(size: str = "full"):
     run.data.seq_len = 16_384
     run.data.batch_tokens = 128 * 16_384
     run.data.comparisons_per_row = 64
-    run.data.sources = dict(preferences=dict(path="data/preferences.toml", weight=1.0))
-    run.data.multimodal_steps = 0.0
+    run.data.sources = dict(
+        preferences=dict(path="data/preferences.toml", weight=0.8),
+        pictures=dict(path="data/picture_pairs.toml", weight=0.2),
+    )
+    run.data.multimodal_steps = 0.2
     run.data.lanes = 64  # up to 64 hosts read a part each
     run.data.workers = 8
     run.mesh = dict(data=-1, fsdp=256)  # -1 takes the devices that are left

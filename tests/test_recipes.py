@@ -32,7 +32,9 @@ every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.st
 
 def test_there_are_recipes():
     pretrain = {f"{name}_pretrain" for name in ("scout", "maverick", "behemoth")}
-    assert pretrain | {"scout_midtrain", "scout_context", "maverick_context"} <= {path.stem for path in RECIPES}
+    later = {"scout_midtrain", "scout_context", "maverick_context"}
+    post = {"vision_align", "scout_sft", "maverick_sft", "maverick_dpo", "reward_model"}
+    assert pretrain | later | post <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize(("path", "layout"), LAYOUTS, ids=str)
@@ -145,16 +147,38 @@ def built(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def scout(built, tmp_path_factory):
+    """A small Scout of two steps, that a reference can be."""
+    folder = tmp_path_factory.mktemp("scout")
+    trained(ROOT / "recipes" / "scout_pretrain.py", built, folder)
+    return folder
+
+
 @every_recipe
-def test_tiny_trains_two_steps(path, built, tmp_path):
+def test_tiny_trains_two_steps(path, built, tmp_path, request):
+    reference = request.getfixturevalue("scout") if path.stem == "maverick_dpo" else None
+    vocab_size = trained(path, built, tmp_path, reference)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    learnt = "loss/reward" if path.stem == "reward_model" else "loss/next_token"
+    for line in lines:
+        assert 0 < line[learnt] < 2 * math.log(vocab_size)
+    assert ("preference/margin" in lines[0]) == (path.stem in ("maverick_dpo", "reward_model"))
+
+
+def trained(path, built, workdir, reference=None) -> int:
+    """Two steps of a recipe's `:tiny` on small data; the vocabulary's size."""
     from llamax.run import train
 
     cfg = config.load(f"{path}:tiny")
     cfg.evals = {}
     # Text first, then pictures. Both are compiled, and that takes most of the time: elsewhere there are pictures only.
     shown = 0.6 if path.stem == "scout_pretrain" else 1.0
-    rows = dict(seq_len=128, tiles_per_row=24)
-    cfg.data.update(batch_tokens=8 * 128, multimodal_steps=shown, **rows)
+    long = 256 if cfg.data.comparisons_per_row else 128  # both answers in a row
+    rows = dict(seq_len=long, tiles_per_row=24)
+    cfg.data.update(batch_tokens=8 * long, multimodal_steps=shown, **rows)
+    cfg.reference.path = str(reference or "")
     cfg.optim.update(schedule="cosine", warmup_steps=1)
     cfg.train.update(steps=0 if cfg.stages else 2, log_every_steps=1)
     cfg.init.path = ""
@@ -165,12 +189,8 @@ def test_tiny_trains_two_steps(path, built, tmp_path):
         stage.data.update(rows)
         small(stage.data.sources, built)
     small(cfg.data.sources, built)
-    result = train(config.freeze(cfg), tmp_path)
-    assert result.finished
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    for line in lines:
-        assert 0 < line["loss/next_token"] < 2 * math.log(config.freeze(cfg).model.vocab_size)
+    assert train(config.freeze(cfg), workdir).finished
+    return config.freeze(cfg).model.vocab_size
 
 
 def small(sources, built):
