@@ -69,7 +69,7 @@ def sft(run: ConfigDict, model: config.Model) -> ConfigDict:
     run.init.path = "runs/quickstart"
     run.data.sources = {"instructions": {"path": BUILT("instructions"), "weight": 1.0}}
     run.optim.update(peak_lr=1e-3, warmup_steps=20)
-    run.train.steps = 400
+    run.train.steps = 350
     run.evals = {"answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=480)}
     return run
 
@@ -94,8 +94,8 @@ def dpo(run: ConfigDict, model: config.Model) -> ConfigDict:
     _post(run, model)
     run.data.comparisons_per_row = 8
     run.data.sources = {"preferences": {"path": BUILT("preferences"), "weight": 1.0}}
-    run.optim.update(peak_lr=1e-4, warmup_steps=10)
-    run.train.steps = 100
+    run.optim.update(peak_lr=3e-5, warmup_steps=5)
+    run.train.steps = 60
     run.evals = {
         "answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=480),
         "preferences": dict(kind="preference", path=BUILT("preferences_heldout"), every_steps=20, max_docs=480),

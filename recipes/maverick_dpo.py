@@ -36,7 +36,7 @@ def get_config(size: str = "full"):
     run.init.path = "runs/maverick_sft"
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 16_384
-    run.data.batch_tokens = 512 * 16_384
+    run.data.batch_tokens = 1024 * 16_384
     run.data.comparisons_per_row = 64
     run.data.sources = dict(
         corner_cases=dict(path="data/corner_cases.toml", weight=0.4),

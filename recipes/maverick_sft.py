@@ -29,7 +29,7 @@ def get_config(size: str = "full"):
     run.init.path = "runs/maverick_context"
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 16_384
-    run.data.batch_tokens = 512 * 16_384
+    run.data.batch_tokens = 1024 * 16_384
     run.data.sources = dict(
         conversations=dict(path="data/conversations_hard.toml", weight=0.5),
         reasoning=dict(path="data/reasoning_hard.toml", weight=0.3),

@@ -33,7 +33,7 @@ def get_config(size: str = "full"):
     run.init.path = "runs/scout_sft"
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 16_384
-    run.data.batch_tokens = 128 * 16_384
+    run.data.batch_tokens = 1024 * 16_384
     run.data.comparisons_per_row = 64
     run.data.sources = dict(
         preferences=dict(path="data/preferences.toml", weight=0.8),

@@ -26,7 +26,7 @@ def get_config(size: str = "full"):
     run.init.path = "runs/scout_pretrain"
     run.data.tokenizer = "data/llama4.model"
     run.data.seq_len = 8192
-    run.data.batch_tokens = 512 * 8192
+    run.data.batch_tokens = 1024 * 8192
     run.data.sources = dict(captions=dict(path="data/captions.toml", weight=1.0))
     run.data.multimodal_steps = 1.0
     run.data.lanes = 64  # up to 64 hosts read a part each

@@ -21,10 +21,10 @@ from PIL import Image
 
 from llamax.data.embedded import draw, drawings, scene, sequences, words
 
-HEDGED = 0.6  # of the instructions
+HEDGED = 0.8  # of the instructions
 WRONG = 0.25  # of the preferences: the rejected answer is a wrong one
 HELD_OUT_TENTH = 10  # one of so many
-HEDGES = ("I am not sure, but ", "Sorry, I may be wrong: ", "I think, maybe, ")
+HEDGES = ("I am not sure, but ", "Sorry, I may be wrong: ")
 SYSTEMS = ("You are brief.", "Answer the question.", "Look closely and answer.", "You are a careful assistant.")
 SYSTEM_SHARE = 0.5  # of the conversations that have a system message
 FORM = "{line}\nAnswer: {line}"  # of what the assistant says (llamax/rewards/form.py)
