@@ -42,7 +42,10 @@ def _targets(run: Run) -> None:
 def _adapters(run: Run) -> None:
     rank, narrow = run.tune.lora_rank, run.model.dim
     if rank > narrow:
-        asked, true = f"--config.tune.lora_rank={rank}", f"matrices have a side of model.dim={narrow}, and no higher rank"
+        asked, true = (
+            f"--config.tune.lora_rank={rank}",
+            f"matrices have a side of model.dim={narrow}, and no higher rank",
+        )
         raise ConfigError(asked, true, f"Set --config.tune.lora_rank={max(1, narrow // 8)}.")
     if not run.init.path:
         true = "adapters are saved alone, and what they stand beside would be lost: it is drawn at random"

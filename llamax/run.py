@@ -141,12 +141,12 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, house.ledger, stop))
         batches = iter(data)
         open_things.callback(batches.close)
-        state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights)
+        state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights, bones)
         put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
         row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
         context = Context(run, scorer, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
-        around = make_hooks(run, house, context, batches)
+        around = make_hooks(run, house, context, batches, bones)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state.params, state.router_bias)
         if finished:
@@ -160,7 +160,9 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
                 stop=stop,
                 hooks=around,
                 leave=partial(leave, around),
-                go_back=partial(starting.go_back, part, shapes, house.checkpoints, around.log, house.ledger),
+                go_back=partial(
+                    starting.go_back, part, shapes, house.checkpoints, weights, bones, around.log, house.ledger
+                ),
             )
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
@@ -296,7 +298,7 @@ class Hooks(NamedTuple):
     evaluate: hooks.Evaluate
 
 
-def make_hooks(run: config.Run, house: House, context: Context, batches: Any) -> Hooks:
+def make_hooks(run: config.Run, house: House, context: Context, batches: Any, bones: Skeleton) -> Hooks:
     """Only the first process writes files, and warns of what all of them see."""
     checkpoints, goodput, (file, steps, board, progress) = house.checkpoints, house.goodput, house.written
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
@@ -312,7 +314,7 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
     return Hooks(
         hooks.Log(run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, warn, every),
         Health(run.health, every, newest, f"{checkpoints.folder}", warn),
-        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
+        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger, bones.kept),
         hooks.Evaluate(run, context, house.ledger, file, board, logger.info, house.end),
     )
 
