@@ -88,9 +88,13 @@ def run_of(found: loading.Found, dtype: str, recipe: str | None) -> config.Run:
         evals, tiles = {}, model.vision.max_tiles + 1 if model.vision else 1
         data = config.Data(seq_len=2048, batch_tokens=4 * 2048, tiles_per_row=max(32, tiles))
         run = config.Run(name="model", data=data)
+    data = dataclasses.replace(run.data, tokenizer=str(tokenizer), ref_logp="")
     if recipe is not None:
-        evals = config.freeze(config.load(recipe)).evals
-    data = dataclasses.replace(run.data, tokenizer=str(tokenizer))
+        theirs = config.freeze(config.load(recipe))
+        evals = theirs.evals
+        if theirs.data.comparisons_per_row:  # both answers fit in its rows
+            rows = {name: getattr(theirs.data, name) for name in ("seq_len", "batch_tokens", "comparisons_per_row")}
+            data = dataclasses.replace(data, **rows, tiles_per_row=theirs.data.tiles_per_row)
     train = dataclasses.replace(run.train, compute_dtype=dtype)
     return dataclasses.replace(run, model=model, data=data, train=train, evals=evals, stages={})
 

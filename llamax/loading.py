@@ -2,12 +2,12 @@
 
 Three kinds of folder: a training run's workdir, a converted model (`llamax convert from-hf`), and a folder in Hugging
 Face's format, whose tensors are read where they lie: each device gets the slices that it holds, and no more is read.
+The adapters of a run are folded into the weights that they stand beside, which are read where the run began.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llamax import checks, config
 from llamax.checkpoint import hf_names, hf_tokenizer, saved
-from llamax.checkpoint.hf_read import CONFIG, Source, Tensor
+from llamax.checkpoint.found import Found, base_of, find
+from llamax.checkpoint.hf_read import Source, Tensor
 from llamax.checkpoint.manager import Checkpoints
 from llamax.checkpoint.saved import Saved
 from llamax.config import ConfigError
+from llamax.config_dict import merged
 from llamax.data.tokenizer import Tokenizer, check_size
-from llamax.model.seam import make_seam
+from llamax.model import lora
+from llamax.model.seam import Seam, make_seam
 from llamax.model.skeleton import Skeleton, skeleton
-from llamax.parallel import processes, rules
+from llamax.parallel import rules
 from llamax.parallel.mesh import make_mesh
 from llamax.positions import changed
 
@@ -73,35 +76,6 @@ def load(
     return Loaded(model, bones, params, bias, tokenizer)
 
 
-class Found(NamedTuple):
-    """What a folder says of the model in it, and of one of ours the step whose weights are meant: a sound one."""
-
-    said: Saved | Source
-    step: int | None
-
-
-def find(folder: str | Path, step: int | None = None) -> Found:
-    """Errors and `step` as in `load`. Of several processes, all call it."""
-    said = processes.together(partial(_look, folder, step))
-    if not isinstance(said, Saved):
-        return Found(said, None)
-    with Checkpoints(said.checkpoints) as checkpoints:
-        step = checkpoints.sound(step)
-    return Found(processes.together(partial(_look, folder, step)), step)
-
-
-def _look(folder: str | Path, step: int | None) -> Saved | Source:
-    folder = Path(folder)
-    ours = saved.find(folder, step)
-    if ours is not None:
-        return ours
-    if not (folder / CONFIG).exists():
-        true = f"it holds neither a run.json, nor a {saved.MODEL}, nor a {CONFIG}"
-        change = "Give the --workdir of a run, a converted model, or a folder in Hugging Face's format."
-        raise ConfigError(f"A model in {folder}", true, change)
-    return Source(folder)
-
-
 def tokenizer_of(said: Saved | Source) -> Tokenizer | None:
     """None: the folder has none that we read."""
     if isinstance(said, Source):
@@ -115,8 +89,24 @@ def read(found: Found, params: Any, router_bias: Any) -> tuple[Any, Any]:
     if isinstance(found.said, Source):
         values = _read(found.said, params)
         return values, jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), router_bias)
+    if found.said.tune.lora_rank:
+        return _folded(found, found.said, params, router_bias)
     with Checkpoints(found.said.checkpoints) as checkpoints:
         return checkpoints.restore_weights(found.step, params=params, router_bias=router_bias, checked=True)
+
+
+def _folded(found: Found, said: Saved, params: Any, router_bias: Any) -> tuple[Any, Any]:
+    """Of a run with adapters: what it trained, and what it began with."""
+    how = dict(patch_id=said.patch_id, train=config.Train(), tune=said.tune)
+    bones = skeleton(said.model, Seam(), **how)
+    shapes, _ = bones.shapes()
+    places = rules.shardings(bones.axes, shapes, jax.tree.leaves(params)[0].sharding.mesh)
+    whole = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+    kept = bones.kept(merged(whole, params))
+    beneath, _ = read(base_of(said), params, router_bias)
+    with Checkpoints(said.checkpoints) as checkpoints:
+        own, bias = checkpoints.restore_weights(found.step, params=kept, router_bias=router_bias, checked=True)
+    return lora.merged(merged(beneath, own), lora.scale_of(said.tune)), bias
 
 
 def _tokenizer(ours: saved.Saved) -> Tokenizer | None:

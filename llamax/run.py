@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from llamax import config, loading, preflight, stages, starting, stripes
+from llamax.checkpoint import found as folders
 from llamax.checkpoint.manager import Checkpoints
 from llamax.data import pipeline
 from llamax.data.sources import read_manifest
@@ -146,13 +147,13 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
             keep_reference(run, mesh, cut, house)
         batches = iter(data)
         open_things.callback(batches.close)
-        state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights)
+        state, first = starting.start(part, fresh, shapes, house.checkpoints, batches, weights, bones)
         state = starting.with_reference(state, shapes, bones, house.reference)
         put = partial(place.put_batch, mesh=mesh, n_rows=run.data.rows, stripes=cut)
         row_multiple = rules.ways(rules.ACTIVATIONS["flat"], mesh)
         put_whole = partial(place.put_whole_batch, mesh=mesh, stripes=cut)
         context = Context(run, scorer, sampler, tokenizer, put_whole, row_multiple, check_stop=stop.check)
-        around = make_hooks(run, house, context, batches)
+        around = make_hooks(run, house, context, batches, bones)
         stop.at_once = False  # from here on there is something to save
         finished = around.evaluate.at_start(first, state)
         if finished:
@@ -166,7 +167,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
                 stop=stop,
                 hooks=around,
                 leave=partial(leave, around),
-                go_back=partial(back, part, shapes, bones, house, around.log),
+                go_back=partial(back, part, shapes, bones, house, weights, around.log),
             )
     return Result(state, around.evaluate.reports, finished, stop.signal)
 
@@ -190,7 +191,7 @@ def skeletons(run: config.Run, mesh: Mesh, cut: stripes.Stripes, patch_id: int) 
 def keep_reference(run: config.Run, mesh: Mesh, cut: stripes.Stripes, house: House) -> None:
     """What the reference gives the answers of the run's comparisons is on disk, from here on."""
     assert house.reference is not None
-    tasks = processes.together(partial(reference.left, run, starting.identity(house.reference)))
+    tasks = processes.together(partial(reference.left, run, folders.fingerprint(house.reference)))
     if not tasks:
         return
     with house.ledger.during("evaluate"):
@@ -309,9 +310,18 @@ def leave(around: Hooks, step: int, state: State) -> None:
     around.save.save(step, state)
 
 
-def back(part: Part, shapes: State, bones: Skeleton, house: House, written: hooks.Log, asked: RollBack) -> State:
+def back(
+    part: Part,
+    shapes: State,
+    bones: Skeleton,
+    house: House,
+    weights: Found | None,
+    written: hooks.Log,
+    asked: RollBack,
+) -> State:
     """The state that a roll-back asks for."""
-    return starting.go_back(part, shapes, bones, house.reference, house.checkpoints, written, house.ledger, asked)
+    state = starting.go_back(part, shapes, house.checkpoints, weights, bones, written, house.ledger, asked)
+    return starting.with_reference(state, shapes, bones, house.reference)
 
 
 class Hooks(NamedTuple):
@@ -323,7 +333,7 @@ class Hooks(NamedTuple):
     evaluate: hooks.Evaluate
 
 
-def make_hooks(run: config.Run, house: House, context: Context, batches: Any) -> Hooks:
+def make_hooks(run: config.Run, house: House, context: Context, batches: Any, bones: Skeleton) -> Hooks:
     """Only the first process writes files, and warns of what all of them see."""
     checkpoints, goodput, (file, steps, board, progress) = house.checkpoints, house.goodput, house.written
     langs = [read_manifest(run.data.sources[name].path).lang for name in sorted(run.data.sources)]
@@ -342,7 +352,7 @@ def make_hooks(run: config.Run, house: House, context: Context, batches: Any) ->
             run, langs, patch_id, house.clock, goodput, progress, file, board, each_step, left_out, cut, warn, every
         ),
         Health(run.health, every, newest, f"{checkpoints.folder}", warn),
-        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger),
+        hooks.Save(checkpoints, run.checkpoint.every_steps, batches, house.ledger, bones.kept),
         hooks.Evaluate(run, context, house.ledger, file, board, logger.info, warn, house.end),
     )
 

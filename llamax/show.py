@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llamax import stages
-from llamax.config import Model, Run, to_dict
+from llamax.config import Model, Run, Tune, to_dict
 from llamax.model import count
 from llamax.observe.progress import size
 
@@ -66,7 +67,12 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "of these text", f"{n.text:,}, of which {n.text_active:,} are active for a token"
     if model.vision:
         yield "of these vision", f"{n.vision:,}"
-    kept = count.training_bytes(model)
+    kept = count.training_bytes(n.total)
+    if run.tune != Tune():
+        trained, frozen, names = tuned_of(run)
+        yield "trained", f"{trained:,}: {names}"
+        yield "frozen", f"{frozen:,}"
+        kept = count.training_bytes(trained + frozen, trained)
     states = {"parameters": kept.parameters, "gradients": kept.gradients, "optimizer": kept.optimizer}
     yield "training state", ", ".join(f"{size(n)} {name}" for name, n in states.items()) + ", all devices together"
     for name, context in (("cache of a sequence", data.seq_len), ("", 2**20), ("", 10 * 2**20)):
@@ -85,6 +91,21 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
             f" {model.vision.tokens_per_tile} tokens a tile",
         )
     yield "whole run", f"{run.train.steps * data.batch_tokens:,} tokens in {run.train.steps:,} steps"
+
+
+def tuned_of(run: Run) -> tuple[int, int, str]:
+    """Parameters that are trained, and that are frozen; which the trained ones are."""
+    import jax
+
+    from llamax.model import tuned
+    from llamax.model.seam import Seam
+    from llamax.model.skeleton import skeleton
+
+    bones = skeleton(run.model, Seam(), patch_id=0, train=run.train, tune=run.tune)
+    trained, frozen = (
+        sum(math.prod(x.shape) for x in jax.tree.leaves(part)) for part in bones.split(bones.shapes()[0])
+    )
+    return trained, frozen, ", ".join(tuned.named(bones.trained, True))
 
 
 def of_stage(part: stages.Part) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import logging
 from collections.abc import Callable, Collection
 from functools import partial
@@ -14,12 +13,15 @@ import jax
 import numpy as np
 
 from llamax import config, loading
-from llamax.checkpoint.hf_read import Source
+from llamax.checkpoint import found as folders
+from llamax.checkpoint import saved
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
 from llamax.config_dict import flat, merged
 from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Found
+from llamax.model import lora
+from llamax.model.lora import ADAPTERS
 from llamax.model.skeleton import Skeleton
 from llamax.observe import provenance
 from llamax.observe.goodput import Ledger
@@ -40,19 +42,24 @@ SAMPLE = "The quick brown fox: 12,345 != 0x3f; naïve façade 東京\n\tdef f(x)
 
 
 def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
-    """What `run.init` names; None where the run starts from nothing, or goes on from a checkpoint of its own. All
-    processes call it.
+    """What `run.init` names; None where the run starts from nothing, or goes on from a checkpoint of its own that has
+    all of it. All processes call it.
 
     Raises:
         ConfigError: no model is there; it is another model, or reads positions in another way, and `init.differs` does
-            not say that this is meant; its tokenizer is another one.
+            not say that this is meant; its tokenizer is another one. Of a run that goes on with adapters: what they
+            stand beside is gone, or has changed.
     """
-    if not run.init.path or processes.from_first(partial(provenance.latest_step, workdir)):
+    if not run.init.path:
         return None
+    if processes.from_first(partial(provenance.latest_step, workdir)):
+        ours = saved.find(workdir) if run.tune.lora_rank else None
+        return ours and folders.base_of(ours)
     found = loading.find(config.resolve_path(run.init.path), run.init.step or None)
 
     def check() -> None:
         check_same_function(found.said.model, run, f"--config.init.path={run.init.path}")
+        check_nothing_is_drawn(found.said.model, run)
         check_same_tokens(run, loading.tokenizer_of(found.said), tokenizer)
 
     processes.together(check)
@@ -84,18 +91,9 @@ def with_reference(state: State, shapes: State, bones: Skeleton, found: Found | 
     return state._replace(reference=(bones.own(params), bias))
 
 
-def identity(found: Found) -> dict[str, Any]:
-    """What tells a model's weights from others, wherever they lie."""
-    if isinstance(found.said, Source):
-        files = sorted(found.said.folder.glob("*.safetensors"))
-        return {path.name: path.stat().st_size for path in files}
-    sums = found.said.checkpoints / str(found.step) / "checksums.json"
-    return {"sums": hashlib.sha256(sums.read_bytes()).hexdigest()}
-
-
 def about(found: Found | None) -> dict[str, Any] | None:
     """For run.json: whose weights a run begins with."""
-    return found and {"path": str(found.said.folder.absolute()), "step": found.step}
+    return found and folders.about(found)
 
 
 def check_same_function(theirs: config.Model, run: config.Run, asked: str) -> None:
@@ -115,6 +113,17 @@ def check_same_function(theirs: config.Model, run: config.Run, asked: str) -> No
     raise ConfigError(asked, true, f"{change}.")
 
 
+def check_nothing_is_drawn(theirs: config.Model, run: config.Run) -> None:
+    """ConfigError if what adapters stand beside has parameters that no folder holds."""
+    if run.tune.lora_rank and run.model.attn_scale == "ssmax" != theirs.attn_scale:
+        asked = f"--config.tune.lora_rank={run.tune.lora_rank} with --config.model.attn_scale=ssmax"
+        true = "that model has no such factors; they would be frozen as they are drawn, and saved nowhere"
+        change = (
+            f"Set --config.model.attn_scale={theirs.attn_scale}, or train all of it first: --config.tune.lora_rank=0."
+        )
+        raise ConfigError(asked, true, change)
+
+
 def check_same_tokens(run: config.Run, theirs: Tokenizer | None, ours: Tokenizer) -> None:
     """ConfigError if the two tokenizers cut or number a text in different ways."""
     if theirs is None or theirs.encode(SAMPLE) == ours.encode(SAMPLE):
@@ -130,8 +139,10 @@ def start(
     checkpoints: Checkpoints,
     batches: Any,
     weights: Found | None,
+    bones: Skeleton,
 ) -> tuple[State, int]:
     """The state to go on from, and its step: the newest checkpoint's, with the data iterator moved to where it stood.
+    With adapters, `weights` are what they stand beside.
 
     Where there is none, a fresh one, with another model's weights if there are `weights`. At the beginning of a stage
     the data is left at its beginning: the checkpoint's is of the stage before.
@@ -144,7 +155,8 @@ def start(
     if latest is None:
         return begun(fresh, shapes, weights), 0
     at_its_beginning = latest == part.first > 0
-    state = restore(shapes, checkpoints, latest, None if at_its_beginning else batches, checked=True)
+    data = None if at_its_beginning else batches
+    state = restore(shapes, checkpoints, latest, data, weights, bones, checked=True)
     if at_its_beginning:
         logger.info("stage %s begins after step %d", part.name, latest)
     else:
@@ -168,7 +180,7 @@ def begun(fresh: Callable[[], State], shapes: State, weights: Found | None) -> S
     if weights is None:
         return jax.jit(fresh, out_shardings=shardings, compiler_options=options)()
     theirs_has = dict(ssmax=weights.said.model.attn_scale == "ssmax", reward=weights.said.model.reward_head)
-    lacking = [name for name, there in theirs_has.items() if not there]
+    lacking = (*ADAPTERS, *(name for name, there in theirs_has.items() if not there))
     theirs, ours = split(shapes.params, lacking)
 
     def rest_of(state: State) -> State:
@@ -178,17 +190,25 @@ def begun(fresh: Callable[[], State], shapes: State, weights: Found | None) -> S
     rest = jax.jit(lambda: rest_of(fresh()), out_shardings=rest_of(shardings), compiler_options=options)()
     params, router_bias = loading.read(weights, theirs, shapes.router_bias)
     if ours:
-        logger.info("drawn anew, since that model has none: %s", ", ".join(lacking))
+        logger.info("drawn anew, since that model has none: %s", ", ".join(sorted(names_in(ours))))
     logger.info("starting from %s%s", weights.said.folder, f", step {weights.step}" if weights.step else "")
     return rest._replace(params=merged(params, rest.params), router_bias=router_bias)
 
 
+def names_in(tree: dict[str, Any]) -> set[str]:
+    """Of the leaves; adapters are one name."""
+    found: set[str] = set()
+    for key, value in tree.items():
+        found |= names_in(value) if isinstance(value, dict) else {"adapters" if key.endswith((lora.A, lora.B)) else key}
+    return found
+
+
 def split(tree: dict[str, Any], names: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nested dicts as two: without the entries of these names, at any depth, and with those alone."""
+    """Nested dicts as two: without the entries of these names (patterns), at any depth, and with those alone."""
     rest: dict[str, Any] = {}
     taken: dict[str, Any] = {}
     for key, value in tree.items():
-        if key in names:
+        if any(fnmatch.fnmatchcase(key, name) for name in names):
             taken[key] = value
         elif isinstance(value, dict):
             inner = split(value, names)
@@ -199,14 +219,24 @@ def split(tree: dict[str, Any], names: Collection[str]) -> tuple[dict[str, Any],
     return rest, taken
 
 
-def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: Any, *, checked: bool = False) -> State:
+def restore(
+    shapes: State,
+    checkpoints: Checkpoints,
+    step: int | None,
+    batches: Any,
+    weights: Found | None,
+    bones: Skeleton,
+    *,
+    checked: bool = False,
+) -> State:
     """The state of a step's checkpoint; the data iterator is moved to where it stood, if there is one.
 
-    `step` None and `checked` are those of `Checkpoints.restore`.
+    `step` None and `checked` are those of `Checkpoints.restore`; `weights` what adapters stand beside.
     """
+    kept = bones.kept(shapes.params)
     found = checkpoints.restore(
         step,
-        params=shapes.params,
+        params=kept,
         router_bias=shapes.router_bias,
         opt=shapes.opt,
         rng={"key": shapes.rng, "recent": shapes.recent},
@@ -215,15 +245,19 @@ def restore(shapes: State, checkpoints: Checkpoints, step: int | None, batches: 
     )
     counts = {name: jax.device_put(np.int32(found["extra"][name]), shapes.step.sharding) for name in COUNTS}
     trees = {name: found[name] for name in ("params", "router_bias", "opt")}
+    if bones.plain is not None:
+        assert weights is not None, "adapters stand beside something"
+        beneath, _ = loading.read(weights, lora.without(shapes.params), shapes.router_bias)
+        trees["params"] = merged(beneath, found["params"])
     return State(rng=found["rng"]["key"], recent=found["rng"]["recent"], **trees, **counts)
 
 
 def go_back(
     part: Part,
     shapes: State,
-    bones: Skeleton,
-    reference: Found | None,
     checkpoints: Checkpoints,
+    weights: Found | None,
+    bones: Skeleton,
     written: hooks.Log,
     ledger: Ledger,
     back: RollBack,
@@ -234,8 +268,7 @@ def go_back(
         if step > back.to:
             checkpoints.set_aside(step, "rolled-back")
     # The one before, should its files be damaged by now.
-    state = in_stage(part, restore(shapes._replace(reference=None), checkpoints, None, None))
-    state = with_reference(state, shapes, bones, reference)
+    state = in_stage(part, restore(shapes._replace(reference=None), checkpoints, None, None, weights, bones))
     to = int(jax.device_get(state.step))
     written.rewind(to)
     ledger.lose_steps_after(to)

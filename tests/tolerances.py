@@ -29,6 +29,10 @@ GOLDEN = dict(rtol=0.0, atol=1e-4)
 MESH_LOSS = dict(rtol=1e-5, atol=1e-6)
 MESH_GRAD = dict(rtol=1e-3, atol=1e-5)
 
+# Adapters folded into their matrices once, on a device or in numpy, beside folded where each layer runs: the matrices,
+# and log-probabilities of tokens through a few layers.
+FOLDED = dict(rtol=1e-5, atol=1e-5)
+
 # bfloat16 beside float32: eight bits of mantissa.
 BF16 = dict(rtol=2e-2, atol=2e-2)
 

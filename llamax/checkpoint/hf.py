@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llamax.checkpoint import hf_config, hf_config_write, hf_tokenizer, hf_write, saved, space, stream
+from llamax.checkpoint import hf_config, hf_config_write, hf_tokenizer, hf_write, layers, saved, space, stream
+from llamax.checkpoint.found import Found
 from llamax.checkpoint.hf_names import Index, Leaf, Same, Shape, assemble, leaves, tree
 from llamax.checkpoint.hf_read import BF16, CONFIG, Source, Tensor, read_json
 from llamax.checkpoint.hf_write import Planned
@@ -147,11 +148,12 @@ def to_hf(
         form = hf_config.describe(read_json(model.hf / CONFIG), str(model.hf / CONFIG)).form
     params, bias = shapes(model.model)
     table = leaves(model.model, form, params)
-    with Checkpoints(model.checkpoints) as checkpoints:
-        step_folder = checkpoints.checked(step, params=params, router_bias=bias)
-    _refuse_router_bias(step_folder, bias)
+    opened = layers.leaves(Found(model, step), params, bias)
+    _refuse_router_bias(model.checkpoints / str(step), bias)
     with new_folder(out, 0) as temporary:
-        plan, staged = _plan(table, step_folder / "params", temporary, dtype and DTYPES[dtype], model.dtypes)
+        # With adapters, some of it is stored as the run began, and all as the run has it.
+        cast = DTYPES[dtype or "float32"] if dtype or model.tune.lora_rank else None
+        plan, staged = _plan(table, opened, temporary, cast, model.dtypes)
         check_room(out, space.needed(plan) + staged)
         _write_small_files(model, temporary, dtype, max(plan, key=lambda tensor: tensor.nbytes).dtype.name)
         with transfer(f"exporting {model.folder.name}", hf_write.total(plan)) as advance:
@@ -177,7 +179,7 @@ def _refuse_router_bias(step_folder: Path, bias: Any) -> None:
 
 
 def _plan(
-    table: list[Leaf], item: Path, scratch: Path, dtype: np.dtype | None, dtypes: dict[str, str]
+    table: list[Leaf], opened: layers.Open, scratch: Path, dtype: np.dtype | None, dtypes: dict[str, str]
 ) -> tuple[list[Planned], int]:
     """(their tensors in the order in which they are made: those that share our leaves together; bytes of the largest
     leaves that are staged at the same time)."""
@@ -187,12 +189,12 @@ def _plan(
     plan: list[Planned] = []
     staged = 0
     for parts in groups.values():
-        stored = [stream.Stored(item, leaf.name) for leaf in parts]
-        layers = [_Layers(leaf, one, scratch) for leaf, one in zip(parts, stored, strict=True)]
+        stored = [opened(leaf.name) for leaf in parts]
+        sides = [_Layers(leaf, one, scratch) for leaf, one in zip(parts, stored, strict=True)]
         for r, name in enumerate(parts[0].tensors):
             shape = parts[0].how.theirs(parts[0].layer_shape)
             own = np.dtype(dtypes[name]) if name in dtypes else stored[0].dtype
-            plan.append(Planned(name, shape, dtype or own, _maker(name, layers, r, shape, dtype or own)))
+            plan.append(Planned(name, shape, dtype or own, _maker(name, sides, r, shape, dtype or own)))
         staged = max(staged, sum(one.staged_bytes for leaf, one in zip(parts, stored, strict=True) if leaf.stacked))
     return plan, staged
 
@@ -200,7 +202,7 @@ def _plan(
 class _Layers:
     """The layers of one leaf, each to be asked for once, from any thread; staged, if at all, when the first is."""
 
-    def __init__(self, leaf: Leaf, stored: stream.Stored, scratch: Path):
+    def __init__(self, leaf: Leaf, stored: layers.Layered, scratch: Path):
         self.leaf, self._stored, self._scratch = leaf, stored, scratch / f"{leaf.name}.staged"
         self._layer: Callable[[int], np.ndarray] | None = None
         self._left, self._lock = len(leaf.tensors), threading.Lock()
@@ -216,10 +218,10 @@ class _Layers:
         return layer(r)
 
 
-def _maker(name: str, layers: list[_Layers], r: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _maker(name: str, sides: list[_Layers], r: int, shape: Shape, dtype: np.dtype) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
         made = None
-        for part in layers:
+        for part in sides:
             ours = _cast(name, part(r), dtype)
             if isinstance(part.leaf.how, Same):
                 return np.ascontiguousarray(ours)

@@ -89,6 +89,10 @@ class Shard:
             begin, end = entry["data_offsets"]
             self.entries[name] = (entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
 
+    def bytes_at(self, start: int, n: int) -> bytes:
+        """At most `n` bytes of the file, header included."""
+        return self._map[start : start + n]
+
     def bytes_of(self, name: str) -> np.ndarray:
         """A view of the file, uint8."""
         _, _, begin, end = self.entries[name]

@@ -65,6 +65,8 @@ def inspect(folder: str | Path) -> bool:
             style=colour(row),
         )
     CONSOLE.print(shown)
+    if beneath := what_adapters_stand_beside(workdir):
+        CONSOLE.print(beneath, soft_wrap=True, markup=False)
     for row in rows:
         if row.health.startswith(DAMAGED):  # long names of files: below the table
             CONSOLE.print(f"Step {row.name} is {row.health}.", soft_wrap=True, markup=False)
@@ -86,6 +88,20 @@ def name_of_run(workdir: Path) -> str | None:
     except ConfigError:
         return None
     return run["config"].get("name") if run else None
+
+
+def what_adapters_stand_beside(workdir: Path) -> str:
+    """A line about what a run's checkpoints do not hold; "" if they hold all of the model."""
+    try:
+        run = read(workdir)
+        tune, began = (run["config"].get("tune") or {}, run["init"]) if run else ({}, None)
+    except (ConfigError, KeyError):
+        return ""
+    if not tune.get("lora_rank") or not began:
+        return ""
+    step = f", step {began['step']}" if began.get("step") else ""
+    rank = tune["lora_rank"]
+    return f"They hold adapters of rank {rank}, which stand beside the weights in {began['path']}{step}."
 
 
 def places(folder: Path) -> tuple[Path, Path]:

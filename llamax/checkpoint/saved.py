@@ -31,6 +31,8 @@ class Saved(NamedTuple):
     hf: Path | None  # the files that the model came with
     dtypes: dict[str, str]  # of those tensors of the source whose dtype is not that of their stacked leaf
     seq_len: int | None  # tokens of a row in training
+    tune: config.Tune = config.Tune()  # what it trains: with adapters, a checkpoint holds that alone,
+    began: dict[str, Any] | None = None  # and this says where the rest is (found.about)
 
     @property
     def checkpoints(self) -> Path:
@@ -48,7 +50,7 @@ def find(folder: str | Path, step: int | None = None) -> Saved | None:
     folder = Path(folder)
     run = provenance.read(folder)
     if run is not None:
-        return _of_run(folder, config.from_dict(config.Run, run["config"]), step)
+        return _of_run(folder, config.from_dict(config.Run, run["config"]), step, run.get("init"))
     if not (folder / MODEL).exists():
         return None
     try:
@@ -63,12 +65,12 @@ def find(folder: str | Path, step: int | None = None) -> Saved | None:
     return Saved(folder, config.from_dict(config.Model, model), patch_id, tokenizer, hf, dtypes, None)
 
 
-def _of_run(folder: Path, run: config.Run, step: int | None) -> Saved:
+def _of_run(folder: Path, run: config.Run, step: int | None, began: dict[str, Any] | None) -> Saved:
     if run.stages:
         run = stages.at(run, provenance.latest_step(folder) if step is None else step).run
     tokenizer = config.resolve_path(run.data.tokenizer)
     patch_id = Tokenizer(tokenizer).patch if run.model.vision is not None else -1
-    return Saved(folder, run.model, patch_id, tokenizer, None, {}, run.data.seq_len)
+    return Saved(folder, run.model, patch_id, tokenizer, None, {}, run.data.seq_len, run.tune, began)
 
 
 def record(

@@ -146,6 +146,11 @@ def files(folder: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def whole(step_folder: Path) -> str:
+    """The sum of a checkpoint's sums: the same for the same files."""
+    return json.loads((step_folder / SUMS).read_text())["sha256"]
+
+
 def summary(problems: list[str]) -> str:
     """The first problems in one line."""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""

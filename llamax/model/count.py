@@ -89,9 +89,10 @@ class Bytes:
     optimizer: int  # AdamW's two moments, float32
 
 
-def training_bytes(model: Model) -> Bytes:
-    n = parameters(model).total
-    return Bytes(parameters=4 * n, gradients=4 * n, optimizer=8 * n)
+def training_bytes(n: int, trained: int | None = None) -> Bytes:
+    """Of so many parameters, of which so many are trained: all, unless told otherwise."""
+    trained = n if trained is None else trained
+    return Bytes(parameters=4 * n, gradients=4 * trained, optimizer=8 * trained)
 
 
 def cache_bytes(model: Model, context: int, itemsize: int = 2) -> int:

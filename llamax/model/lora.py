@@ -4,8 +4,8 @@
 
 So a run starts as the model that it adapts, to the bit. An adapter is two more parameters beside the matrix that it
 belongs to: `gate`, `gate_lora_a`, `gate_lora_b`; of kind "adapter" (no weight decay), stacked like the matrix, one for
-every expert, split over the mesh like the matrix along the dimensions that it shares with it. W' is made of one layer at
-a time, where the layer runs, in float32: there is no merged copy of the model, but for what `remat=none` keeps.
+every expert, split over the mesh like the matrix along the dimensions that it shares with it. W' is made of one layer
+at a time, where the layer runs, in float32: there is no merged copy of the model, but for what `remat=none` keeps.
 
 What this saves is memory: gradients and moments are those of the adapters. It saves no matmul: A and B get their
 gradients from that of W', which is as large as W and lives as long as its layer's backward pass.

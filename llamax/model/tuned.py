@@ -7,14 +7,17 @@ a "!". Of several rules that match a path the last one counts; what none matches
     freeze=("*/router",)                        the routers alone are frozen
 
 `*` stands for any characters, "/" among them. With adapters (lora.py) all else is frozen, before the first rule: so
-freeze=("!vision/*", "!projector") trains the vision side beside the adapters. What is frozen has no gradient and no optimizer state: a step
-differentiates and updates the one tree, and only reads the other.
+freeze=("!vision/*", "!projector") trains the vision side beside the adapters.
+
+What is frozen has no gradient and no optimizer state: a step differentiates and updates the one tree, and only reads
+the other. The balancing bias of a frozen router stays too.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +28,8 @@ from llamax.model.lora import ADAPTERS
 Tree = dict[str, Any]
 AGAIN = "!"  # before a pattern of what is trained after all
 SHOWN = 3  # nearest names that an error tells
+LAYER = re.compile(r"^stack/segment\d+/slot\d+/")
+BOTH = re.compile(r"(_lora_)[ab]$")  # adapters come in twos
 
 
 def trained(tune: config.Tune, params: Tree) -> Tree:
@@ -72,6 +77,33 @@ def paths_of(tree: Tree, prefix: str = "") -> Iterator[str]:
             yield from paths_of(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}"
+
+
+def named(mask: Tree, which: bool) -> list[str]:
+    """What of a tree of bools is `which`: the paths of whole parts; what is alike in all layers once, stack/*/PART."""
+    verdicts = dict(zip(paths_of(mask), _leaves(mask), strict=True))
+    other = [LAYER.sub("", path) for path, verdict in verdicts.items() if verdict is not which]
+
+    def shown(path: str) -> str:
+        part = LAYER.sub("", path)
+        alike = part != path and not any(f"{rest}/".startswith(f"{part}/") for rest in other)
+        return BOTH.sub(r"\1*", f"stack/*/{part}" if alike else path)
+
+    return list(dict.fromkeys(map(shown, _whole_parts(mask, which))))
+
+
+def _whole_parts(mask: Tree, which: bool, prefix: str = "") -> Iterator[str]:
+    for key, value in mask.items():
+        leaves = _leaves(value) if isinstance(value, dict) else (value,)
+        if all(leaf is which for leaf in leaves):
+            yield f"{prefix}{key}"
+        elif isinstance(value, dict):
+            yield from _whole_parts(value, which, f"{prefix}{key}/")
+
+
+def _leaves(mask: Tree) -> Iterator[bool]:
+    for value in mask.values():
+        yield from _leaves(value) if isinstance(value, dict) else (value,)
 
 
 def _told(tree: Tree, verdicts: dict[str, bool], prefix: str = "") -> Tree:

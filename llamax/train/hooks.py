@@ -149,6 +149,10 @@ class Log:
         return shown | {f"data/cut/{name}": float(n) for name, n in cut.items()}
 
 
+def everything(params: Any) -> Any:
+    return params
+
+
 @dataclass
 class Save:
     """A checkpoint every `every_steps` and at the end, written while training goes on; none after a bad step.
@@ -160,6 +164,7 @@ class Save:
     every: int
     batches: Any  # the data iterator, which stands after the last batch taken
     ledger: Ledger
+    kept: Callable[[Any], Any] = everything  # what a checkpoint holds of the parameters
 
     def __call__(self, event: Event) -> None:
         if due(event, self.every):
@@ -175,7 +180,7 @@ class Save:
                 return
             saved = self.checkpoints.save(
                 step,
-                params=state.params,
+                params=self.kept(state.params),
                 router_bias=state.router_bias,
                 opt=state.opt,
                 rng={"key": state.rng, "recent": state.recent},

@@ -196,7 +196,8 @@ def test_training_bytes_are_those_of_the_arrays():
     bones = skeleton(model, Seam(), patch_id=0, train=config.Train())
     params, _ = bones.shapes()
     opt = jax.eval_shape(optimizer(config.Optim(), 10_000, bones.kinds).init, params)
-    kept = count.training_bytes(model)
+    kept = count.training_bytes(count.parameters(model).total)
+    assert count.training_bytes(10, 2) == count.Bytes(parameters=40, gradients=8, optimizer=16)
     assert kept.parameters == kept.gradients == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     assert kept.optimizer == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(opt) if x.ndim)
 

@@ -20,6 +20,7 @@ from llamax import config, stripes, variants
 from llamax.batch import Batch
 from llamax.data import pipeline
 from llamax.data.tokenizer import Tokenizer
+from llamax.model import lora
 from llamax.model.score import score
 from llamax.model.seam import make_seam
 from llamax.model.skeleton import Skeleton, skeleton
@@ -29,6 +30,7 @@ from llamax.train.programs import build
 from llamax.train.state import init
 from tests.runs import tiny_run
 
+ALL = config.Tune()  # is trained
 MARGIN = 1e-3  # least distance of the k-th best router logit from the next
 STEPS = 5
 LR = 0.001  # small, so that what was no tie in the first step is none in the fifth
@@ -67,7 +69,7 @@ class Outcome(NamedTuple):
 
 def bones_on(run: config.Run, mesh: Any) -> Skeleton:
     seam = make_seam(mesh, run.train, stripes_of(run))
-    return skeleton(run.model, seam, patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train)
+    return skeleton(run.model, seam, patch_id=Tokenizer(run.data.tokenizer).patch, train=run.train, tune=run.tune)
 
 
 def stripes_of(run: config.Run) -> stripes.Stripes:
@@ -84,7 +86,7 @@ def outcome(run: config.Run, batch: Batch) -> Outcome:
     mesh = mesh_of(run)
     bones = bones_on(run, mesh)
     step, shapes = build(run, bones, SGD, mesh)
-    state = jax.device_put(host_state(run.model), jax.tree.map(lambda x: x.sharding, shapes))
+    state = jax.device_put(host_state(run.model, run.tune), jax.tree.map(lambda x: x.sharding, shapes))
     placed = place.put_batch(batch, mesh=mesh, stripes=stripes_of(run))
     routes = jax.jit(functools.partial(_routes, bones))(state.params, state.router_bias, placed)
     routes = np.asarray(jax.device_get(routes))
@@ -108,13 +110,20 @@ def by_path(tree: Any) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def host_state(model: config.Model) -> Any:
-    """The same initial state for every mesh. Routers are twice as decided as at a run's start: ties are rarer."""
-    run = dataclasses.replace(tiny_run(), model=model)
+def host_state(model: config.Model, tune: config.Tune = ALL) -> Any:
+    """The same initial state for every mesh. Routers are twice as decided as at a run's start: ties are rarer. Adapters
+    change what they stand beside a little."""
+    run = dataclasses.replace(tiny_run(), model=model, tune=tune)
     bones = bones_on(run, mesh_of(run))
     state = jax.device_get(jax.jit(lambda: init(bones, SGD, 0, run.health.spike_window))())
-    params = jax.tree.map_with_path(lambda path, x: 2 * x if path[-1].key == "router" else x, state.params)
-    return state._replace(params=params)
+    rng = np.random.default_rng(0)
+
+    def value(path: tuple, x: np.ndarray) -> np.ndarray:
+        if path[-1].key.endswith(lora.B):
+            return rng.normal(0, 1e-3, x.shape).astype(np.float32)
+        return 2 * x if path[-1].key == "router" else x
+
+    return state._replace(params=jax.tree.map_with_path(value, state.params))
 
 
 @functools.cache
