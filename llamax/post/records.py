@@ -220,7 +220,8 @@ def check_new(out: str | Path, option: str = "--out") -> Path:
 
 def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str) -> int:
     """Writes records and, beside them, a manifest that recipes can name; both as a whole or not at all. How many."""
-    part, digest, n = out.with_name(f"{out.name}.{os.getpid()}.tmp"), hashlib.sha256(), 0
+    part, manifest = (out.with_name(f"{name}.{os.getpid()}.tmp") for name in (out.name, f"{out.stem}.toml"))
+    digest, n = hashlib.sha256(), 0
     try:
         with part.open("wb") as file:
             for n, line in enumerate(lines, 1):  # noqa: B007
@@ -228,7 +229,6 @@ def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str
                 digest.update(line)
             file.flush()
             os.fsync(file.fileno())
-        manifest = part.with_name(f"{out.stem}.toml.{os.getpid()}.tmp")
         kind = "multimodal" if pictures else "text"
         said = [
             'format = "jsonl"',
@@ -247,6 +247,7 @@ def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str
         raise ConfigError(f"{out}", f"it cannot be written: {error.strerror}", "Make room, then start again.") from None
     finally:
         part.unlink(missing_ok=True)
+        manifest.unlink(missing_ok=True)
     return n
 
 
