@@ -16,6 +16,7 @@ from unittest.mock import Mock, call, create_autospec
 import pytest
 
 from llamax import cli, config, show, variants
+from llamax.post.drawing import Drawing
 from llamax.run import Result
 from llamax.sample.engine import Sampling
 from llamax.train.loop import Stopped
@@ -166,6 +167,63 @@ def test_data(monkeypatch):
     assert build.call_args.kwargs["recipe"].seed == 3 and build.call_args.kwargs["force"]
     look.assert_called_once_with("x.toml", n=2)
     tokenizer.assert_called_once_with("x.model", 300, 4)
+
+
+def test_data_grade(monkeypatch):
+    grade = called(monkeypatch, "llamax.post.grade.grade")
+    assert cli.main(["data", "grade", "x.jsonl", "--judge", "there", "--rubric", "a", "--rubric", "b.toml"]) == 0
+    words = "--by pass -k 4 --max-tokens 9 --temperature 0.5 --top-p 0.9 --seed 2 --drawn d --grades g"
+    read = "--batch-size 2 --max-length 99 --step 3 --dtype bfloat16"
+    assert cli.main(["data", "grade", "x.jsonl", "--judge", "there", *words.split(), *read.split()]) == 0
+    default = dict(step=None, dtype="float32", batch_size=8, max_tokens=8192)
+    other = dict(step=3, dtype="bfloat16", batch_size=2, max_tokens=99)
+    drawing = Drawing(4, 9, Sampling(0.5, 0.9, 2))
+    first, second = grade.call_args_list
+    how = dict(judge="there", grades=None, samples=None, by="rubric", rubrics=["a", "b.toml"], draw=None)
+    assert first == call("x.jsonl", **how, **default)
+    how |= dict(grades="g", samples="d", by="pass", rubrics=[], draw=drawing)
+    assert second == call("x.jsonl", **how, **other)
+
+
+def test_data_select(monkeypatch, capsys):
+    select = called(monkeypatch, "llamax.post.select.select")
+    assert cli.main(["data", "select", "x.jsonl", "--preset", "behemoth", "--per-domain", "--out", "o.jsonl"]) == 0
+    words = (
+        "--by pass --band 0.2,0.8 --end high --keep-tag a --drop-tag b --drop-tag c --judge j --grades g --out o.jsonl"
+    )
+    assert cli.main(["data", "select", "x.jsonl", *words.split()]) == 0
+    assert cli.main(["data", "select", "x.jsonl", "--by", "loss", "--keep", "0.3", "--out", "o.jsonl"]) == 0
+    plain = dict(grades=None, by="loss", keep=0.3, band=None, end=None, per_domain=False, judge=None)
+    plain |= dict(keep_tags=[], drop_tags=[])
+    other = dict(grades="g", by="pass", keep=1.0, band=(0.2, 0.8), end="high", judge="j")
+    assert select.call_args_list == [
+        call("x.jsonl", "o.jsonl", **plain | dict(by="difficulty", keep=0.05, per_domain=True)),
+        call("x.jsonl", "o.jsonl", **plain | other | dict(keep_tags=["a"], drop_tags=["b", "c"])),
+        call("x.jsonl", "o.jsonl", **plain),
+    ]
+    assert cli.main(["data", "select", "x.jsonl", "--preset", "llama4", "--keep", "0.3", "--out", "o.jsonl"]) == 2
+    assert "a preset says how much is kept" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["data", "select", "x.jsonl", "--band", "0.2", "--out", "o.jsonl"])
+    assert "0.2 is no two shares" in capsys.readouterr().err
+
+
+def test_data_sample_and_pairs(monkeypatch):
+    sample = called(monkeypatch, "llamax.post.sample.sample")
+    pairs = called(monkeypatch, "llamax.post.pairs.pairs")
+    made = ["x.jsonl", *shlex.split("--model there --out o.jsonl -k 4 --drawn d")]
+    own = shlex.split("--keep 2 --similar 0.5 --judge j --rubric quality --at-least 4")
+    assert cli.main(["data", "sample", *made, *own]) == 0
+    assert cli.main(["data", "pairs", *made, "--corners", "format,long", "--rule-share", "0.5"]) == 0
+    assert cli.main(["data", "pairs", *made, "--corners", ""]) == 0
+    read = dict(step=None, dtype="float32", batch_size=8, max_tokens=8192)
+    how = dict(model="there", draw=Drawing(4, 256, Sampling(1.0, 1.0, 0)), samples="d") | read
+    judged = dict(keep=2, similar=0.5, judge="j", rubric_name="quality", at_least=4.0)
+    sample.assert_called_once_with("x.jsonl", "o.jsonl", **how | judged)
+    assert pairs.call_args_list == [
+        call("x.jsonl", "o.jsonl", **how, corners=("format", "long"), rule_share=0.5),
+        call("x.jsonl", "o.jsonl", **how, corners=(), rule_share=0.1),
+    ]
 
 
 def test_split_overrides():

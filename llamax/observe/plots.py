@@ -60,7 +60,7 @@ def histogram(
     figure, axes = _blank(6.4, 3.6)
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(of, float) for of in values.values()]), bins)
     axes.hist([np.asarray(of, float) for of in values.values()], edges, stacked=True, label=list(values))
-    axes.legend()
+    axes.legend(loc="upper right")  # the best place takes long to find among many values
     axes.grid(alpha=0.3)
     return _drawn(figure, axes, title, x_title, y_title)
 

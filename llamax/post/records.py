@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,38 +134,33 @@ def parse(raw: Any, number: int, where: str, folder: Path) -> Record:
         chat_check.check(raw["messages"], tools)
     except ConfigError as error:
         raise ConfigError(where, f"{error.asked}: {error.true}", error.change) from None
-    digest = hashlib.sha256(_canonical(raw, meta))
-    messages = tuple(_located(raw["messages"], folder, where, digest))
+    located = [_located(message, folder, where) for message in raw["messages"]]
+    messages = tuple(message for message, _ in located)
     if next((m["role"] for m in messages if m["role"] != "system"), "assistant") == "assistant":
         raise ConfigError(where, "nobody asks anything before the assistant speaks", "Let the user speak first.")
-    return Record(number, raw, messages, tuple(tools), meta, where, digest.hexdigest())
-
-
-def _canonical(raw: Mapping[str, Any], meta: Mapping[str, Any]) -> bytes:
-    shown = {"messages": raw["messages"], "tools": raw.get("tools") or []}
+    shown = {"messages": [hashed for _, hashed in located], "tools": tools}
     shown["judged"] = {key: meta.get(key) for key in ("verify", "answer", "options")}
-    return json.dumps(shown, sort_keys=True, ensure_ascii=True).encode()
+    key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+    return Record(number, raw, messages, tuple(tools), meta, where, key)
 
 
-def _located(messages: Sequence[Mapping[str, Any]], folder: Path, where: str, digest: Any) -> Iterator[dict[str, Any]]:
-    """The messages with pictures as paths in the folder; the digest is told their bytes."""
-    for message in messages:
-        content = message.get("content")
-        if message["role"] in ("tool", "ipython") or not isinstance(content, list):
-            yield dict(message)
-            continue
-        parts = []
-        for part in content:
-            kind = part["type"]
-            if kind in PICTURES and isinstance(part.get(kind), str):
-                path = folder / part[kind]
-                try:
-                    digest.update(hashlib.sha256(path.read_bytes()).digest())
-                except OSError as error:
-                    raise ConfigError(where, f"{path} cannot be read: {error.strerror}", "Bring the file.") from None
-                part = {**part, kind: path}
-            parts.append(part)
-        yield {**message, "content": parts}
+def _located(message: Mapping[str, Any], folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A message with its pictures as paths in the folder, and with their hashes in these places."""
+    content = message.get("content")
+    if message["role"] in ("tool", "ipython") or not isinstance(content, list):
+        return dict(message), dict(message)
+    parts, hashed = [], []
+    for part in content:
+        kind, found = part["type"], part
+        if kind in PICTURES and isinstance(part.get(kind), str):
+            path = folder / part[kind]
+            try:
+                found, part = {**part, kind: path}, {**part, kind: hashlib.sha256(path.read_bytes()).hexdigest()}
+            except OSError as error:
+                raise ConfigError(where, f"{path} cannot be read: {error.strerror}", "Bring the file.") from None
+        parts.append(found)
+        hashed.append(part)
+    return {**message, "content": parts}, {**message, "content": hashed}
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -225,7 +220,8 @@ def check_new(out: str | Path, option: str = "--out") -> Path:
 
 def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str) -> int:
     """Writes records and, beside them, a manifest that recipes can name; both as a whole or not at all. How many."""
-    part, digest, n = out.with_name(f"{out.name}.{os.getpid()}.tmp"), hashlib.sha256(), 0
+    part, manifest = (out.with_name(f"{name}.{os.getpid()}.tmp") for name in (out.name, f"{out.stem}.toml"))
+    digest, n = hashlib.sha256(), 0
     try:
         with part.open("wb") as file:
             for n, line in enumerate(lines, 1):  # noqa: B007
@@ -233,7 +229,6 @@ def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str
                 digest.update(line)
             file.flush()
             os.fsync(file.fileno())
-        manifest = part.with_name(f"{out.stem}.toml.{os.getpid()}.tmp")
         kind = "multimodal" if pictures else "text"
         said = [
             'format = "jsonl"',
@@ -252,6 +247,7 @@ def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str
         raise ConfigError(f"{out}", f"it cannot be written: {error.strerror}", "Make room, then start again.") from None
     finally:
         part.unlink(missing_ok=True)
+        manifest.unlink(missing_ok=True)
     return n
 
 

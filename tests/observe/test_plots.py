@@ -27,3 +27,18 @@ def test_curves_show_every_line_and_a_png_is_the_same_picture():
     flat, rising = (plots.curves([1, 2, 3], {"a": y}, title="nats") for y in ([1, 1, 1], [1, 2, 3]))
     assert flat.dtype == np.uint8 and flat.shape[2] == 3 and not np.array_equal(flat, rising)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(plots.png(rising)))), rising)
+
+
+def test_a_histogram_stacks_its_kinds_in_common_bins():
+    empty, low, both = (
+        plots.histogram(values, title="grades").astype(int)
+        for values in (
+            {"kept": [], "dropped": []},
+            {"kept": [], "dropped": [1, 1, 2]},
+            {"kept": [2, 2], "dropped": [1, 1, 2]},
+        )
+    )
+    assert empty.shape[2] == 3 and not np.array_equal(low, both)
+    blue = [(picture[..., 2] - picture[..., 0] > 60).sum() for picture in (empty, low, both)]
+    orange = [(picture[..., 0] - picture[..., 2] > 60).sum() for picture in (empty, low, both)]
+    assert 0 < blue[0] == blue[1] < blue[2] / 2 and orange[0] < orange[1] / 2  # the legend has both

@@ -152,6 +152,15 @@ def test_only_what_is_allowed_is_drawn(tiny):
     assert twins.PATCH not in {id for (ids,) in free for id in ids}
 
 
+def test_a_numbered_prompt_s_samples_do_not_depend_on_its_company(tiny):
+    how = dict(n=2, sampling=Sampling(2.0, 1.0, 5))
+    together = texts(ask(tiny, *PROMPTS, numbers=[7, 2**32 - 1, 7], **how))
+    for number, prompt, found in zip([7, 2**32 - 1, 7], PROMPTS, together, strict=True):
+        assert texts(ask(tiny, prompt, numbers=[number], **how)) == [found]
+    assert texts(ask(tiny, PROMPTS[0], numbers=[8], **how)) != [together[0]]
+    assert texts(ask(tiny, *PROMPTS, numbers=[0, 1, 2], **how)) == texts(ask(tiny, *PROMPTS, **how))
+
+
 def test_sampling_is_reproducible_by_seed(tiny):
     draws = [ask(tiny, *PROMPTS, sampling=Sampling(2.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
