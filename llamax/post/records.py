@@ -138,7 +138,7 @@ def parse(raw: Any, number: int, where: str, folder: Path) -> Record:
     messages = tuple(message for message, _ in located)
     if next((m["role"] for m in messages if m["role"] != "system"), "assistant") == "assistant":
         raise ConfigError(where, "nobody asks anything before the assistant speaks", "Let the user speak first.")
-    shown = {"messages": [hashed for _, hashed in located], "tools": tools}
+    shown: dict[str, Any] = {"messages": [hashed for _, hashed in located], "tools": tools}
     shown["judged"] = {key: meta.get(key) for key in ("verify", "answer", "options")}
     key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
     return Record(number, raw, messages, tuple(tools), meta, where, key)
