@@ -26,6 +26,7 @@ ROOMS = (
         "config_file",
         "checks",
         "checks_model",
+        "checks_rows",
         "variants",
         "batch",
         "stripes",
