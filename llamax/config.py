@@ -227,6 +227,7 @@ class Data:
     too_long: str = "skip"  # skip | cut_begin | cut_end: what becomes of a conversation that is longer than a row
     comparisons_per_row: int = 0  # comparisons of answers that one row can hold; 0: the run has none
     ref_logp: str = ""  # reference.source=cache: the folder of what it gave the answers; "": WORKDIR/reference
+    mismatched: bool = False  # whether labelled answers have another prompt's answer beside them (KTO's baseline)
     compare_marks: bool = True  # whether an answer's marks (its end of turn, ...) count where answers are compared
     align_tokens: int = 0  # documents are aligned to stripes of so many tokens; 0: to what mesh.context needs
     workers: int = 0  # loader processes of each process; 0 reads in it

@@ -28,6 +28,7 @@ ROOMS = (
         "checks_model",
         "checks_preference",
         "checks_tune",
+        "checks_rows",
         "variants",
         "batch",
         "stripes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import each_frame
 
 MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
+MISMATCHED = 2  # a side: of another prompt's answer
 LEARNT = ("assistant",)  # roles whose messages are learnt
 
 
@@ -35,8 +36,10 @@ class Encoded(NamedTuple):
     whole: bool = False  # never cut by the packer
     cut: str = ""  # a key of sources.CUTS: how it was made to fit into a row
     second: int = 0  # the first token of the second segment; 0: there is one segment
-    sides: np.ndarray | None = None  # int32 [L]: 1 for tokens of the chosen answer, -1 of the rejected one, else 0
+    sides: np.ndarray | None = None  # int32 [L]: 1 for tokens of the chosen answer, -1 of the rejected one, MISMATCHED,
+    #                                  else 0
     margin: float = 0.0
+    answer: int = 0  # the first token of what a comparison's first segment answers to its prompt
     ref_logp: np.ndarray | None = None  # float32 [L]: what a reference gives the tokens, where sides != 0
 
 
@@ -58,6 +61,37 @@ def row_of(data: config.Data, vision: Vision | None) -> Row:
     """The row of a run, for a source with pictures (`vision`) or without."""
     tiles = data.tiles_per_row if vision else 0
     return Row(data.seq_len, tiles, data.align_tokens, data.too_long, data.comparisons_per_row, data.compare_marks)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Parts one behind the other."""
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
+    moved = [part.pictures + np.array([n, n, 0]) for part, n in zip(parts, starts, strict=True)]
+    return parts[0]._replace(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        pictures=np.concatenate(moved).astype(np.int32),
+        tiles=np.concatenate([part.tiles for part in parts]),
+        weights=np.concatenate([weights_of(part) for part in parts]),
+    )
+
+
+def shortened(encoded: Encoded, most: int) -> Encoded:
+    """Its first `most` tokens, fewer if a picture would be cut."""
+    for begin, end, _ in encoded.pictures.tolist():
+        if begin < most < end:
+            most = begin
+    kept = encoded.pictures[encoded.pictures[:, 1] <= most]
+    return encoded._replace(
+        tokens=encoded.tokens[:most],
+        pictures=kept,
+        tiles=encoded.tiles[: int(kept[:, 2].sum())],
+        weights=weights_of(encoded)[:most],
+    )
+
+
+def weights_of(encoded: Encoded) -> np.ndarray:
+    assert encoded.weights is not None, "a conversation's tokens all have weights"
+    return encoded.weights
 
 
 def picture_blocks(

@@ -32,7 +32,8 @@ from typing import NamedTuple
 import numpy as np
 
 from llamax.batch import COMPARING, Batch
-from llamax.data.encoded import Encoded
+from llamax.data.encoded import MISMATCHED, Encoded
+from llamax.data.mismatch import is_labelled, with_mismatches
 
 
 class Room(NamedTuple):
@@ -186,9 +187,11 @@ def pack_window(
     align: int = 0,
     comparisons: int = 0,
     lacking: Collection[str] = COMPARING,
+    mismatched: bool = False,
 ) -> Window:
     """Packs the documents of a window; `rng` shuffles the rows. `align`: the tokens of a stripe, 0 for the whole row.
-    `comparisons`: at most so many in a row. `lacking`: what the batches have not got.
+    `comparisons`: at most so many in a row. `lacking`: what the batches have not got. `mismatched`: labelled answers
+    have a mismatched one beside them (mismatch.py), where a row holds both.
 
     Documents with `skip` and those for which there is no room are counted and left out. The documents may be an
     iterator that encodes them as they are asked for: no more than the window may hold are held at once.
@@ -203,7 +206,9 @@ def pack_window(
         cut = None if document.skip else split(document, seq_len, tiles_per_row, align)
         reason = document.skip or (("too_long" if document.whole else "image_too_large") if cut is None else "")
         of_a_row = seq_len, tiles_per_row, comparisons
-        its_places = places(len(document.tokens), len(document.tiles), document.sides is not None, *of_a_row)
+        twice = 1 + (mismatched and is_labelled(document))
+        size = twice * len(document.tokens), twice * len(document.tiles), document.sides is not None
+        its_places = places(*size, *of_a_row)
         full = n_places + its_places > room.places or n_tile_bytes + document.tiles.nbytes > room.tile_bytes
         if reason := reason or ("window_full" if full else ""):
             key = f"{document.source_id}/{reason}"
@@ -214,6 +219,8 @@ def pack_window(
         cuts.update([f"{document.source_id}/{document.cut}"] if document.cut else [])
         taken.append(number)
         n_places, n_tile_bytes = n_places + its_places, n_tile_bytes + document.tiles.nbytes
+    if mismatched:
+        pieces = _mismatched(pieces, seq_len, tiles_per_row, align)
     rows = fit(pieces, seq_len, tiles_per_row, align or seq_len, comparisons)
     rows = [rows[i] for i in rng.permutation(len(rows))]
     batch = _blank(len(rows), seq_len, lacking=lacking)
@@ -223,13 +230,22 @@ def pack_window(
             compared += piece.document.sides is not None
             for at, start, end in piece.segments:
                 segment += 1
-                _place(piece, start, end, batch, r, t + at, segment, compared)
+                _place(piece, start, end, batch, r, t + at, segment, compared, comparisons)
     placed = [piece for row in rows for _, piece in row if piece.n_tiles]
     tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for piece in placed]
     counts = np.array([sum(piece.n_tiles for _, piece in row) for row in rows], np.int32)
     flat = np.concatenate(tiles) if tiles else batch.tiles
     numbers = np.array(taken, np.int32)
     return Window(batch._replace(tiles=flat), counts, dict(skipped), first_skipped, numbers, dict(cuts))
+
+
+def _mismatched(pieces: Sequence[Piece], seq_len: int, tiles_per_row: int, stripe: int) -> list[Piece]:
+    """The pieces; of a labelled answer with its mismatched one, where both fit into a row."""
+    documents = with_mismatches([piece.document for piece in pieces])
+    return [
+        piece if document is piece.document else (split(document, seq_len, tiles_per_row, stripe) or [piece])[0]
+        for piece, document in zip(pieces, documents, strict=True)
+    ]
 
 
 def _blank(
@@ -241,9 +257,11 @@ def _blank(
     return Batch(**arrays, tiles=np.zeros(tiles, np.uint8))
 
 
-def _place(piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, segment: int, compared: int) -> None:
+def _place(
+    piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, segment: int, compared: int, most: int
+) -> None:
     """Writes the pairs [start, end) of a piece's document, a segment, into row r from place t on. `compared`: the
-    number of the comparison in the row, if it is one."""
+    number of the comparison in the row, if it is one, of `most`."""
     document, n = piece.document, end - start
     where, targets = slice(t, t + n), slice(start + 1, end + 1)
     weights = np.ones(n, np.float32)  # of the targets, which stand one further on
@@ -261,7 +279,7 @@ def _place(piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, seg
         return
     assert batch.sides is not None and batch.margins is not None, "batches of a run without comparisons"
     sides = document.sides[targets]
-    batch.sides[r, where] = sides * compared
+    batch.sides[r, where] = np.where(sides == MISMATCHED, most + compared, sides * compared)
     batch.margins[r, where] = np.where(sides != 0, document.margin, 0)
     if batch.ref_logp is not None:
         assert document.ref_logp is not None, f"no reference for {document.where}"

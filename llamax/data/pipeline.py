@@ -218,7 +218,7 @@ def _pack(
 ) -> grain.MapDataset:
     """Encoded documents to packed windows. A window's are encoded one after the other, as the packer asks for them."""
 
-    room, rest = packing.ROOM, (data.align_tokens, data.comparisons_per_row, lacking(data))
+    room, rest = packing.ROOM, (data.align_tokens, data.comparisons_per_row, lacking(data), data.mismatched)
 
     def pack(number: int) -> Window:
         first = number * window_docs

@@ -22,7 +22,7 @@ import numpy as np
 from llamax.config import ConfigError, Vision
 from llamax.data import chat, packing
 from llamax.data.document import Answer, Message, Talk
-from llamax.data.encoded import Encoded, Row
+from llamax.data.encoded import Encoded, Row, joined, shortened, weights_of
 from llamax.data.tokenizer import Tokenizer
 
 
@@ -152,7 +152,7 @@ class _Parts(NamedTuple):
             raise Unfit("identical", "" if most is None else "where they were cut")
         segments = [joined([self.prompt, answer]) for answer in answers]
         sides = [side * self._compared(segment, how) for side, segment in zip(self.sides, segments, strict=True)]
-        weights = [_weights(segment) * (side > 0) for side, segment in zip(self.sides, segments, strict=True)]
+        weights = [weights_of(segment) * (side > 0) for side, segment in zip(self.sides, segments, strict=True)]
         if not all(of[1:].any() for of in sides):
             raise Unfit("no_answer", "no token of an answer is learnt")
         return joined(segments)._replace(
@@ -160,12 +160,13 @@ class _Parts(NamedTuple):
             second=len(segments[0].tokens) if len(segments) == 2 else 0,
             sides=np.concatenate(sides),
             margin=self.margin,
+            answer=len(self.prompt.tokens),
         )
 
     @staticmethod
     def _compared(segment: Encoded, how: How) -> np.ndarray:
         """int32 [L]: 1 for the tokens by which an answer is judged."""
-        compared: np.ndarray = _weights(segment) > 0
+        compared: np.ndarray = weights_of(segment) > 0
         if not how.row.compare_marks:
             compared = compared & (segment.tokens < how.tokenizer.n_ranks)
         return compared.astype(np.int32)
@@ -216,34 +217,3 @@ def learnt_texts(talk: Talk, learnt: Sequence[str]) -> Iterator[str]:
         for span in chat.render((*talk.messages, *answer), tools=talk.tools, learnt=learnt, since=since):
             if span.trained and isinstance(span.content, str):
                 yield span.content
-
-
-def joined(parts: Sequence[Encoded]) -> Encoded:
-    """Parts one behind the other."""
-    starts = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
-    moved = [part.pictures + np.array([n, n, 0]) for part, n in zip(parts, starts, strict=True)]
-    return parts[0]._replace(
-        tokens=np.concatenate([part.tokens for part in parts]),
-        pictures=np.concatenate(moved).astype(np.int32),
-        tiles=np.concatenate([part.tiles for part in parts]),
-        weights=np.concatenate([_weights(part) for part in parts]),
-    )
-
-
-def shortened(encoded: Encoded, most: int) -> Encoded:
-    """Its first `most` tokens, fewer if a picture would be cut."""
-    for begin, end, _ in encoded.pictures.tolist():
-        if begin < most < end:
-            most = begin
-    kept = encoded.pictures[encoded.pictures[:, 1] <= most]
-    return encoded._replace(
-        tokens=encoded.tokens[:most],
-        pictures=kept,
-        tiles=encoded.tiles[: int(kept[:, 2].sum())],
-        weights=_weights(encoded)[:most],
-    )
-
-
-def _weights(encoded: Encoded) -> np.ndarray:
-    assert encoded.weights is not None, "a conversation's tokens all have weights"
-    return encoded.weights
