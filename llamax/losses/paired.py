@@ -99,7 +99,7 @@ def nca_pair(c: Compared, cfg: config.Preference) -> Array:
 
 
 def bco_pair(c: Compared, cfg: config.Preference) -> Array:
-    """-log s(r_w - m) - log s(m - r_l) (BCO, arXiv 2404.04656): m = 0, or with bco_shift the mean reward (its reward shift).
+    """-log s(r_w - m) - log s(m - r_l) (BCO, arXiv 2404.04656): m = 0, or with bco_shift the mean reward.
 
     The mean is a constant to the gradient, and a statistic of the micro-batch over all devices: with it this loss does
     depend on how a batch is split by accumulation.
