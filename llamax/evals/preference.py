@@ -29,6 +29,7 @@ from llamax.model.skeleton import Skeleton
 from llamax.observe import plots
 from llamax.parallel import place
 
+SIDES = ("chosen", "rejected")
 # Whatever the losses of the run: what a reference gives is 0 where there is none.
 BESIDE, ALONE = config.Preference(config.PreferenceLosses(sigmoid=1.0)), config.Preference()
 
@@ -50,7 +51,8 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
     if not rows or not found["has_chosen"].any():
         true = "no comparison in it can be used"
         raise ConfigError(f"preference evaluation of {cfg.path}", true, "Name a manifest of comparisons.")
-    return report_of(found, left_out_of(sum(held_out.skipped.values()), len(held_out.taken)))
+    beside = bool(ctx.reference is not None or ctx.run.data.ref_logp)
+    return report_of(found, beside, left_out_of(sum(held_out.skipped.values()), len(held_out.taken)))
 
 
 def of_batch(ctx: Context, batch: Batch) -> dict[str, np.ndarray]:
@@ -70,45 +72,46 @@ def compared(skeleton: Skeleton, how: tuple[int, config.Preference], params, rou
     return compare(logp_BT, batch.sides, ref_BT, batch.positions, *how)
 
 
-def report_of(found: dict[str, np.ndarray], left_out: str = "") -> Report:
-    """Figures and pictures of comparisons; arrays [P], as of losses.preference.Compared."""
-    chosen, rejected, pairs = found["has_chosen"], found["has_rejected"], found["has_chosen"] & found["has_rejected"]
-    apart = (found["chosen"] - found["rejected"])[pairs]
-    gained = {side: found[side] - found[f"ref_{side}"] for side in ("chosen", "rejected")}
-    margin = (gained["chosen"] - gained["rejected"])[pairs]
-    tokens = {side: np.maximum(found[f"n_{side}"], 1) for side in ("chosen", "rejected")}
-    scalars = {
-        "chosen_logp": per_token(found, "chosen", chosen),
-        "rejected_logp": per_token(found, "rejected", rejected),
-        "chosen_reward": mean(gained["chosen"][chosen]),
-        "rejected_reward": mean(gained["rejected"][rejected]),
-        "margin": mean(margin),
-        "accuracy": mean(apart > 0),
-        "reward_accuracy": mean(np.where(margin == 0, 0.5, margin > 0)),
-        "kl_to_reference": float(gained["chosen"][chosen].sum() / tokens["chosen"][chosen].sum()),
-        "chosen_tokens": mean(tokens["chosen"][chosen]),
-        "rejected_tokens": mean(tokens["rejected"][rejected]),
-    }
-    n, compared_with = int(pairs.sum()), f"{scalars['reward_accuracy']:.1%} by rewards, margin {scalars['margin']:+.2f}"
-    said = f"rejected {scalars['rejected_logp']:.3f}, KL to the reference {scalars['kl_to_reference']:+.3f}"
-    rows = [("nats a token of chosen answers", f"{scalars['chosen_logp']:.3f}", said + left_out)]
+def report_of(found: dict[str, np.ndarray], beside: bool, left_out: str = "") -> Report:
+    """Figures and pictures of comparisons; arrays [P], as of losses.preference.Compared. `beside`: a reference."""
+    both = found["has_chosen"] & found["has_rejected"]
+    n, apart = int(both.sum()), (found["chosen"] - found["rejected"])[both]
+    scalars = {f"{side}_logp": per_token(found, side, found[side]) for side in SIDES}
+    scalars |= {f"{side}_tokens": mean(found[f"n_{side}"][found[f"has_{side}"]]) for side in SIDES}
+    scalars["accuracy"] = mean(apart > 0)
+    report = Report(scalars, rises=("chosen_logp",))
+    if beside:
+        add_rewards(report, found, both)
+    told = {name: f"{value:+.3f}" for name, value in scalars.items()}
+    rewards = f"{scalars['reward_accuracy']:.1%} by rewards, margin {told['margin']}" if beside else "no reference"
+    kl = f", KL to the reference {told['kl_to_reference']}" if beside else ""
     if n:
-        rows.insert(0, (f"right of {n} comparisons", f"{scalars['accuracy']:.1%}", compared_with))
-    lengths = np.concatenate([tokens[side][has] for side, has in (("chosen", chosen), ("rejected", rejected))])
-    rewards = np.concatenate([gained[side][has] for side, has in (("chosen", chosen), ("rejected", rejected))])
-    names = np.repeat(["chosen", "rejected"], [chosen.sum(), rejected.sum()])
-    points = {name: (lengths[names == name], rewards[names == name]) for name in ("chosen", "rejected")}
-    pictures = {
-        "length": plots.scatter(points, title="Length against reward", x_title="tokens", y_title="reward, nats"),
-        "margins": plots.histogram(
-            {"margin": margin}, title="Margins between rewards", x_title="nats", y_title="comparisons"
-        ),
-    }
-    return Report(scalars, rows, plots=pictures, rises=("chosen_logp",))
+        report.rows.append((f"right of {n} comparisons", f"{scalars['accuracy']:.1%}", rewards))
+    said = f"rejected {told['rejected_logp']}{kl}{left_out}"
+    report.rows.append(("nats a token of chosen answers", told["chosen_logp"], said))
+    return report
 
 
-def per_token(found: dict[str, np.ndarray], side: str, there: np.ndarray) -> float:
-    return float(found[side][there].sum() / max(found[f"n_{side}"][there].sum(), 1))
+def add_rewards(report: Report, found: dict[str, np.ndarray], both: np.ndarray) -> None:
+    """What was gained over the reference, in figures and pictures."""
+    gained = {side: found[side] - found[f"ref_{side}"] for side in SIDES}
+    there = {side: found[f"has_{side}"] for side in SIDES}
+    margin = (gained["chosen"] - gained["rejected"])[both]
+    report.scalars |= {f"{side}_reward": mean(gained[side][there[side]]) for side in SIDES}
+    report.scalars["margin"] = mean(margin)
+    report.scalars["reward_accuracy"] = mean(np.where(margin == 0, 0.5, margin > 0))
+    report.scalars["kl_to_reference"] = per_token(found, "chosen", gained["chosen"])
+    points = {side: (found[f"n_{side}"][there[side]], gained[side][there[side]]) for side in SIDES}
+    titles = dict(title="Length against reward", x_title="tokens", y_title="reward, nats")
+    report.plots["length"] = plots.scatter(points, **titles)
+    titles = dict(title="Margins between rewards", x_title="nats", y_title="comparisons")
+    report.plots["margins"] = plots.histogram({"margin": margin.tolist()}, **titles)
+
+
+def per_token(found: dict[str, np.ndarray], side: str, sums: np.ndarray) -> float:
+    """Sums over answers, by the answers' tokens."""
+    there = found[f"has_{side}"]
+    return float(sums[there].sum() / max(found[f"n_{side}"][there].sum(), 1))
 
 
 def mean(x: np.ndarray) -> float:

@@ -65,22 +65,23 @@ def liking(monkeypatch) -> Context:
 
 
 def test_an_answer_is_preferred_by_what_the_model_gives_it(liking, tmp_path):
-    """Two of three pairs are won, and in one both sides gain alike."""
-    pairs = [pair("blue", "red"), pair("blue", "red"), pair("red", "blue"), pair("blue red", "red blue")]
+    """Two of four pairs are won, one is lost, and in one neither side gains."""
+    pairs = [pair("blue", "red"), pair("blue", "red"), pair("red", "blue"), pair("red", "if")]
     report = preference.run(liking, config.Eval(kind="preference", path=manifest(tmp_path, pairs)))
     won = report.scalars
     assert won["accuracy"] == 0.5 and won["reward_accuracy"] == (2 + 0.5) / 4
     np.testing.assert_allclose(won["margin"], (1 + 1 - 1 + 0) / 4)
-    np.testing.assert_allclose((won["chosen_reward"], won["rejected_reward"]), (3 / 4, 2 / 4))
+    np.testing.assert_allclose((won["chosen_reward"], won["rejected_reward"]), (2 / 4, 1 / 4))
     assert set(report.plots) == {"length", "margins"} and report.rises == ("chosen_logp",)
     assert report.rows[0][:2] == ("right of 4 comparisons", "50.0%")
 
 
-def test_without_a_reference_rewards_are_log_probabilities(liking, tmp_path):
+def test_without_a_reference_nothing_is_said_of_rewards(liking, tmp_path):
     pairs = [pair("blue", "red")]
     alone = liking._replace(reference=None)
-    won = preference.run(alone, config.Eval(kind="preference", path=manifest(tmp_path, pairs))).scalars
-    assert won["accuracy"] == 1 and won["chosen_reward"] == won["chosen_logp"] * won["chosen_tokens"]
+    report = preference.run(alone, config.Eval(kind="preference", path=manifest(tmp_path, pairs)))
+    assert report.scalars["accuracy"] == 1 and "margin" not in report.scalars and not report.plots
+    assert report.rows[0][2] == "no reference"
 
 
 def test_what_holds_no_comparison_is_refused(liking, tmp_path):
@@ -122,7 +123,8 @@ def test_scores_are_read_where_answers_end(monkeypatch, tmp_path):
     cfg = config.Eval(kind="reward", path=manifest(tmp_path, pairs))
     report = reward.run(ctx, cfg)
     np.testing.assert_allclose(report.scalars["accuracy"], 2 / 3)
-    assert report.scalars["margin"] == (2 - 1 + 1) / 3 and set(report.plots) == {"scores"}
+    np.testing.assert_allclose(report.scalars["margin"], (2 - 1 + 1) / 3, rtol=1e-6)
+    assert set(report.plots) == {"scores"}
     with pytest.raises(ConfigError, match="no head that scores"):
         reward.check(RUN, cfg)
 
