@@ -347,7 +347,7 @@ def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
     simpo = frozen("--config.preference.losses.simpo=1", "--config.preference.wpo=true")
     assert not simpo.preference.needs_reference
     assert not frozen(SIGMOID, "--config.preference.reference=false").preference.needs_reference
-    assert set(checks_preference.READ_BY) | {"losses", "reference", "f_alpha"} == {
+    assert set(checks_preference.READ_BY) | {"losses", "reference", "f_alpha", "centring"} == {
         f.name for f in dataclasses.fields(config.Preference)
     }
 
