@@ -14,10 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def missing() -> str:
-    """Why there is nothing to compare with; empty if there is."""
-    names = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    return f"skipped: {' and '.join(names)} not installed, and this compares llamax with transformers" if names else ""
+def missing(*packages: str) -> str:
+    """Why there is nothing to compare with, torch and transformers unless told; empty if there is."""
+    packages = packages or ("torch", "transformers")
+    lacking = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
+    return f"skipped: {lacking} not installed, and this compares llamax with {packages[-1]}" if lacking else ""
 
 
 def serve(commands: dict[str, Callable]) -> None:
