@@ -162,6 +162,7 @@ def test_by_passing(file, models, model):
     assert len(model.prompts) == 38
 
 
+@pytest.mark.slow  # programs for two sizes of batches; test_methods.py has the values
 def test_by_loss_with_a_real_model(file, models):
     """Grades do not depend on the batch; a picture's file may be damaged."""
     (file.parent / "pictures" / "blue_star.png").write_bytes(b"no picture")

@@ -19,6 +19,7 @@ from llamax.post import methods, rubric
 from llamax.post.methods import ByLoss, ByRubric, answer_logps, expected, pass_at, passes, slow_answer_logps
 from llamax.post.records import Records
 from llamax.post.rubric import Rubric, Vote
+from llamax.sample.reading import Scored
 from tests.post.small import MODEL, QUESTIONS, TOKENIZER, make, reader_of
 from tests.tolerances import ORACLE, TWIN
 
@@ -124,7 +125,11 @@ def test_the_loss_is_that_of_the_trained_tokens(reader, some):
         assert values["tokens"] == trained.sum()
 
 
-def test_what_is_too_long_is_left_out(reader, some):
+def test_what_is_too_long_is_left_out(reader, some, monkeypatch):
+    def logps(skeleton, params, bias, prompts, firsts, **how):
+        return [Scored(np.zeros(len(p.tokens) - n, np.float32), None) for p, n in zip(prompts, firsts, strict=True)]
+
+    monkeypatch.setattr(methods, "score_tokens", logps)
     lengths = [len(reader.encode(record.messages).tokens) for record in some]
     found = ByLoss()(reader, some, 4, min(lengths))
     assert [values is not None for values in found] == [n == min(lengths) for n in lengths]

@@ -291,6 +291,7 @@ def test_pairs_are_written_as_comparisons(tmp_path, models, script):
 # --------------------------------------------------------------------------------------------------------- a real model
 
 
+@pytest.mark.slow  # programs for two sizes of batches; tests/sample/test_engine.py has numbered prompts
 def test_samples_do_not_depend_on_their_company(tmp_path, models):
     """Pictures among them; interrupted and gone on with is drawn as at once."""
     lines = QUESTIONS.read_text().splitlines()[14:17]
