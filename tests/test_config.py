@@ -214,6 +214,7 @@ def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
 
 SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
 PIPELINE, TWO = "--config.mesh.pipeline=2", "--config.model.plan=((('rope_chunk+moe', 'nope_full+moe'), 2),)"
+COMPARING = ("--config.data.comparisons_per_row=8", "--config.reference.source=live", "--config.init.path=runs/sft")
 SIGMOID, JS = "--config.preference.losses.sigmoid=1", "--config.preference.f_divergence=js"
 WRONG = [  # (overrides, what the error says is true)
     (["--config.seed=-1"], "0 or more"),
@@ -332,24 +333,42 @@ WRONG = [  # (overrides, what the error says is true)
 
 @pytest.mark.parametrize(("overrides", "true"), WRONG)
 def test_what_cannot_work_is_refused_and_the_advice_works(overrides, true):
-    error = refusal(*overrides)
+    beside = COMPARING if any(override.startswith("--config.preference.") for override in overrides) else ()
+    error = refusal(*beside, *overrides)
     assert true in error.true
     advice = re.match(r"Set (--config\.[\w.]+=[^\s,]+)", error.change)
     if advice:
-        frozen(*overrides, advice[1].rstrip("."))
+        frozen(*beside, *overrides, advice[1].rstrip("."))
     else:
         assert "--config." in str(error)
 
 
 def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
-    mixed = frozen(SIGMOID, "--config.preference.losses.bco_pair=0.2", "--config.preference.bco_shift=true")
+    mixed = frozen(*COMPARING, SIGMOID, "--config.preference.losses.bco_pair=0.2", "--config.preference.bco_shift=true")
     assert mixed.preference.weights == {"sigmoid": 1.0, "bco_pair": 0.2} and mixed.preference.needs_reference
-    simpo = frozen("--config.preference.losses.simpo=1", "--config.preference.wpo=true")
+    simpo = frozen(*COMPARING[:1], "--config.preference.losses.simpo=1", "--config.preference.wpo=true")
     assert not simpo.preference.needs_reference
-    assert not frozen(SIGMOID, "--config.preference.reference=false").preference.needs_reference
+    assert not frozen(*COMPARING[:1], SIGMOID, "--config.preference.reference=false").preference.needs_reference
     assert set(checks_preference.READ_BY) | {"losses", "reference", "f_alpha", "centring"} == {
         f.name for f in dataclasses.fields(config.Preference)
     }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "true"),
+    [
+        ([SIGMOID], "rows of this run hold no comparisons"),
+        ([SIGMOID, COMPARING[0]], "what a reference model gives them, and there is none"),
+        ([SIGMOID, *COMPARING[:2]], "neither reference.path nor init.path names a model"),
+        (["--config.reference.path=runs/sft"], "reference.source is none"),
+        (["--config.data.ref_logp=runs/kept"], "keeps nothing on disk"),
+        (["--config.losses.reward=1", COMPARING[0]], "the model has no head that scores"),
+        (["--config.model.reward_head=true"], "nothing teaches it"),
+        (["--config.losses.reward=1", "--config.model.reward_head=true"], "rows of this run hold no comparisons"),
+    ],
+)
+def test_what_compares_answers_needs_rows_a_reference_and_a_head(overrides, true):
+    assert true in refusal(*overrides).true
 
 
 def test_vision_is_asked_for_only_where_there_are_pictures(tmp_path):
