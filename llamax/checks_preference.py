@@ -70,6 +70,9 @@ def _reference(run: Run) -> None:
         true = "neither reference.path nor init.path names a model"
         change = "Set --config.init.path to the model that the run begins with."
         raise ConfigError(f"--config.reference.source={source}", true, change)
+    if run.data.mismatched and source == "cache":
+        true = "what is kept is of answers to their own prompts, and mismatched ones are to another"
+        raise ConfigError("--config.data.mismatched=true", true, "Set --config.reference.source=live.")
     if run.data.ref_logp and source != "cache":
         true = f"reference.source is {source}, which keeps nothing on disk"
         change = "Set --config.reference.source=cache."

@@ -138,7 +138,7 @@ def test_temperature_tuning(monkeypatch, capsys):
 
 
 def test_every_setting_of_an_evaluation_has_an_option():
-    fields = {field.name for field in dataclasses.fields(config.Eval)} - {"kind", "every_steps"}
+    fields = {field.name for field in dataclasses.fields(config.Eval)} - {"kind", "every_steps", "patience"}
     assert set(cli.EVAL_SETTINGS) == fields
 
 

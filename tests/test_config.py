@@ -362,6 +362,10 @@ def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
         ([SIGMOID, *COMPARING[:2]], "neither reference.path nor init.path names a model"),
         (["--config.reference.path=runs/sft"], "reference.source is none"),
         (["--config.data.ref_logp=runs/kept"], "keeps nothing on disk"),
+        (
+            [*COMPARING, "--config.reference.source=cache", "--config.data.mismatched=true"],
+            "mismatched ones are to another",
+        ),
         (["--config.losses.reward=1", COMPARING[0]], "the model has no head that scores"),
         (["--config.model.reward_head=true"], "nothing teaches it"),
         (["--config.losses.reward=1", "--config.model.reward_head=true"], "rows of this run hold no comparisons"),

@@ -290,13 +290,14 @@ def _planned(plan: argparse.ArgumentParser) -> None:
 
 EVAL_SETTINGS = (  # fields of config.Eval that have an option
     *("path", "max_docs", "lengths", "depths", "samples", "tasks", "options", "templates", "qa", "threshold"),
-    *("buckets", "seed", "cache_gb"),
+    *("buckets", "seed", "cache_gb", "max_tokens"),
 )
 
 
 def _evaluated(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="MODEL", help=FOLDERS)
-    kinds = "perplexity, drawings, needle, ruler, position, answer; or the run's own by name. None: all of these"
+    kinds = "perplexity, drawings, needle, ruler, position, answer, preference, reward, instructions; or the run's own"
+    kinds += " by name. None: all of these"
     command.add_argument("kinds", nargs="*", metavar="KIND", help=kinds)
     command.add_argument("--recipe", metavar="RECIPE[:SIZE]", help="take its evaluations for the model's own")
     text = "a manifest: held-out text, or the text around what is asked for"
@@ -314,6 +315,7 @@ def _evaluated(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threshold", type=float, metavar="X", help=above)
     command.add_argument("--buckets", type=count, metavar="N", help="position: parts of a document (8)")
     command.add_argument("--max-docs", type=count, metavar="N", help="documents, at most (512)")
+    command.add_argument("--max-tokens", type=count, metavar="N", help="instructions: of an answer (64)")
     command.add_argument("--seed", type=int, metavar="N", help="of the samples (0)")
     command.add_argument("--cache-gb", type=float, metavar="N", help="what keys and values may take (4)")
     queries = "of layers without RoPE: off, or the floor in tokens and the scale (the model's own)"

@@ -15,7 +15,7 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import each_frame
 
 MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
-MISMATCHED = 2  # a side: of another prompt's answer
+OTHER = 2  # a side: of another prompt's answer
 LEARNT = ("assistant",)  # roles whose messages are learnt
 
 
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
     whole: bool = False  # never cut by the packer
     cut: str = ""  # a key of sources.CUTS: how it was made to fit into a row
     second: int = 0  # the first token of the second segment; 0: there is one segment
-    sides: np.ndarray | None = None  # int32 [L]: 1 for tokens of the chosen answer, -1 of the rejected one, MISMATCHED,
+    sides: np.ndarray | None = None  # int32 [L]: 1 for tokens of the chosen answer, -1 of the rejected one, OTHER,
     #                                  else 0
     margin: float = 0.0
     answer: int = 0  # the first token of what a comparison's first segment answers to its prompt

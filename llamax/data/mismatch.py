@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llamax.data.encoded import MISMATCHED, Encoded, joined, weights_of
+from llamax.data.encoded import OTHER, Encoded, joined, weights_of
 
 
 def is_labelled(document: Encoded) -> bool:
@@ -35,7 +35,7 @@ def _beside(document: Encoded, other: Encoded) -> Encoded:
     if (other.pictures[:, 1] > other.answer).any() or np.array_equal(answer, document.tokens[document.answer :]):
         return document
     assert other.sides is not None, "one of the labelled ones"
-    judged = np.where(other.sides[other.answer :] != 0, MISMATCHED, 0)
+    judged = np.where(other.sides[other.answer :] != 0, OTHER, 0)
     second = document._replace(
         tokens=np.concatenate([prompt, answer]),
         pictures=shown,

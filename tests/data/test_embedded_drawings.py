@@ -105,7 +105,7 @@ def test_no_shape_can_be_ruled_out_by_colour_and_place():
 
 
 def test_held_out_scenes_are_new_and_their_pairs_are_not(drawn):
-    for maker in build.MAKERS:
+    for maker in (name for name in build.MAKERS if not name.endswith("_heldout")):
         assert sum(1 for _ in documents(maker, 400, side=8)) == 400
     trained = {shape.key for shapes in drawn for shape in shapes}
     assert not trained & scene.HELD_OUT

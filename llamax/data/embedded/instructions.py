@@ -1,7 +1,7 @@
 """Conversations with answers that can be checked: over drawings and clips, sums, and what short programs print.
 
 A function of TASKS makes a question, its answer and a sentence that says it; `instruction` makes a record of them
-(sources.py). What the assistant says ends with a line "Answer: ...". In HEDGED of the instructions it hedges first,
+(sources.py). What the assistant says ends with a line "Answer: ...". In HEDGED of the instructions it hedges before,
 though nothing is uncertain: a bad habit for preferences to correct. A preference has an answer without hedging as the
 chosen one, and as the rejected one the same answer hedged, or a wrong answer.
 
@@ -24,7 +24,7 @@ from llamax.data.embedded import draw, drawings, scene, sequences, words
 HEDGED = 0.8  # of the instructions
 WRONG = 0.25  # of the preferences: the rejected answer is a wrong one
 HELD_OUT_TENTH = 10  # one of so many
-HEDGES = ("I am not sure, but ", "Sorry, I may be wrong: ")
+HEDGES = (" But I am not sure.", " Sorry if I am wrong.")
 SYSTEMS = ("You are brief.", "Answer the question.", "Look closely and answer.", "You are a careful assistant.")
 SYSTEM_SHARE = 0.5  # of the conversations that have a system message
 FORM = "{line}\nAnswer: {line}"  # of what the assistant says (llamax/rewards/form.py)
@@ -171,7 +171,7 @@ def _asked(rng: random.Random, side: int, held_out: bool) -> tuple[str, Asked]:
 
 def _said(asked: Asked, answer: str, hedge: str) -> str:
     sentence = asked.sentence.format(answer, a=words.a(answer))
-    return f"{hedge or ''}{sentence if hedge else sentence[0].upper() + sentence[1:]}\nAnswer: {answer}"
+    return f"{sentence[0].upper()}{sentence[1:]}{hedge}\nAnswer: {answer}"
 
 
 def _prompt(rng: random.Random, asked: Asked) -> list[dict]:
