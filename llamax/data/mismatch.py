@@ -22,7 +22,7 @@ def is_labelled(document: Encoded) -> bool:
 def with_mismatches(documents: Sequence[Encoded]) -> list[Encoded]:
     """The documents, labelled ones with a second segment: its prompt and the answer of the next of them.
 
-    None has one where all answers are the same, or the next holds pictures.
+    None has one where the next says the same, or holds pictures.
     """
     labelled = [i for i, document in enumerate(documents) if is_labelled(document)]
     following = dict(zip(labelled, [*labelled[1:], *labelled[:1]], strict=True))
