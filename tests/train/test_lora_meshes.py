@@ -41,12 +41,14 @@ def on_one_device(name: str) -> Outcome:
 def test_numbers_are_those_of_one_device(name, mesh):
     want, got = on_one_device(name), outcome(tuned(name, mesh=dict(data=1) | mesh), clear_batch("maverick"))
     np.testing.assert_allclose(got.loss, want.loss, **MESH_LOSS)
-    np.testing.assert_array_equal(got.routes, want.routes)
-    np.testing.assert_allclose(got.losses, want.losses, **MESH_LOSS)
+    real = clear_batch("maverick").segment_ids > 0
+    np.testing.assert_array_equal(got.routes[:, real], want.routes[:, real])
+    np.testing.assert_allclose(got.losses, want.losses, rtol=MESH_PARAMETER)
     assert got.gradients.keys() == want.gradients.keys() and got.gradients
     assert all(np.linalg.norm(g) > 0 for g in want.gradients.values()), "every parameter is reached"
     for tree, expected in ((got.gradients, want.gradients), (got.params, want.params)):
-        far = {path: np.linalg.norm(x - expected[path]) / np.linalg.norm(expected[path]) for path, x in tree.items()}
+        trained = {path: tree[path] for path in got.gradients}  # of the rest, some is zero; it is compared below
+        far = {path: np.linalg.norm(x - expected[path]) / np.linalg.norm(expected[path]) for path, x in trained.items()}
         assert {path: d for path, d in far.items() if not d <= MESH_PARAMETER} == {}
     for path, x in by_path(host_state(tuned(name).model, TUNES[name]).params).items():
         assert (got.params[path] == x).all() == (path not in got.gradients), path
