@@ -285,7 +285,6 @@ TASK_KINDS = ("needle", "ruler", "answer")
 READ_BY = {  # fields of an evaluation that some kinds alone read
     "max_docs": ("perplexity", "drawings", "position", "preference", "reward", "instructions"),
     "max_tokens": ("instructions",),
-    "patience": ("preference",),
     "lengths": LONG_KINDS,
     "cache_gb": LONG_KINDS,
     "buckets": ("position",),

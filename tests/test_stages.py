@@ -189,7 +189,7 @@ def test_a_run_starts_from_another_models_weights_with_a_fresh_optimizer(pretrai
     assert losses(tmp_path / "alone")[0] < losses(pretrained[0])[0], "two steps have taught something"
     assert int(alone.state.opt[1][0].count) == 4
     record = json.loads((tmp_path / "alone" / "run.json").read_text())
-    assert record["init"] == {"path": str(pretrained[0]), "step": 2}
+    assert record["init"].items() >= {"path": str(pretrained[0]), "step": 2}.items()
 
 
 def test_stages_follow_each_other(unbroken):

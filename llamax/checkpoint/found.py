@@ -101,6 +101,7 @@ def fingerprint(found: Found) -> str:
 
 
 def _samples(shard: Shard) -> list[bytes]:
-    """All of a small file, pieces of a large one."""
+    """All of a small file, pieces of a large one, its end among them."""
     step = max(SAMPLE, shard.bytes // SAMPLES)
-    return [shard.bytes_at(start, SAMPLE) for start in range(0, shard.bytes, step)]
+    starts = [*range(0, shard.bytes, step), max(0, shard.bytes - SAMPLE)]
+    return [shard.bytes_at(start, SAMPLE) for start in starts]

@@ -178,8 +178,8 @@ def test_a_non_finite_batch_changes_nothing_and_is_counted(tiny):
 def test_loss_and_gradient_must_both_be_finite(monkeypatch, loss, grad):
     """A gradient can overflow under a finite loss."""
 
-    def gradient(params, router_bias, batch):
-        return {"w": jnp.array([[grad, 0.0], [0.0, 1.0]])}, Told(jnp.float32(loss), {}, None, None, None, None)
+    def gradient(params, router_bias, batch, reference):
+        return {"w": jnp.array([[grad, 0.0], [0.0, 1.0]])}, Told(jnp.float32(loss), {}, None, None, None, None, None)
 
     good = bool(np.isfinite(loss + grad))
     params = {"w": jnp.ones((2, 2))}
