@@ -109,7 +109,7 @@ def test_every_field_of_the_schema_is_read_by_code_that_acts(unbroken):
     by_positions = yarn | {"Model.ssmax_len"}
     # tests/optim/test_schedules.py, below, tests/model/test_moe.py, tests/train/test_pipeline.py
     read_elsewhere = {"Optim.decay_steps", "Health.max_roll_backs", "Model.group_best", "Train.pipeline_microbatches"}
-    # tests/losses/test_preference.py, tests/train/test_preference.py, tests/post/test_reference.py, tests/test_lora_run.py
+    # tests/losses, tests/train/test_preference.py, tests/post/test_reference.py, tests/test_lora_run.py
     comparing = (config.Preference, config.PreferenceLosses, config.Reference, config.Tune)
     by_comparisons = {f"{c.__name__}.{f.name}" for c in comparing for f in dataclasses.fields(c)}
     by_comparisons |= {"Losses.preference", "Losses.reward"}
