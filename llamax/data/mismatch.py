@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llamax.data.encoded import MISMATCHED, Encoded, joined, weights_of
+from llamax.batch import MISMATCHED
+from llamax.data.encoded import Encoded, joined, weights_of
 
 
 def is_labelled(document: Encoded) -> bool:
@@ -34,8 +35,9 @@ def _beside(document: Encoded, other: Encoded) -> Encoded:
     shown = document.pictures[document.pictures[:, 1] <= document.answer]
     if (other.pictures[:, 1] > other.answer).any() or np.array_equal(answer, document.tokens[document.answer :]):
         return document
-    assert other.sides is not None, "one of the labelled ones"
-    judged = np.where(other.sides[other.answer :] != 0, MISMATCHED, 0)
+    assert document.sides is not None and other.sides is not None, "labelled ones"
+    assert document.ref_logp is None, "a cache knows answers to their own prompts"
+    judged = np.where(other.sides[other.answer :] != 0, MISMATCHED + 1, 0)
     second = document._replace(
         tokens=np.concatenate([prompt, answer]),
         pictures=shown,

@@ -31,8 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamax.batch import COMPARING, Batch
-from llamax.data.encoded import MISMATCHED, Encoded
+from llamax.batch import COMPARING, MISMATCHED, Batch
+from llamax.data.encoded import Encoded
 from llamax.data.mismatch import is_labelled, with_mismatches
 
 
@@ -230,7 +230,7 @@ def pack_window(
             compared += piece.document.sides is not None
             for at, start, end in piece.segments:
                 segment += 1
-                _place(piece, start, end, batch, r, t + at, segment, compared, comparisons)
+                _place(piece, start, end, batch, r, t + at, segment, compared)
     placed = [piece for row in rows for _, piece in row if piece.n_tiles]
     tiles = [piece.document.tiles[piece.first_tile : piece.last_tile] for piece in placed]
     counts = np.array([sum(piece.n_tiles for _, piece in row) for row in rows], np.int32)
@@ -257,11 +257,9 @@ def _blank(
     return Batch(**arrays, tiles=np.zeros(tiles, np.uint8))
 
 
-def _place(
-    piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, segment: int, compared: int, most: int
-) -> None:
+def _place(piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, segment: int, compared: int) -> None:
     """Writes the pairs [start, end) of a piece's document, a segment, into row r from place t on. `compared`: the
-    number of the comparison in the row, if it is one, of `most`."""
+    number of the comparison in the row, if it is one."""
     document, n = piece.document, end - start
     where, targets = slice(t, t + n), slice(start + 1, end + 1)
     weights = np.ones(n, np.float32)  # of the targets, which stand one further on
@@ -279,7 +277,7 @@ def _place(
         return
     assert batch.sides is not None and batch.margins is not None, "batches of a run without comparisons"
     sides = document.sides[targets]
-    batch.sides[r, where] = np.where(sides == MISMATCHED, most + compared, sides * compared)
+    batch.sides[r, where] = np.where(sides > MISMATCHED, MISMATCHED + compared, sides * compared)
     batch.margins[r, where] = np.where(sides != 0, document.margin, 0)
     if batch.ref_logp is not None:
         assert document.ref_logp is not None, f"no reference for {document.where}"

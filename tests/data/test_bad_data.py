@@ -331,7 +331,8 @@ def test_a_person_can_look_at_all_of_it(tmp_path, capsys):
     assert shown.count("skipped: ") == 6
     shown = " ".join(shown.split())
     assert (
-        "skipped: the record is damaged, or no map with pieces of text, image or video: it cannot be decoded" in shown
+        "skipped: the record is damaged, or no map with pieces of text, image or video, or no conversation: "
+        "it cannot be decoded" in shown
     )
     assert "{'txt': '[/red]'}" in shown
     Path(path).write_text(Path(path).read_text().replace("multimodal", "text"))
