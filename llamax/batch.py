@@ -36,8 +36,8 @@ class Batch(NamedTuple):
     source_ids: Array  # int32 [B, T]; index into the sorted names of the run's sources
     tiles: Array  # uint8 [B, M, P, P, 3]
     sides: Array | None = None  # int32 [B, T]; k where the target is of the chosen answer of the row's comparison k =
-    #                             1, 2, ...; -k where it is of the rejected one; MISMATCHED + k where it is an
-    #                             answer to another prompt than that of k (data.mismatched); 0 elsewhere
+    #                             1, 2, ...; -k where it is of the rejected one; MISMATCHED + k where it is an answer to
+    #                             another prompt (data.mismatched); 0 elsewhere
     ref_logp: Array | None = None  # float32 [B, T]; what a reference gives the target, where sides != 0
     margins: Array | None = None  # float32 [B, T]; where sides != 0, how much better the chosen answer is
 

@@ -31,8 +31,11 @@ def _rows(run: Run) -> None:
 
 
 def _compares(run: Run) -> None:
-    """What is said of comparisons has some."""
+    """What is said of comparisons has some, and what a cache can know."""
     data = run.data
+    if data.mismatched and data.ref_logp:
+        asked, true = "--config.data.mismatched=True", "a cache (data.ref_logp) knows only answers to their own prompts"
+        raise ConfigError(asked, true, "Let the reference give its log-probabilities live: data.ref_logp=''.")
     if data.mismatched and not data.comparisons_per_row:
         asked, true = "--config.data.mismatched=True", "comparisons_per_row=0, so that the run has no labelled answers"
         raise ConfigError(asked, true, "Set --config.data.comparisons_per_row=64, or data.mismatched=False.")

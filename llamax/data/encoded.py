@@ -15,7 +15,6 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.data.video import each_frame
 
 MAX_TILE_BYTES = 2**29  # of one document's tiles, pixel for pixel
-OTHER = 2  # a side: of another prompt's answer
 LEARNT = ("assistant",)  # roles whose messages are learnt
 
 
@@ -36,8 +35,8 @@ class Encoded(NamedTuple):
     whole: bool = False  # never cut by the packer
     cut: str = ""  # a key of sources.CUTS: how it was made to fit into a row
     second: int = 0  # the first token of the second segment; 0: there is one segment
-    sides: np.ndarray | None = None  # int32 [L]: 1 for tokens of the chosen answer, -1 of the rejected one, OTHER,
-    #                                  else 0
+    sides: np.ndarray | None = None  # int32 [L]: 1 for tokens of the chosen answer, -1 of the rejected one,
+    #                                  MISMATCHED + 1 of another prompt's, 0 for all else
     margin: float = 0.0
     answer: int = 0  # the first token of what a comparison's first segment answers to its prompt
     ref_logp: np.ndarray | None = None  # float32 [L]: what a reference gives the tokens, where sides != 0

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llamax.data.encoded import OTHER, Encoded, joined, weights_of
+from llamax.batch import MISMATCHED
+from llamax.data.encoded import Encoded, joined, weights_of
 
 
 def is_labelled(document: Encoded) -> bool:
@@ -22,7 +23,7 @@ def is_labelled(document: Encoded) -> bool:
 def with_mismatches(documents: Sequence[Encoded]) -> list[Encoded]:
     """The documents, labelled ones with a second segment: its prompt and the answer of the next of them.
 
-    None has one where the next says the same, or holds pictures.
+    None has one where all answers are the same, or the next holds pictures.
     """
     labelled = [i for i, document in enumerate(documents) if is_labelled(document)]
     following = dict(zip(labelled, [*labelled[1:], *labelled[:1]], strict=True))
@@ -34,8 +35,9 @@ def _beside(document: Encoded, other: Encoded) -> Encoded:
     shown = document.pictures[document.pictures[:, 1] <= document.answer]
     if (other.pictures[:, 1] > other.answer).any() or np.array_equal(answer, document.tokens[document.answer :]):
         return document
-    assert other.sides is not None, "one of the labelled ones"
-    judged = np.where(other.sides[other.answer :] != 0, OTHER, 0)
+    assert document.sides is not None and other.sides is not None, "labelled ones"
+    assert document.ref_logp is None, "a cache knows answers to their own prompts"
+    judged = np.where(other.sides[other.answer :] != 0, MISMATCHED + 1, 0)
     second = document._replace(
         tokens=np.concatenate([prompt, answer]),
         pictures=shown,

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamax.batch import COMPARING, MISMATCHED, Batch
-from llamax.data.encoded import OTHER, Encoded
+from llamax.data.encoded import Encoded
 from llamax.data.mismatch import is_labelled, with_mismatches
 
 
@@ -277,7 +277,7 @@ def _place(piece: Piece, start: int, end: int, batch: Batch, r: int, t: int, seg
         return
     assert batch.sides is not None and batch.margins is not None, "batches of a run without comparisons"
     sides = document.sides[targets]
-    batch.sides[r, where] = np.where(sides == OTHER, MISMATCHED + compared, sides * compared)
+    batch.sides[r, where] = np.where(sides > MISMATCHED, MISMATCHED + compared, sides * compared)
     batch.margins[r, where] = np.where(sides != 0, document.margin, 0)
     if batch.ref_logp is not None:
         assert document.ref_logp is not None, f"no reference for {document.where}"

@@ -330,7 +330,10 @@ def test_a_person_can_look_at_all_of_it(tmp_path, capsys):
     assert "\x1b" not in shown and "\\x1b[31m" in shown and r"\ud800[/]" in shown
     assert shown.count("skipped: ") == 6
     shown = " ".join(shown.split())
-    assert "or video, or no conversation: it cannot be decoded" in shown
+    assert (
+        "skipped: the record is damaged, or no map with pieces of text, image or video, or no conversation: "
+        "it cannot be decoded" in shown
+    )
     assert "{'txt': '[/red]'}" in shown
     Path(path).write_text(Path(path).read_text().replace("multimodal", "text"))
     show(path, tokenizer=RUN.data.tokenizer)
