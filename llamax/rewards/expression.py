@@ -50,6 +50,35 @@ ARITHMETIC: dict[str, Any] = {"+": operator.add, "-": operator.sub, "*": operato
 CONSTANTS = {"pi": math.pi, "e": math.e}
 TIMES, FRACTIONS = ("cdot", "times"), ("frac", "dfrac", "tfrac", "cfrac")
 
+SHORT_WORDS = frozenset(
+    [
+        "am",
+        "an",
+        "as",
+        "at",
+        "be",
+        "by",
+        "do",
+        "go",
+        "he",
+        "if",
+        "in",
+        "is",
+        "it",
+        "me",
+        "my",
+        "no",
+        "of",
+        "on",
+        "or",
+        "so",
+        "to",
+        "up",
+        "us",
+        "we",
+    ]
+)
+
 Value = Fraction | complex
 
 
@@ -287,7 +316,7 @@ class _Reader:
             return Node("call", (name, self.power()))
         if name in CONSTANTS:
             return Node("number", (complex(CONSTANTS[name]),))
-        if len(name) > 2:
+        if len(name) > 2 or name.lower() in SHORT_WORDS:
             raise Unreadable(f"{name} is a word")
         letters = [Node("letter", (letter,)) for letter in name]
         return letters[0] if len(letters) == 1 else Node("*", tuple(letters))

@@ -41,13 +41,13 @@ def score(answer: str, truth: Any, options: Mapping[str, Any]) -> float | None:
     wanted, tolerance = plain(str(truth)), options.get("tolerance", 0.0)
     tolerance = float(tolerance) if isinstance(tolerance, int | float) and 0 <= tolerance < 1 else 0.0
     finals = _finals(answer, bool(options.get("marked")))
-    if any(_same_words(text, wanted) for text in finals):
-        return 1.0
     try:
         truths = items(wanted)
     except Unreadable:
-        return None
+        return 1.0 if finals and _same_words(finals[0], wanted) else None
     for text in finals:
+        if _same_words(text, wanted):
+            return 1.0
         try:
             return float(_same(items(text), truths, tolerance))
         except Unreadable:

@@ -19,6 +19,7 @@ MATH = [
     # numbers, marked and not
     ("4", "4", {}, YES),
     ("It is 4.", "4", {}, YES),
+    ("It is 4.0", "4", {}, YES),
     ("3 + 4 = 7", "7", {}, YES),
     (
         "First 3, then 4 more, which makes 7 apples in the basket that she has carried home with her brother.",
@@ -27,6 +28,7 @@ MATH = [
         YES,
     ),
     ("7 apples, of which he eats 3", "7", {}, NO),
+    ("12 or 50", "50", {}, NO),
     ("She has 7.\n#### 7", "7", {}, YES),
     ("#### 1,234", 1234, {}, YES),
     ("so \\boxed{42}, not \\boxed{43}", "43", {}, YES),
