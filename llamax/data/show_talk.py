@@ -34,7 +34,7 @@ def show_talk(console: Console, document: Document, number: int, encoder: Encode
         why = SKIP_REASONS[encoded.skip] + encoded.where.removeprefix(document.where)
         console.print(f"{title} [red]skipped: {plain(why)}[/red]", highlight=False)
         return []
-    cut = f" [red]{CUTS[encoded.cut].replace('their', 'its')}[/red]" if encoded.cut else ""
+    cut = f" [red]{CUTS[encoded.cut].replace('their ends', 'its end').replace('their', 'its')}[/red]" if encoded.cut else ""
     console.print(f"{title}  {counted(encoded)}{cut}", highlight=False)
     for key, value in document.meta.items():
         console.print(f"  {plain(key)}: {plain(str(value))}", style="dim", highlight=False)
