@@ -34,7 +34,8 @@ def show_talk(console: Console, document: Document, number: int, encoder: Encode
         why = SKIP_REASONS[encoded.skip] + encoded.where.removeprefix(document.where)
         console.print(f"{title} [red]skipped: {plain(why)}[/red]", highlight=False)
         return []
-    cut = f" [red]{CUTS[encoded.cut].replace('their ends', 'its end').replace('their', 'its')}[/red]" if encoded.cut else ""
+    lost = CUTS.get(encoded.cut, "").replace("their ends", "its end").replace("their", "its")
+    cut = f" [red]{lost}[/red]" if lost else ""
     console.print(f"{title}  {counted(encoded)}{cut}", highlight=False)
     for key, value in document.meta.items():
         console.print(f"  {plain(key)}: {plain(str(value))}", style="dim", highlight=False)
