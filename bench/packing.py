@@ -4,14 +4,14 @@
     python bench/packing.py data/built/instructions.toml data/built/preferences.toml
     python bench/packing.py data/fixtures/pairs.toml --align 128      # as mesh.context wants them
 
-Every manifest by itself, one epoch, in windows as a run has them (`--window-docs`, more where documents are short).
-`alone`: the share of real tokens if each segment had a row as long as the longest of its batch of `--rows`.
+Every manifest by itself, an epoch or the first `--documents` of it, in windows as a run has them (`--window-docs`, more
+where documents are short).
+`alone`: the share of real tokens if each segment had a row as long as the longest of its batch of `--rows`, at random.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from llamax.data.packing import Window
 from llamax.data.sources import read_manifest
 
 
-def measure(path: str, data: config.Data, vision: config.Vision) -> dict[str, float]:
+def measure(path: str, data: config.Data, vision: config.Vision, most: int) -> dict[str, float]:
     """Figures of one manifest."""
     data.sources["it"] = config.Source(path)
     pictures = read_manifest(path).kind == "multimodal"
@@ -29,16 +29,16 @@ def measure(path: str, data: config.Data, vision: config.Vision) -> dict[str, fl
     _, streams = windows.of(pipeline.schedule.began(data.sources))
     (packed,), n = streams.values(), len(windows._open("it").reader)
     taken: list[Window] = []
-    while sum(len(window.taken) + sum(window.skipped.values()) for window in taken) < n:
+    while sum(len(window.taken) + sum(window.skipped.values()) for window in taken) < min(n, most):
         taken.append(packed[len(taken)])
     real = np.concatenate([(window.rows.segment_ids > 0).sum(1) for window in taken])
-    lengths = [length for window in taken for length in segments(window)]
+    lengths = np.random.default_rng(0).permutation([length for window in taken for length in segments(window)])
     learnt = sum(float((window.rows.loss_weights > 0).sum()) for window in taken)
     return {
-        "documents": n,
+        "documents": sum(len(window.taken) for window in taken),
         "rows": len(real),
         "rows full": real.sum() / (len(real) * data.seq_len),
-        "alone": sum(lengths) / sum(max(batch) * len(batch) for batch in chunks(lengths, data.rows)),
+        "alone": lengths.sum() / sum(batch.max() * len(batch) for batch in chunks(lengths, data.rows)),
         "segments a row": len(lengths) / len(real),
         "learnt": learnt / real.sum(),
         "left out": sum(sum(window.skipped.values()) for window in taken),
@@ -52,7 +52,7 @@ def segments(window: Window) -> list[int]:
     return [int(n) for row in ids for n in np.bincount(row)[1:]]
 
 
-def chunks(values: Sequence[int], n: int) -> list[Sequence[int]]:
+def chunks(values: np.ndarray, n: int) -> list[np.ndarray]:
     return [values[first : first + n] for first in range(0, len(values), n)]
 
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=64, help="a row")
     parser.add_argument("--too-long", default="skip", choices=config.TOO_LONG)
     parser.add_argument("--window-docs", type=int, default=256)
+    parser.add_argument("--documents", type=int, default=2000)
     args = parser.parse_args()
     for path in args.manifests:
         data = config.Data(
@@ -79,7 +80,7 @@ def main() -> None:
             too_long=args.too_long,
             window_docs=args.window_docs,
         )
-        figures = measure(path, data, variants.scout_tiny().vision)
+        figures = measure(path, data, variants.scout_tiny().vision, args.documents)
         print(f"{path}: " + ", ".join(f"{name} {value:,.3g}" for name, value in figures.items()), flush=True)
 
 
