@@ -25,8 +25,10 @@ Needs torch, transformers >= 5 and trl; says so and stops where they are missing
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +70,7 @@ def llamax_side(task: str, folder: Path) -> Callable:
     import jax
 
     import llamax
+    from llamax.data import pipeline
     from llamax.model.seam import make_seam
     from llamax.model.skeleton import skeleton
     from llamax.optim.build import optimizer
@@ -89,7 +92,9 @@ def llamax_side(task: str, folder: Path) -> Callable:
         scorer = reference.Scorer(bones, partial(place.put_whole_batch, mesh=mesh), np.asarray)
         weights = (loaded.params, state.router_bias)
         reference.fill(run, reference.left(run, "drawn at random"), scorer, weights, lambda: None)
-    batches = [batch._replace(source_ids=np.zeros_like(batch.source_ids)) for batch in our_batches(run.data)]
+    batches = list(pipeline.HeldOut(folder / "data.toml", run.data, None))[:STEPS]  # with the reference, if there is one
+    numbered = our_batches(our_data(task, folder))
+    assert all((one.tokens == other.tokens).all() for one, other in zip(batches, numbered, strict=True))
     program = step.lower(state, batches[0]).compile()
 
     def train() -> list[float]:
@@ -120,7 +125,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         task, side = options.serve.split(":")
-        return in_turn.serve({"round": SIDES[task][side](task, options.folder)})
+        with contextlib.redirect_stdout(sys.stderr):  # the answers go by stdout
+            train = SIDES[task][side](task, options.folder)
+        return in_turn.serve({"round": train})
     if reason := in_turn.missing("torch", "transformers", "trl"):
         return print(reason)
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1")
