@@ -12,9 +12,10 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from llamax import checks, config, loading, stages
+from llamax import config, loading, stages
 from llamax.checkpoint.hf_read import Source
 from llamax.checkpoint.saved import Saved
+from llamax.checks.evals import check_alone, readers, reads
 from llamax.config import ConfigError
 from llamax.config_dict import nearest
 from llamax.data.sources import read_manifest
@@ -122,14 +123,14 @@ def chosen(
             true, close = f"there are {', '.join(known)}", nearest(name, known) or known[0]
             raise ConfigError(f"evaluation {name!r}", true, f"Did you mean {close!r}?")
         cfg = run.evals.get(name) or config.Eval(kind=name)
-        cfg = dataclasses.replace(cfg, **{field: v for field, v in settings.items() if checks.reads(cfg.kind, field)})
+        cfg = dataclasses.replace(cfg, **{field: v for field, v in settings.items() if reads(cfg.kind, field)})
         if not cfg.path:
             asked, true = f"evaluation {name!r} without --data", "it needs a manifest of held-out text"
             raise ConfigError(asked, true, "Give --data data/built/docs_heldout.toml.")
         evals[name] = dataclasses.replace(cfg, path=str(config.resolve_path(cfg.path)))
     for field, value in settings.items():
-        if not any(checks.reads(cfg.kind, field) for cfg in evals.values()):
-            asked, true = f"{_option(field)} {value} for {', '.join(evals)}", f"{checks.readers(field)} alone read it"
+        if not any(reads(cfg.kind, field) for cfg in evals.values()):
+            asked, true = f"{_option(field)} {value} for {', '.join(evals)}", f"{readers(field)} alone read it"
             raise ConfigError(asked, true, "Leave it out, or name one of these.")
     return evals
 
@@ -137,7 +138,7 @@ def chosen(
 def check(run: config.Run) -> None:
     """ConfigError, in words of the command line, for what cannot be evaluated."""
     try:
-        checks.check_evals(run)
+        check_alone(run)
         for cfg in run.evals.values():
             read_manifest(cfg.path)
             if cfg.kind in CHECKS:

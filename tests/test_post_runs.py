@@ -1,6 +1,6 @@
-"""Whole runs of post-training, stopped and gone on with, are those that were not stopped, to the bit: preferences beside
-a reference on disk, live, and that of adapters; a reward model; answers with labels; from llamax's weights and Hugging
-Face's."""
+"""Whole runs of post-training, stopped and gone on with, are those that were not stopped, to the bit: preferences
+beside a reference on disk, live, and that of adapters; a reward model; answers with labels; from llamax's weights and
+Hugging Face's."""
 
 from __future__ import annotations
 
