@@ -78,6 +78,7 @@ def test_weights_of_hugging_faces_are_where_a_run_can_begin(kind, base, tmp_path
     assert same_bits(theirs.state.params, ours.state.params)
 
 
+@pytest.mark.slow
 def test_a_reference_without_adapters_is_the_model_that_they_adapt(base, tmp_path):
     """Where adapters alone are trained, the reference of a later step is what it was: the base's own log-probabilities,
     as full training holds them live."""
