@@ -1,4 +1,4 @@
-"""`llamax data grade`, `select`, `sample` and `pairs`: conversations judged, chosen, and made more of."""
+"""`llamax data unpack`, `grade`, `select`, `sample` and `pairs`: conversations judged, chosen, and made more of."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ MODEL = "a run's workdir, a converted model, or a folder in Hugging Face's forma
 
 
 # ------------------------------------------------------------------------------------------------------ the handlers
+
+
+def _unpack(args: argparse.Namespace) -> None:
+    from llamax.post.unpack import unpack
+
+    unpack(args.manifest, args.out, args.records)
 
 
 def _grade(args: argparse.Namespace) -> None:
@@ -67,7 +73,13 @@ def _read(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add(verbs: Any) -> None:
-    """The words of the four commands."""
+    """The words of the five commands."""
+    about = "write a manifest's records as lines of JSON, their pictures as files beside: what can be graded and chosen"
+    unpack = command(verbs, "unpack", _unpack, about, UNPACK)
+    unpack.add_argument("manifest", metavar="MANIFEST", help="a .toml file, of shards or of lines")
+    unpack.add_argument("--out", required=True, type=named, metavar="FILE", help="the file to write (.jsonl)")
+    unpack.add_argument("-n", "--records", type=count, default=0, metavar="N", help="the first N alone (all)")
+
     about = "grade conversations: by a judge and a rubric, by a model's loss, or by how often a model is right"
     grade = command(verbs, "grade", _grade, about, GRADE)
     grade.add_argument("file", metavar="FILE", help=FILE)
@@ -153,6 +165,10 @@ def _band(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(f"{text} is no two shares, as 0.2,0.8") from None
 
 
+UNPACK = """
+    llamax data unpack data/built/instructions.toml --out data/instructions.jsonl
+    llamax data unpack data/built/instructions.toml -n 200 --out data/some.jsonl
+"""
 GRADE = """
     llamax data grade chat.jsonl --judge models/scout_chat --rubric difficulty --rubric quality
     llamax data grade chat.jsonl --judge runs/quickstart --by loss
