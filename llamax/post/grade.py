@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from llamax import rewards
@@ -32,6 +33,7 @@ from llamax.post.records import Record, Records
 
 LEFT_OUT = "too long, or a picture that cannot be read"
 PASS = "pass"
+LEAST_MASS = 0.01  # of a judge's probability on the answers that it may give: with less, it does not know what is asked
 
 
 def grade(
@@ -74,6 +76,8 @@ def grade(
             with Ledger(samples or f"{file}.samples.jsonl") as drawn:
                 found[PASS] = _by_passing(ledger, drawn, records, draw, drawable, model, reader, rows, max_tokens)
         _show(ledger, records, found, model)
+        for method in asked:
+            _warn(method, _masses(ledger, records, method, able[method.name][0], model), model)
     return found
 
 
@@ -206,6 +210,27 @@ def _by_passing(
 def _row(key: str, record: Record, name: str, keep: str, model: Described, values: dict[str, Any]) -> dict[str, Any]:
     about = {"key": key, "record": record.key, "id": record.id, "grade": name, "keep": keep, "judge": model.name}
     return about | {"identity": model.identity[:16]} | values
+
+
+def _masses(
+    ledger: Ledger, records: Records, method: ByRubric | ByLoss, numbers: Sequence[int], model: Described
+) -> list[float]:
+    """Of each of these records that a judge was asked about: the probability that it gave to the rubric's answers."""
+    keys = {key_of(records.keys[n], method.identity(), model.identity) for n in numbers}
+    return [row["mass"] for row in (ledger[key] for key in keys if key in ledger) if "mass" in row]
+
+
+def _warn(method: ByRubric | ByLoss, masses: Sequence[float], model: Described) -> None:
+    faint = sum(mass < LEAST_MASS for mass in masses)
+    if not faint:
+        return
+    log.CONSOLE.print(
+        f"warning: of {faint} of {len(masses)} records by {method.name}, {model.name} gave the answers that the rubric "
+        f"names less than {LEAST_MASS:.0%} of its probability together (their mean {np.mean(masses):.2g}). It would have "
+        "said something else, so it does not know what it is asked, and these grades mean next to nothing. Take a judge "
+        "that follows instructions, answers that it would give, or --by loss or --by pass.",
+        markup=False,
+    )
 
 
 def _show(ledger: Ledger, records: Records, found: dict[str, Counter], model: Described) -> None:
