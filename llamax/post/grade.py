@@ -227,8 +227,8 @@ def _warn(method: Method, masses: Sequence[float], model: Described) -> None:
         return
     log.CONSOLE.print(
         f"warning: in {faint} of {len(masses)} records by {method.name}, {model.name} gave the rubric's answers less "
-        f"than {LEAST_MASS:.0%} of its probability together (all records' mean {np.mean(masses):.2g}). It would have said "
-        "something else: it does not know what it is asked, and these grades mean next to nothing. Take a judge that "
+        f"than {LEAST_MASS:.0%} of its probability together (of all the mean is {np.mean(masses):.2g}). It would have "
+        "said something else: it does not know what it is asked, and these grades mean next to nothing. Take a judge that "
         "follows instructions, answers that it would give, or --by loss or --by pass.",
         markup=False,
     )
