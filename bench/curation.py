@@ -5,9 +5,9 @@
 
 From the quickstart's model a judge is trained on the first instructions of the embedded data, JUDGE_STEPS steps of
 `recipes/maverick_sft.py:tiny`. It answers the next POOL of them and the held-out ones, DRAWN times each, and the share
-of right answers is how easy a record is (`llamax data grade --by pass`). The hardest half of the pool (`llamax data select`) and
-a random half, another for each seed, then train the quickstart's model for as many steps; the held-out records fall
-into a hard and an easy half by the same judge, and both arms of a seed are asked the same.
+of right answers is how easy a record is (`llamax data grade --by pass`). The hardest half of the pool (`llamax data
+select`) and a random half, another for each seed, then train the quickstart's model for as many steps; the held-out
+records fall into a hard and an easy half by the same judge, and both arms of a seed are asked the same.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def data(out: Path) -> None:
     """What the judge learns, the pool, the held-out records, and the judge's grades of the latter two."""
     if not (out / "pool.toml").exists():
         unpack(BUILT.format("instructions"), out / "all.jsonl", FOR_JUDGE + POOL)
-        part(out, "judged_by", "all", range(FOR_JUDGE))
+        part(out, "for_judge", "all", range(FOR_JUDGE))
         part(out, "pool", "all", range(FOR_JUDGE, FOR_JUDGE + POOL))
     if not (out / "heldout.toml").exists():
         unpack(BUILT.format("instructions_heldout"), out / "heldout.jsonl")
-    train(out, "judge", "judged_by", JUDGE_STEPS, seed=0, evals={})
+    train(out, "judge", "for_judge", JUDGE_STEPS, seed=0, evals={})
     draw = Drawing(DRAWN, MOST, Sampling(1.0, 1.0, 0))
     for name in ("heldout", "pool"):
         grade(out / f"{name}.jsonl", judge=out / "judge", by="pass", draw=draw, batch_size=ROWS)
