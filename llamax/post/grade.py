@@ -227,9 +227,9 @@ def _warn(method: Method, masses: Sequence[float], model: Described) -> None:
         return
     told = (
         f"warning: in {faint} of {len(masses)} records by {method.name}, {model.name} gave the rubric's answers less",
-        f"than {LEAST_MASS:.0%} of its probability together (the mean of all: {np.mean(masses):.2g}). It would have said",
-        "something else: it does not know what it is asked, and these grades mean next to nothing. Take a judge that",
-        "follows instructions, answers that it would give, or --by loss or --by pass.",
+        f"than {LEAST_MASS:.0%} of its probability together (the mean of all: {np.mean(masses):.2g}). It would have",
+        "said something else: it does not know what it is asked, and these grades mean next to nothing. Take a judge",
+        "that follows instructions, answers that it would give, or --by loss or --by pass.",
     )
     log.CONSOLE.print(" ".join(told), markup=False)
 
