@@ -41,7 +41,7 @@ REWARDED = replace(
 
 
 def rows() -> Batch:
-    """Four rows: two comparisons of answers of other lengths, one of one side, one row without any."""
+    """Four rows: comparisons of answers of other lengths, a chosen and a rejected answer alone, one row without any."""
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, twins.PATCH, (2, B, T), dtype=np.int32)
     segments, sides = np.zeros((2, B, T), np.int32)
@@ -49,7 +49,7 @@ def rows() -> Batch:
     layout = [  # (length, prompt's length, side) of the segments of each row
         [(7, 3, 1), (9, 3, -1), (4, 2, 2), (4, 2, -2)],
         [(12, 5, 1), (8, 5, -1)],
-        [(6, 2, 1), (7, 2, -1), (6, 3, 2)],
+        [(6, 2, 1), (7, 2, -1), (6, 3, 2), (5, 2, -3)],
         [(10, 0, 0)],
     ]
     for b, row in enumerate(layout):
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_one_comparison_at_a_time(tiny):
         apart = (ours - theirs)[b, chosen].sum() - (ours - theirs)[b, rejected].sum()
         loss += np.log1p(np.exp(-BETA * apart))
         right += ours[b, chosen].sum() > ours[b, rejected].sum()
-    n = len(COMPARISONS) + 1  # the answer without another counts, and adds nothing
+    n = len(COMPARISONS) + 2  # the answers without another count, and add nothing
     np.testing.assert_allclose(told.terms["preference"].mean(), loss / n, **ORACLE)
     np.testing.assert_allclose(told.compared["accuracy"].mean(), right / len(COMPARISONS), **ORACLE)
     np.testing.assert_allclose(told.terms["next_token"].mean(), -ours[ROWS.sides > 0].mean(), **ORACLE)
