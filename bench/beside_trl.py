@@ -83,8 +83,8 @@ def llamax_side(task: str, folder: Path) -> Callable:
     bones = skeleton(run.model, make_seam(mesh), patch_id=-1, train=run.train)
     tx = optimizer(run.optim, run.train.steps, bones.split(bones.kinds)[0])
     step, shapes = programs.build(run, bones, tx, mesh)
-    state = states.init(bones, tx, seed=0, spike_window=run.health.spike_window)._replace(params=loaded.params)
-    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
+    fresh = jax.jit(partial(states.init, bones, tx, 0, run.health.spike_window))()
+    state = jax.device_put(fresh._replace(params=loaded.params), jax.tree.map(lambda x: x.sharding, shapes))
     if task == "dpo":
         scorer = reference.Scorer(bones, partial(place.put_whole_batch, mesh=mesh), np.asarray)
         weights = (loaded.params, state.router_bias)
