@@ -24,6 +24,7 @@ from llamax.observe import log, plots, provenance
 from llamax.observe.progress import track, waiting
 from llamax.positions import changed
 
+COMPARISONS = 8  # a row, where a model that knows of none is asked for its preferences
 OF_CONFIG = re.compile(r"--config\.evals\.\w+\.(\w+)(=?)")
 
 
@@ -53,7 +54,7 @@ def evaluate(
     run = run_of(found, dtype, recipe)
     evals = chosen(run, kinds, dict(settings or {}), folder)
     model_changed = changed(run.model, positions) if positions else run.model
-    run = dataclasses.replace(run, evals=evals, model=model_changed)
+    run = dataclasses.replace(run, evals=evals, model=model_changed, data=comparing(run.data, evals))
     check(run)
     if out is not None:
         _make(Path(out))
@@ -98,6 +99,12 @@ def run_of(found: loading.Found, dtype: str, recipe: str | None) -> config.Run:
             data = dataclasses.replace(data, **rows, tiles_per_row=theirs.data.tiles_per_row)
     train = dataclasses.replace(run.train, compute_dtype=dtype)
     return dataclasses.replace(run, model=model, data=data, train=train, evals=evals, stages={})
+
+
+def comparing(data: config.Data, evals: Mapping[str, config.Eval]) -> config.Data:
+    """The rows, with room for comparisons where an evaluation reads some."""
+    reads_some = any(cfg.kind in ("preference", "reward") for cfg in evals.values())
+    return dataclasses.replace(data, comparisons_per_row=data.comparisons_per_row or COMPARISONS * reads_some)
 
 
 def _tokenizer(found: Saved | Source) -> Path:
