@@ -33,8 +33,8 @@ from llamax.post.unpack import unpack
 from llamax.sample.engine import Sampling
 
 RECIPE, BUILT = "recipes/maverick_sft.py:tiny", "data/built/{}.toml"
-FOR_JUDGE, POOL = 3_000, 8_000  # records
-JUDGE_STEPS, STEPS = 100, 150  # of 4,096 tokens
+FOR_JUDGE, POOL = 3_000, 4_000  # records
+JUDGE_STEPS, STEPS = 100, 100  # of 4,096 tokens
 DRAWN, MOST = 4, 48  # answers to each prompt, tokens of one
 ROWS = 128
 SEEDS = (1, 2, 3)
@@ -46,12 +46,11 @@ HALF = PRESETS["llama4"]
 
 def data(out: Path) -> None:
     """What the judge learns, the pool, the held-out records, and the judge's grades of the latter two."""
-    if not (out / "pool.toml").exists():
-        unpack(BUILT.format("instructions"), out / "all.jsonl", FOR_JUDGE + POOL)
-        part(out, "for_judge", "all", range(FOR_JUDGE))
-        part(out, "pool", "all", range(FOR_JUDGE, FOR_JUDGE + POOL))
-    if not (out / "heldout.toml").exists():
-        unpack(BUILT.format("instructions_heldout"), out / "heldout.jsonl")
+    for name, built in (("all", "instructions"), ("heldout", "instructions_heldout")):
+        if not (out / f"{name}.toml").exists():
+            unpack(BUILT.format(built), out / f"{name}.jsonl")
+    part(out, "for_judge", "all", range(FOR_JUDGE))
+    part(out, "pool", "all", range(FOR_JUDGE, FOR_JUDGE + POOL))
     train(out, "judge", "for_judge", JUDGE_STEPS, seed=0, evals={})
     draw = Drawing(DRAWN, MOST, Sampling(1.0, 1.0, 0))
     for name in ("heldout", "pool"):
@@ -66,12 +65,13 @@ def data(out: Path) -> None:
             select(out / f"{of}.jsonl", out / f"{name}.jsonl", **how)
     n = len(Records(out / "hard.jsonl"))
     for seed in SEEDS:
-        if not (out / f"random_{seed}.toml").exists():
-            part(out, f"random_{seed}", "pool", sorted(random.Random(seed).sample(range(POOL), n)))
+        part(out, f"random_{seed}", "pool", sorted(random.Random(seed).sample(range(POOL), n)))
 
 
 def part(out: Path, name: str, of: str, numbers: Any) -> None:
-    """Some records of a file as another beside it."""
+    """Some records of a file as another beside it, unless that is there."""
+    if (out / f"{name}.toml").exists():
+        return
     records = Records(out / f"{of}.jsonl")
     lines = (records.line(number) for number in numbers)
     write(out / f"{name}.jsonl", lines, pictures=True, description=f"{len(numbers):,} records of {of}.jsonl")
