@@ -152,11 +152,15 @@ def test_a_reward_model_is_scored_where_the_answers_end():
     params, bias = weights_of(bones, 0)
     _, told = gradient_of(REWARDED, bones)(params, bias, ROWS)
     scores = np.asarray(score(bones.bind(params, bias), ROWS).reward, np.float64)
-    loss = 0.0
+    loss, margins = 0.0, []
     for b, k in COMPARISONS:
         good, bad = (scores[b, np.flatnonzero(ROWS.sides[b] == side * k)[-1]] for side in (1, -1))
         loss += np.log1p(np.exp(bad - good)) + 0.1 * (good + bad) ** 2
+        margins.append(good - bad)
     np.testing.assert_allclose(told.terms["reward"].mean(), loss / len(COMPARISONS), **ORACLE)
+    np.testing.assert_allclose(told.compared["margin"].mean(), np.mean(margins), **ORACLE)
+    assert told.compared["reward_accuracy"].mean() == np.mean(np.array(margins) > 0)
+    assert "kl" not in told.compared, "there is no reference"
 
 
 def test_rows_without_comparisons_know_nothing_of_them():
