@@ -94,7 +94,7 @@ def trl_side(task: str, folder: Path, padding_free: bool = False) -> Callable:
     records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     trainer = Trainer(
         model,
-        their_settings(task, folder, padding_free),
+        args=their_settings(task, folder, padding_free),
         train_dataset=Dataset.from_list(records),
         processing_class=tokenizer,
         callbacks=[InTurn()],
