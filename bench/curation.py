@@ -33,8 +33,8 @@ from llamax.post.unpack import unpack
 from llamax.sample.engine import Sampling
 
 RECIPE, BUILT = "recipes/maverick_sft.py:tiny", "data/built/{}.toml"
-FOR_JUDGE, POOL = 3_000, 4_000  # records
-JUDGE_STEPS, STEPS = 100, 100  # of 4,096 tokens
+FOR_JUDGE, POOL = 3_000, 8_000  # records
+JUDGE_STEPS, STEPS = 100, 150  # of 4,096 tokens
 DRAWN, MOST = 4, 48  # answers to each prompt, tokens of one
 ROWS = 128
 SEEDS = (1, 2, 3)
