@@ -120,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         task, side = options.serve.split(":")
-        return in_turn.serve({"round": SIDES[task][side](task, options.folder)})
+        return in_turn.serve(lambda: {"round": SIDES[task][side](task, options.folder)})
     if reason := in_turn.missing("torch", "transformers", "trl"):
         return print(reason)
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1")
