@@ -25,10 +25,8 @@ Needs torch, transformers >= 5 and trl; says so and stops where they are missing
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,7 +90,9 @@ def llamax_side(task: str, folder: Path) -> Callable:
         scorer = reference.Scorer(bones, partial(place.put_whole_batch, mesh=mesh), np.asarray)
         weights = (loaded.params, state.router_bias)
         reference.fill(run, reference.left(run, "drawn at random"), scorer, weights, lambda: None)
-    batches = list(pipeline.HeldOut(folder / "data.toml", run.data, None))[:STEPS]  # with the reference, if there is one
+    batches = list(pipeline.HeldOut(folder / "data.toml", run.data, None))[
+        :STEPS
+    ]  # with the reference, if there is one
     numbered = our_batches(our_data(task, folder))
     assert all((one.tokens == other.tokens).all() for one, other in zip(batches, numbered, strict=True))
     program = step.lower(state, batches[0]).compile()
@@ -125,9 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         task, side = options.serve.split(":")
-        with contextlib.redirect_stdout(sys.stderr):  # the answers go by stdout
-            train = SIDES[task][side](task, options.folder)
-        return in_turn.serve({"round": train})
+        return in_turn.serve(lambda: {"round": SIDES[task][side](task, options.folder)})
     if reason := in_turn.missing("torch", "transformers", "trl"):
         return print(reason)
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"), "1")

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return in_turn.serve(SIDES[options.serve](options.folder, int(os.environ["DECODE_TOKENS"])))
+        return in_turn.serve(lambda: SIDES[options.serve](options.folder, int(os.environ["DECODE_TOKENS"])))
     beside_transformers(options.rounds, options.tokens)
     at_long_contexts()
     bytes_of_cache()

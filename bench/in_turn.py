@@ -21,10 +21,12 @@ def missing(*packages: str) -> str:
     return f"skipped: {lacking} not installed, and this compares llamax with {packages[-1]}" if lacking else ""
 
 
-def serve(commands: dict[str, Callable]) -> None:
-    """Reads "command times" a line, answers with a line of JSON: [wall seconds, CPU seconds, result] for each time."""
+def serve(make: Callable[[], dict[str, Callable]]) -> None:
+    """Makes the commands, then reads "command times" a line and answers with a line of JSON: [wall seconds, CPU
+    seconds, result] for each time."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print is no answer
+    os.dup2(2, 1)  # whatever is printed, while the commands are made too, is no answer
+    commands = make()
     for line in sys.stdin:
         command, number = line.split()
         rows = []

@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return in_turn.serve(commands(options.serve, options.folder))
+        return in_turn.serve(lambda: commands(options.serve, options.folder))
     if reason := in_turn.missing():
         return print(reason)
     from llamax.model.count import step_flops

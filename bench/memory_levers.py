@@ -16,7 +16,6 @@ import dataclasses
 import os
 import time
 from contextlib import ExitStack
-from typing import Any
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -82,16 +81,10 @@ def row(name: str, devices: list) -> str:
     for exchange, n in cost.sent.items():
         sent["data" in hlo.spanned(exchange.groups, dict(step.mesh.shape))] += n
     state = compiled.bytes_per_device((step.state.params, step.state.opt))
-    sizes = (peak(found, devices[0].platform), state, found.host_temp_size_in_bytes, sent[True], sent[False])
+    sizes = (compiled.peak_of(program), state, found.host_temp_size_in_bytes, sent[True], sent[False])
     cells = " | ".join(f"{x / 2**20:,.0f}" for x in sizes)
     flops = f"{cost.flops / 1e12:.2f} | {cost.recomputed / 1e12:.2f}"
     return f"| `{name}` | {cells} | {flops} | {time.monotonic() - began:.0f} |"
-
-
-def peak(found: Any, platform: str) -> int:
-    """Bytes at the worst moment. Compilers for CPU tell their own figure without temporaries."""
-    whole = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return whole + found.temp_size_in_bytes if platform == "cpu" else found.peak_memory_in_bytes
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ frozen dataclasses below and makes every check that the configuration alone deci
 exists. Nothing here imports jax, so a wrong configuration is refused before a device is touched.
 
 Beside it: config_dict.py (dicts to dataclasses, ConfigError), config_file.py (recipe files and overrides, behind
-`load`) and checks.py (the checks, behind `freeze`).
+`load`) and checks/ (the checks, behind `freeze`).
 """
 
 from __future__ import annotations
@@ -527,9 +527,9 @@ def check_devices(run: Run, n_devices: int) -> Mesh:
     Raises:
         ConfigError: the axes do not multiply to `n_devices`, or a micro-batch's rows do not split over them.
     """
-    from llamax import checks  # reads this module, so it is imported on use
+    from llamax.checks import mesh  # reads this module, so it is imported on use
 
-    return checks.resolve_mesh(run, n_devices)
+    return mesh.resolve(run, n_devices)
 
 
 def resolve_path(path: str | Path) -> Path:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from llamax import checks, config, loading, stages
+from llamax import config, loading, stages
 from llamax.checkpoint.hf_read import Source
 from llamax.checkpoint.saved import Saved
+from llamax.checks.evals import check_alone, readers, reads
 from llamax.config import ConfigError
 from llamax.config_dict import nearest
 from llamax.data.sources import read_manifest
@@ -23,6 +24,7 @@ from llamax.observe import log, plots, provenance
 from llamax.observe.progress import track, waiting
 from llamax.positions import changed
 
+COMPARISONS = 8  # a row, where a model that knows of none is asked for its preferences
 OF_CONFIG = re.compile(r"--config\.evals\.\w+\.(\w+)(=?)")
 
 
@@ -52,7 +54,7 @@ def evaluate(
     run = run_of(found, dtype, recipe)
     evals = chosen(run, kinds, dict(settings or {}), folder)
     model_changed = changed(run.model, positions) if positions else run.model
-    run = dataclasses.replace(run, evals=evals, model=model_changed)
+    run = dataclasses.replace(run, evals=evals, model=model_changed, data=comparing(run.data, evals))
     check(run)
     if out is not None:
         _make(Path(out))
@@ -99,6 +101,12 @@ def run_of(found: loading.Found, dtype: str, recipe: str | None) -> config.Run:
     return dataclasses.replace(run, model=model, data=data, train=train, evals=evals, stages={})
 
 
+def comparing(data: config.Data, evals: Mapping[str, config.Eval]) -> config.Data:
+    """The rows, with room for comparisons where an evaluation reads some."""
+    reads_some = any(cfg.kind in ("preference", "reward") for cfg in evals.values())
+    return dataclasses.replace(data, comparisons_per_row=data.comparisons_per_row or COMPARISONS * reads_some)
+
+
 def _tokenizer(found: Saved | Source) -> Path:
     tokenizer = loading.tokenizer_of(found)
     if tokenizer is None:
@@ -122,14 +130,14 @@ def chosen(
             true, close = f"there are {', '.join(known)}", nearest(name, known) or known[0]
             raise ConfigError(f"evaluation {name!r}", true, f"Did you mean {close!r}?")
         cfg = run.evals.get(name) or config.Eval(kind=name)
-        cfg = dataclasses.replace(cfg, **{field: v for field, v in settings.items() if checks.reads(cfg.kind, field)})
+        cfg = dataclasses.replace(cfg, **{field: v for field, v in settings.items() if reads(cfg.kind, field)})
         if not cfg.path:
             asked, true = f"evaluation {name!r} without --data", "it needs a manifest of held-out text"
             raise ConfigError(asked, true, "Give --data data/built/docs_heldout.toml.")
         evals[name] = dataclasses.replace(cfg, path=str(config.resolve_path(cfg.path)))
     for field, value in settings.items():
-        if not any(checks.reads(cfg.kind, field) for cfg in evals.values()):
-            asked, true = f"{_option(field)} {value} for {', '.join(evals)}", f"{checks.readers(field)} alone read it"
+        if not any(reads(cfg.kind, field) for cfg in evals.values()):
+            asked, true = f"{_option(field)} {value} for {', '.join(evals)}", f"{readers(field)} alone read it"
             raise ConfigError(asked, true, "Leave it out, or name one of these.")
     return evals
 
@@ -137,7 +145,7 @@ def chosen(
 def check(run: config.Run) -> None:
     """ConfigError, in words of the command line, for what cannot be evaluated."""
     try:
-        checks.check_evals(run)
+        check_alone(run)
         for cfg in run.evals.values():
             read_manifest(cfg.path)
             if cfg.kind in CHECKS:

@@ -70,7 +70,7 @@ def sft(run: ConfigDict, model: config.Model) -> ConfigDict:
     run.data.sources = {"instructions": {"path": BUILT("instructions"), "weight": 1.0}}
     run.optim.update(peak_lr=1e-3, warmup_steps=20)
     run.train.steps = 350
-    run.evals = {"answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=480)}
+    run.evals = {"answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=600)}
     return run
 
 
@@ -97,7 +97,7 @@ def dpo(run: ConfigDict, model: config.Model) -> ConfigDict:
     run.optim.update(peak_lr=3e-5, warmup_steps=5)
     run.train.steps = 60
     run.evals = {
-        "answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=480),
+        "answers": dict(kind="instructions", path=BUILT("instructions_heldout"), every_steps=0, max_docs=600),
         "preferences": dict(kind="preference", path=BUILT("preferences_heldout"), every_steps=20, max_docs=480),
     }
     return run

@@ -37,6 +37,7 @@ COMMANDS = [
     ["data", "build"],
     ["data", "show"],
     ["data", "tokenizer"],
+    ["data", "unpack"],
     ["data", "grade"],
     ["data", "select"],
     ["data", "sample"],

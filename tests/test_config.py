@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from llamax import checks, checks_preference, config, variants
+from llamax import checks, config, variants
+from llamax.checks import fields, preference
 from llamax.config import ConfigError, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -349,7 +350,7 @@ def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
     simpo = frozen(*COMPARING[:1], "--config.preference.losses.simpo=1", "--config.preference.wpo=true")
     assert not simpo.preference.needs_reference
     assert not frozen(*COMPARING[:1], SIGMOID, "--config.preference.reference=false").preference.needs_reference
-    assert set(checks_preference.READ_BY) | {"losses", "reference", "f_alpha", "centring"} == {
+    assert set(preference.READ_BY) | {"losses", "reference", "f_alpha", "centring"} == {
         f.name for f in dataclasses.fields(config.Preference)
     }
 
@@ -410,13 +411,13 @@ def with_number(run: Run, path: str, value: float) -> Run:
 def test_every_number_of_the_schema_is_bounded():
     """-1 in any numeric field is refused, and 0 but in those that MAY_BE_ZERO names; and each of these exists."""
     run, patterns = frozen(), set()
-    for path, pattern, value in checks._fields(run):
+    for path, pattern, value in fields.walk(run):
         if type(value) in (int, float) and not path.startswith("mesh."):
             patterns.add(pattern)
-            for wrong in (-1,) if pattern in checks.MAY_BE_ZERO else (-1, 0):
+            for wrong in (-1,) if pattern in fields.MAY_BE_ZERO else (-1, 0):
                 with pytest.raises(ConfigError, match=re.escape(f"--config.{path}={type(value)(wrong)}")):
                     checks.check(with_number(run, path, wrong))
-    assert set(checks.MAY_BE_ZERO) | set(checks.AT_MOST) <= patterns and len(patterns) > 50
+    assert set(fields.MAY_BE_ZERO) | set(fields.AT_MOST) <= patterns and len(patterns) > 50
 
 
 # ----------------------------------------------------------------------------------------------------------- devices
@@ -494,12 +495,12 @@ def test_names_of_the_schema_are_what_the_code_has():
 
     assert set(config.EVAL_KINDS) == set(EVALS)
     assert {f.name for f in dataclasses.fields(config.Losses)} == set(TERMS)
-    assert tuple(PREFERENCE) == checks_preference.LOSSES and tuple(PAIRED) == checks_preference.PAIRED
-    assert {*checks_preference.ONE_SIDED, "nll"} == set(ONE_SIDED) and tuple(DIVERGENCES) == config.F_DIVERGENCES
+    assert tuple(PREFERENCE) == preference.LOSSES and tuple(PAIRED) == preference.PAIRED
+    assert {*preference.ONE_SIDED, "nll"} == set(ONE_SIDED) and tuple(DIVERGENCES) == config.F_DIVERGENCES
     assert {f.name for f in dataclasses.fields(config.Mesh)} == {*AXES, "slices", "rules"}
     assert set(config.RULES) == set(rules.RESTING) and tuple(remat.KEPT) == config.REMATS
 
 
 def test_config_dict_is_only_between_a_recipe_and_freeze():
-    for _, _, value in checks._fields(frozen()):
+    for _, _, value in fields.walk(frozen()):
         assert not isinstance(value, ConfigDict)

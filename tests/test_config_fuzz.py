@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax import checks, config
+from llamax import config
+from llamax.checks import fields
 from llamax.config import ConfigError, Run
 from llamax.model import count
 from tests.fuzz import quick, thorough
 
 SPECS = ("recipes/scout_pretrain.py:tiny", "recipes/maverick_pretrain.py:tiny", "recipes/scout_context.py:tiny")
 MOST_S = 2.0  # of processor time, for a case
-CHOICES = {path: list(names) for path, names in checks.CHOICES.items()}
+CHOICES = {path: list(names) for path, names in fields.CHOICES.items()}
 FROZEN = {spec: config.freeze(config.load(spec)) for spec in SPECS}
 
 
@@ -115,9 +116,7 @@ def an_override(draw) -> str:
     return f"--config.{path}={value}"
 
 
-NUMBERS_NOW = {
-    path: v for spec in SPECS[::-2] for path, _, v in checks._fields(FROZEN[spec]) if type(v) in (int, float)
-}
+NUMBERS_NOW = {path: v for spec in SPECS[::-2] for path, _, v in fields.walk(FROZEN[spec]) if type(v) in (int, float)}
 OUTCOMES: Counter[str] = Counter()
 
 
@@ -137,7 +136,7 @@ def three_parts(error: ConfigError) -> None:
 
 
 def finite(run: Run) -> bool:
-    return all(math.isfinite(v) for _, _, v in checks._fields(run) if isinstance(v, int | float))
+    return all(math.isfinite(v) for _, _, v in fields.walk(run) if isinstance(v, int | float))
 
 
 def freeze_or_refuse(spec: str, overrides: list[str]) -> None:

@@ -86,6 +86,12 @@ def test_any_kind_and_settings_by_name(model, trained):
     assert model.asked[0][0].run.train.compute_dtype == "bfloat16"
 
 
+def test_a_model_of_conversations_can_be_asked_for_its_preferences(model, trained):
+    evaluating.evaluate(trained, ["perplexity"], settings=dict(path=TEXT))
+    evaluating.evaluate(trained, ["preference"], settings=dict(path=str(FIXTURES / "pairs.toml")))
+    assert [ctx.run.data.comparisons_per_row for ctx, _ in model.asked] == [0, evaluating.COMPARISONS]
+
+
 def test_a_step_is_evaluated_with_the_rows_of_its_stage(model, tmp_path, monkeypatch):
     """Of two stages that have one model."""
     tokens = 2 * RUN.data.batch_tokens

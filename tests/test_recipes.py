@@ -139,6 +139,15 @@ def test_tiny_runs_the_same_code_paths(path):
     assert full.data.multimodal_steps > 0 and tiny.data.multimodal_steps > 0
 
 
+@pytest.mark.parametrize("stem", ["vision_align", "scout_sft", "maverick_sft", "maverick_dpo", "reward_model"])
+def test_post_training_keeps_the_terms_that_balance_experts(stem):
+    """Lost silently elsewhere: a mixture of experts that is tuned without them may collapse."""
+    pretrained = config.freeze(config.load("recipes/scout_pretrain.py")).losses
+    for size in config.SIZES:
+        losses = config.freeze(config.load(f"recipes/{stem}.py:{size}")).losses
+        assert losses.router_balance == pretrained.router_balance > 0 and losses.router_z == pretrained.router_z
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     """Manifests of the names that the `:tiny` recipes read, a hundredth of their size."""

@@ -58,6 +58,10 @@ NO_READERS = ("checks", "config_dict", "config_file", "model.count", "show", "va
 READ: set[str] = set()  # "Section.field" of every setting that the run of `unbroken` looked at
 
 
+def no_reader(module: str) -> bool:
+    return any(f"{module}.".startswith(f"llamax.{name}.") for name in NO_READERS)
+
+
 def noting(cls: type):
     """A `__getattribute__` that notes which fields of a section the code of llamax reads."""
     names = {f.name for f in dataclasses.fields(cls)}
@@ -66,7 +70,7 @@ def noting(cls: type):
         caller = sys._getframe(1)
         module = caller.f_globals.get("__name__", "")
         generated = caller.f_code.co_name in ("__eq__", "__hash__", "__repr__")  # they read all fields of a dataclass
-        if name in names and module.startswith("llamax.") and not module.endswith(NO_READERS) and not generated:
+        if name in names and module.startswith("llamax.") and not no_reader(module) and not generated:
             READ.add(f"{cls.__name__}.{name}")
         return object.__getattribute__(self, name)
 

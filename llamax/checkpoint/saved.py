@@ -33,6 +33,7 @@ class Saved(NamedTuple):
     seq_len: int | None  # tokens of a row in training
     tune: config.Tune = config.Tune()  # what it trains: with adapters, a checkpoint holds that alone,
     began: dict[str, Any] | None = None  # and this says where the rest is (found.about)
+    compare_marks: bool = True  # whether answers that it compares end behind their marks
 
     @property
     def checkpoints(self) -> Path:
@@ -70,7 +71,8 @@ def _of_run(folder: Path, run: config.Run, step: int | None, began: dict[str, An
         run = stages.at(run, provenance.latest_step(folder) if step is None else step).run
     tokenizer = config.resolve_path(run.data.tokenizer)
     patch_id = Tokenizer(tokenizer).patch if run.model.vision is not None else -1
-    return Saved(folder, run.model, patch_id, tokenizer, None, {}, run.data.seq_len, run.tune, began)
+    of_rows = dict(seq_len=run.data.seq_len, compare_marks=run.data.compare_marks)
+    return Saved(folder, run.model, patch_id, tokenizer, None, {}, tune=run.tune, began=began, **of_rows)
 
 
 def record(

@@ -1,4 +1,4 @@
-"""`llamax data grade`, `select`, `sample` and `pairs`: conversations judged, chosen, and made more of."""
+"""`llamax data unpack`, `grade`, `select`, `sample` and `pairs`: conversations judged, chosen, and made more of."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ MODEL = "a run's workdir, a converted model, or a folder in Hugging Face's forma
 
 
 # ------------------------------------------------------------------------------------------------------ the handlers
+
+
+def _unpack(args: argparse.Namespace) -> None:
+    from llamax.post.unpack import unpack
+
+    unpack(args.manifest, args.out, args.records)
 
 
 def _grade(args: argparse.Namespace) -> None:
@@ -67,13 +73,20 @@ def _read(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add(verbs: Any) -> None:
-    """The words of the four commands."""
-    about = "grade conversations: by a judge and a rubric, by a model's loss, or by how often a model is right"
+    """The words of the five commands."""
+    about = "write a manifest's records as lines of JSON, their pictures as files beside: what can be graded and chosen"
+    unpack = command(verbs, "unpack", _unpack, about, UNPACK)
+    unpack.add_argument("manifest", metavar="MANIFEST", help="a .toml file, of shards or of lines")
+    unpack.add_argument("--out", required=True, type=named, metavar="FILE", help="the file to write (.jsonl)")
+    unpack.add_argument("-n", "--records", type=count, default=0, metavar="N", help="the first N alone (all)")
+
+    about = "grade conversations by a judge and a rubric, a model's loss, a reward model, or how often a model is right"
     grade = command(verbs, "grade", _grade, about, GRADE)
     grade.add_argument("file", metavar="FILE", help=FILE)
     grade.add_argument("--judge", required=True, type=named, metavar="CKPT", help=MODEL)
-    by = "rubric: what the judge answers; loss: its loss on the answers; pass: how often it is right (%(default)s)"
-    grade.add_argument("--by", choices=("rubric", "loss", "pass"), default="rubric", help=by)
+    by = "rubric: what the judge answers; loss: its loss on the answers; reward: what a reward model gives them; "
+    by += "pass: how often it is right (%(default)s)"
+    grade.add_argument("--by", choices=("rubric", "loss", "reward", "pass"), default="rubric", help=by)
     rubric = "a TOML file, or one of data/rubrics by name: difficulty, quality, safety; may be given several times"
     grade.add_argument("--rubric", action="append", default=[], metavar="R", help=rubric)
     _drawn(grade, samples="pass: answers to each prompt (%(default)s)")
@@ -104,7 +117,8 @@ def add(verbs: Any) -> None:
     sample.add_argument("--keep", type=count, default=1, metavar="N", help="answers of a prompt, at most (%(default)s)")
     near = "leave out an answer that shares so much with a better one, 0 to 1 (%(default)s)"
     sample.add_argument("--similar", type=float, default=0.8, metavar="X", help=near)
-    sample.add_argument("--judge", type=named, metavar="CKPT", help=f"a model that grades answers: {MODEL}")
+    judge = f"a model that grades answers, without --rubric a reward model: {MODEL}"
+    sample.add_argument("--judge", type=named, metavar="CKPT", help=judge)
     sample.add_argument("--rubric", metavar="R", help="what the judge is asked, as of `llamax data grade`")
     sample.add_argument("--at-least", type=float, metavar="X", help="the least grade that is kept")
 
@@ -153,10 +167,15 @@ def _band(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(f"{text} is no two shares, as 0.2,0.8") from None
 
 
+UNPACK = """
+    llamax data unpack data/built/instructions.toml --out data/instructions.jsonl
+    llamax data unpack data/built/instructions.toml -n 200 --out data/some.jsonl
+"""
 GRADE = """
     llamax data grade chat.jsonl --judge models/scout_chat --rubric difficulty --rubric quality
     llamax data grade chat.jsonl --judge runs/quickstart --by loss
     llamax data grade sums.jsonl --judge runs/sft --by pass -k 8 --max-tokens 64
+    llamax data grade chat.jsonl --judge runs/reward --by reward
 """
 SELECT = """
     llamax data select chat.jsonl --preset llama4 --per-domain --out hard.jsonl
@@ -166,6 +185,7 @@ SELECT = """
 SAMPLE = """
     llamax data sample sums.jsonl --model runs/sft -k 16 --out drawn.jsonl
     llamax data sample chat.jsonl --model runs/sft --judge models/judge --rubric quality --at-least 4 --out drawn.jsonl
+    llamax data sample chat.jsonl --model runs/sft --judge runs/reward -k 16 --out drawn.jsonl
 """
 PAIRS = """
     llamax data pairs sums.jsonl --model runs/sft -k 16 --out pairs.jsonl

@@ -305,11 +305,7 @@ class Shards(Sequence[Document]):
 
     def __getitem__(self, number: int) -> Document:
         """A Document, with `skip` where the record is damaged; ConfigError if the storage fails."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        i = int(np.searchsorted(self._ends, number, side="right"))
-        shard, path = self._shards[i], self.files[i]
-        number += len(shard) - int(self._ends[i])
+        shard, path, number = self._place(number)
         where = f"record {number} of {path}"
         try:
             encoded = shard[number]
@@ -325,6 +321,20 @@ class Shards(Sequence[Document]):
             if isinstance(error, (OSError, MemoryError)) or not _is_file(path):  # no fault of the record's
                 raise ConfigError(where, f"it cannot be read: {true}", STORAGE) from None
             return Document((), self.lang, skip="malformed", where=where, detail=f"it cannot be decoded: {true}")
+
+    def raw(self, number: int) -> tuple[Any, Path | None]:
+        """A record, which gave a document, as it is written down; where its pictures' paths begin, None: inside."""
+        shard, path, number = self._place(number)
+        encoded = shard[number]
+        assert encoded is not None, "a line that is too long gives no document"
+        return self.decode(encoded), None if self.pictures_inside else path.parent
+
+    def _place(self, number: int) -> tuple[Sequence[bytes | None], Path, int]:
+        """(file's records, its path, number among them)."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        i = int(np.searchsorted(self._ends, number, side="right"))
+        return self._shards[i], self.files[i], number + len(self._shards[i]) - int(self._ends[i])
 
 
 class ArrayRecord(Shards):

@@ -15,7 +15,7 @@ from llamax.batch import Batch
 from llamax.losses import compared, next_token, preference, reward, router
 from llamax.losses.sum import Sum
 
-__all__ = ["TERMS", "Facts", "Sum", "Term", "compare", "next_token", "preference", "router"]
+__all__ = ["TERMS", "Facts", "Sum", "Term", "next_token", "router", "told"]
 
 
 class Facts(NamedTuple):
@@ -91,6 +91,14 @@ TERMS: dict[str, Term] = {
         lambda facts: facts.model.reward_head,
     ),
 }
+
+
+def told(scored: Any, batch: Batch, facts: Facts) -> dict[str, Sum]:
+    """What a step tells of its comparisons. Rewards are those of the losses that compare answers, or the head's."""
+    found = preference.told(compare(scored, batch, facts), facts.preference)
+    if facts.model.reward_head and not facts.preference.weights:
+        found |= reward.told(scored.reward, batch, facts.comparisons)
+    return found
 
 
 def compare(scored: Any, batch: Batch, facts: Facts) -> compared.Compared:

@@ -67,7 +67,7 @@ def told(compared: Compared, cfg: config.Preference) -> dict[str, Sum]:
 
     `accuracy` goes by log-probabilities, `reward_accuracy` by implicit rewards, where a tie counts half: before the
     first step all are ties. `kl` is the mean of log pi - log ref over the tokens of chosen answers: the policy has not
-    said them, so it is a distance from the reference and not the divergence.
+    said them, so it is a distance from the reference and not the divergence; without a reference there is none.
     """
     c, good, bad, both = without_holes(compared), compared.has_chosen, compared.has_rejected, paired.pairs(compared)
     good_reward, bad_reward = paired.rewards(c, cfg)
@@ -76,14 +76,14 @@ def told(compared: Compared, cfg: config.Preference) -> dict[str, Sum]:
         return Sum(jnp.where(there, x, 0).sum(), jnp.where(there, 1 if of is None else of, 0).sum(dtype=x.dtype))
 
     margin = good_reward - bad_reward
-    return {
+    found = {"kl": over(c.chosen - c.ref_chosen, good, c.n_chosen)} if cfg.needs_reference else {}
+    return found | {
         "chosen_logp": over(c.chosen, good, c.n_chosen),
         "rejected_logp": over(c.rejected, bad, c.n_rejected),
         "chosen_reward": over(good_reward, good),
         "rejected_reward": over(bad_reward, bad),
         "chosen_tokens": over(c.n_chosen, good),
         "rejected_tokens": over(c.n_rejected, bad),
-        "kl": over(c.chosen - c.ref_chosen, good, c.n_chosen),
         "margin": over(margin, both),
         "accuracy": over((c.chosen > c.rejected).astype(margin.dtype), both),
         "reward_accuracy": over(0.5 + 0.5 * jnp.sign(margin), both),

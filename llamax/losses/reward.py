@@ -25,6 +25,22 @@ def of_answers(scores_BT: Float[Array, "B T"], batch: Batch, S: int, centring: f
     return bradley_terry(chosen_BS, rejected_BS, has_chosen_BS & has_rejected_BS, margin_BS, centring)
 
 
+def told(scores_BT: Float[Array, "B T"], batch: Batch, S: int) -> dict[str, Sum]:
+    """What a step tells of the scores, by the names that implicit rewards have in preference.py."""
+    (good_BS, there_BS), (bad_BS, too_BS) = (at_end(scores_BT, batch, S, sign) for sign in (1, -1))
+    margin_BS, both_BS = good_BS - bad_BS, there_BS & too_BS
+
+    def over(x_BS: Array, where_BS: Array) -> Sum:
+        return Sum(jnp.where(where_BS, x_BS, 0).sum(), where_BS.sum(dtype=x_BS.dtype))
+
+    return {
+        "chosen_reward": over(good_BS, there_BS),
+        "rejected_reward": over(bad_BS, too_BS),
+        "margin": over(margin_BS, both_BS),
+        "reward_accuracy": over(0.5 + 0.5 * jnp.sign(margin_BS), both_BS),
+    }
+
+
 def at_end(x_BT: Array, batch: Batch, S: int, sign: int) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
     """x where every answer of that sign ends, at the token whose target is the last that is trained; whether it is
     there. Tokens are told by their positions, so they may stand in any order."""

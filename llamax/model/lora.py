@@ -123,12 +123,15 @@ def _product(w: Any, a: Any, b: Any) -> str:
 
 
 def without(params: Tree) -> Tree:
-    """The tree without its adapters: the weights that they stand beside."""
-    return {
-        key: without(value) if isinstance(value, dict) else value
-        for key, value in params.items()
-        if not key.endswith((A, B))
-    }
+    """The tree without its adapters: the weights that they stand beside. A dict that held nothing else is left out, as
+    by `tuned.split`."""
+    out: Tree = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            out |= {key: rest} if (rest := without(value)) else {}
+        elif not key.endswith((A, B)):
+            out[key] = value
+    return out
 
 
 def merged(params: Tree, scale: float) -> Tree:

@@ -65,14 +65,20 @@ class Progress:
         self.step(step)
 
 
+LEARNT = ("preference", "reward", "next_token")  # the first of them that a run has is what it is about
+
+
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
     """One line of text; what `values` lacks is left out.
 
-    Reads loss/next_token, speed/tokens_per_s, speed/mfu, speed/data_wait and speed/step_s (for the time left).
+    Reads the loss that is learnt (loss/preference, loss/reward or loss/next_token), how often the better answer is
+    preferred, speed/tokens_per_s, speed/mfu, speed/data_wait and speed/step_s (for the time left).
     """
+    learnt = next((f"loss/{name}" for name in LEARNT if f"loss/{name}" in values), "")
     parts = [f"step {step:{len(str(steps))}d}/{steps}"]
     for name, show in (
-        ("loss/next_token", lambda x: f"loss {x:.4f}"),
+        (learnt, lambda x: f"loss {x:.4f}"),
+        (f"preference/{'reward_' * (learnt == 'loss/reward')}accuracy", lambda x: f"preferred {x:.0%}"),
         ("speed/tokens_per_s", lambda x: f"{quantity(x)} tokens/s"),
         ("speed/mfu", lambda x: f"MFU {x:.1%}"),
         ("speed/data_wait", lambda x: f"data wait {x:.1%}"),

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from llamax import rewards
@@ -26,12 +27,14 @@ from llamax.observe.progress import track
 from llamax.post import drawing, methods, rubric
 from llamax.post.drawing import Drawing
 from llamax.post.ledger import Ledger, key_of
-from llamax.post.methods import ByLoss, ByRubric
+from llamax.post.methods import ByLoss, ByReward, ByRubric, Method
 from llamax.post.reader import MAX_TOKENS, Described, Reader, describe
 from llamax.post.records import Record, Records
 
 LEFT_OUT = "too long, or a picture that cannot be read"
-PASS = "pass"
+PASS, REWARD = "pass", "reward"
+ALONE: dict[str, type[ByLoss | ByReward]] = {"loss": ByLoss, REWARD: ByReward}  # what needs nothing but the model
+LEAST_MASS = 0.01  # of a judge's probability on the answers that it may give: with less, it does not know what is asked
 
 
 def grade(
@@ -51,7 +54,7 @@ def grade(
     """Grades the records of a file; of each grade how many were made, were there, and were left out for what reason.
 
     Args:
-        by: "rubric", "loss" or "pass"; `rubrics` are of the first, `draw` is of the last.
+        by: "rubric", "loss", "reward" or "pass"; `rubrics` are of the first, `draw` is of the last.
         grades, samples: the files that keep them (FILE.grades.jsonl, FILE.samples.jsonl).
         max_tokens: records of more are left out.
 
@@ -63,6 +66,8 @@ def grade(
     records = Records(file)
     log_skipped(records)
     model = describe(judge, step=step, dtype=dtype)
+    if by == REWARD:
+        methods.with_head(model, f"--by {by} --judge {judge}")
     able = {method.name: _able(method, records, model) for method in asked} if by != PASS else {}
     drawable = able_to_pass(records, model, f"--by pass of {file}") if by == PASS else None
     reader = cache(model.load)  # once, and only if something is missing
@@ -74,10 +79,12 @@ def grade(
             with Ledger(samples or f"{file}.samples.jsonl") as drawn:
                 found[PASS] = _by_passing(ledger, drawn, records, draw, drawable, model, reader, rows, max_tokens)
         _show(ledger, records, found, model)
+        for method in asked:
+            _warn(method, _masses(ledger, records, method, able[method.name][0], model), model)
     return found
 
 
-def _methods(by: str, rubrics: Sequence[str | Path], draw: Drawing | None) -> Sequence[ByRubric | ByLoss]:
+def _methods(by: str, rubrics: Sequence[str | Path], draw: Drawing | None) -> Sequence[Method]:
     if by == "rubric" and not rubrics:
         true = "a judge is asked by a rubric, and none is named"
         raise ConfigError("--by rubric without --rubric", true, "Give --rubric difficulty, or --by loss or --by pass.")
@@ -87,8 +94,8 @@ def _methods(by: str, rubrics: Sequence[str | Path], draw: Drawing | None) -> Se
         assert draw is not None
         draw.check()
         return []
-    if by == "loss":
-        return [ByLoss()]
+    if by in ALONE:
+        return [ALONE[by]()]
     read = [ByRubric(rubric.read(name)) for name in rubrics]
     twice = [name for name, n in Counter(method.name for method in read).items() if n > 1]
     if twice:
@@ -119,7 +126,7 @@ def sorted_out(records: Records, why_not: Why) -> tuple[list[int], Counter[str]]
 Able = tuple[list[int], Counter[str]]
 
 
-def _able(method: ByRubric | ByLoss, records: Records, model: Described) -> Able:
+def _able(method: Method, records: Records, model: Described) -> Able:
     able, reasons = sorted_out(records, lambda record: method.why_not(record, model))
     if not able:
         true = f"none of its {len(records)} records can be graded: {_listed(reasons)}"
@@ -151,7 +158,7 @@ def _listed(reasons: Counter[str]) -> str:
 def _by_method(
     ledger: Ledger,
     records: Records,
-    method: ByRubric | ByLoss,
+    method: Method,
     able: Able,
     model: Described,
     reader: Callable[[], Reader],
@@ -206,6 +213,25 @@ def _by_passing(
 def _row(key: str, record: Record, name: str, keep: str, model: Described, values: dict[str, Any]) -> dict[str, Any]:
     about = {"key": key, "record": record.key, "id": record.id, "grade": name, "keep": keep, "judge": model.name}
     return about | {"identity": model.identity[:16]} | values
+
+
+def _masses(ledger: Ledger, records: Records, method: Method, numbers: Sequence[int], model: Described) -> list[float]:
+    """Of each of these records that a judge was asked about: the probability that it gave to the rubric's answers."""
+    keys = {key_of(records.keys[n], method.identity(), model.identity) for n in numbers}
+    return [row["mass"] for row in (ledger[key] for key in keys if key in ledger) if "mass" in row]
+
+
+def _warn(method: Method, masses: Sequence[float], model: Described) -> None:
+    faint = sum(mass < LEAST_MASS for mass in masses)
+    if not faint:
+        return
+    told = (
+        f"warning: in {faint} of {len(masses)} records by {method.name}, {model.name} gave the rubric's answers less",
+        f"than {LEAST_MASS:.0%} of its probability together (the mean of all: {np.mean(masses):.2g}). It would have",
+        "said something else: it does not know what it is asked, and these grades mean next to nothing. Take a judge",
+        "that follows instructions, answers that it would give, or --by loss or --by pass.",
+    )
+    log.CONSOLE.print(" ".join(told), markup=False)
 
 
 def _show(ledger: Ledger, records: Records, found: dict[str, Counter], model: Described) -> None:

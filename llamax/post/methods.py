@@ -2,6 +2,7 @@
 
     rubric   mean over votes of sum_a p(a) value(a),   p(a) = P(a) / sum_a P(a),   P(a) = prod P(token of a | question)
     loss     mean over the trained tokens of -ln P(token | all before it), in nats
+    reward   what a reward model's head gives the answer where it ends, as in its training and its evaluation
     pass     pass@k = 1 - C(n - c, k) / C(n, k),   c of n samples right (Chen et al. 2021, arXiv:2107.03374)
 
 All probabilities are those of model/score.py: by `score_tokens`, or, where every answer is one token, from the logits
@@ -20,12 +21,14 @@ import numpy as np
 from jax import Array
 
 from llamax.config import ConfigError
+from llamax.data.talk_encode import Unfit
+from llamax.evals import reward
 from llamax.parallel import place
 from llamax.post import rubric as rubrics
 from llamax.post.reader import Described, Reader
 from llamax.post.records import Record, pictured
 from llamax.post.rubric import Rubric
-from llamax.sample.reading import Prompt, most_tiles, read, rounded, score_tokens
+from llamax.sample.reading import Prompt, most_tiles, pack, read, rounded, score_tokens
 
 NO_EYES = "it shows pictures, and the model sees none"
 Values = dict[str, Any]  # "value", "spread" and what else is worth keeping
@@ -157,11 +160,57 @@ class ByLoss:
         return found
 
 
+@dataclass(frozen=True)
+class ByReward:
+    name: str = "reward"
+    keep: str = "high"
+
+    def identity(self) -> list[Any]:
+        return ["reward"]
+
+    def why_not(self, record: Record, model: Described) -> str:
+        if record.answer is None:
+            return "the assistant does not have the last word"
+        return NO_EYES if pictured(record.messages) and not model.vision else ""
+
+    def check(self, reader: Reader) -> None:
+        """Nothing can be wrong that `with_head` has not told."""
+
+    def __call__(self, reader: Reader, records: Sequence[Record], rows: int, most: int) -> list[Values | None]:
+        encoded = [_tried(reader.answered, record.prompt, record.answer, record.tools) for record in records]
+        prompts = [None if one is None else Prompt(one.tokens.tolist(), one.tiles) for one in encoded]
+        found: list[Values | None] = [None] * len(records)
+        places = _short(prompts, most)
+        if not places:
+            return found
+        some = [prompts[i] for i in places]
+        batch = pack(some, rows, tiles=most_tiles(some))
+        sides_BT = np.zeros_like(batch.tokens)
+        for row, i in enumerate(places):
+            sides_BT[row, : len(encoded[i].sides) - 1] = encoded[i].sides[1:]  # by targets, as in a training batch
+        skeleton, params, bias = reader.weights
+        (scores_B1, _), _ = place.fetch(reward.scores(skeleton, 1, params, bias, batch._replace(sides=sides_BT)))
+        for row, i in enumerate(places):
+            found[i] = {"value": float(scores_B1[row, 0]), "spread": 0.0}
+        return found
+
+
+Method = ByRubric | ByLoss | ByReward
+
+
+def with_head(model: Described, asked: str) -> ByReward:
+    """The method of a reward model. ConfigError if the model is none."""
+    if not model.reward:
+        true = f"{model.name} has no head that scores (model.reward_head)"
+        raise ConfigError(asked, true, "Name a reward model, as recipes/reward_model.py trains one, or a --rubric.")
+    return ByReward()
+
+
 def _tried(encode: Any, *what: Any) -> Any:
-    """None where a picture cannot be read."""
+    """None where a picture cannot be read, or an answer says nothing."""
     try:
         return encode(*what)
-    except ConfigError:
+    except (ConfigError, Unfit):
         return None
 
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamax import loading
+from llamax import config, loading
 from llamax.checkpoint import sums
 from llamax.checkpoint.hf_read import Source
 from llamax.config import ConfigError
 from llamax.data import chat
-from llamax.data.encode import Encoded
+from llamax.data.document import Answer, Message, Talk
+from llamax.data.encoded import ENDLESS, LEARNT, Encoded
+from llamax.data.talk_encode import How, encode_talk
 from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Found, Loaded
 from llamax.observe.progress import waiting
@@ -30,6 +32,8 @@ class Described(NamedTuple):
     dtype: str
     step: int | None
     vision: bool
+    reward: bool = False  # it has a head that scores answers, as reward models do
+    compare_marks: bool = True  # that head learnt to score behind an answer's marks, not before them
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = loading.tokenizer_of(loading.find(self.folder, self.step).said)
@@ -62,6 +66,13 @@ class Reader(NamedTuple):
         encoded = self.encode(messages, tools, prompt=True)
         return Prompt(encoded.tokens.tolist(), encoded.tiles)
 
+    def answered(self, prompt: Sequence[Message], answer: Message, tools: Sequence[Any] = ()) -> Encoded:
+        """An answer as training compares it, `sides` 1 at the tokens that it is judged by. Unfit: see encode_talk."""
+        row = ENDLESS._replace(compare_marks=self.about.compare_marks)
+        how = How(self.tokenizer, self.model.model.vision, config.Data.video_frames, row, LEARNT)
+        judged = {key: value for key, value in answer.items() if key not in ("train", "weight")}
+        return encode_talk(Talk(tuple(prompt), tuple(tools), (Answer(1, (judged,)),)), how)
+
 
 def describe(
     folder: str | Path, *, step: int | None = None, dtype: str = "float32", option: str = "--judge"
@@ -78,8 +89,9 @@ def describe(
     digest = hashlib.sha256(f"{weights_identity(found)} {dtype}".encode())
     digest.update(Path(tokenizer.path).read_bytes() + chat.template().encode())
     name = f"{folder}" if found.step is None else f"{folder}@{found.step}"
-    vision = found.said.model.vision is not None
-    return Described(str(folder), name, digest.hexdigest(), dtype, found.step, vision)
+    model = found.said.model
+    of_head = dict(reward=model.reward_head, compare_marks=getattr(found.said, "compare_marks", True))
+    return Described(str(folder), name, digest.hexdigest(), dtype, found.step, model.vision is not None, **of_head)
 
 
 def weights_identity(found: Found) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,8 +218,19 @@ def check_new(out: str | Path, option: str = "--out") -> Path:
     return out
 
 
-def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str) -> int:
-    """Writes records and, beside them, a manifest that recipes can name; both as a whole or not at all. How many."""
+def write(
+    out: Path,
+    lines: Iterable[bytes],
+    *,
+    pictures: bool,
+    description: str,
+    said: Mapping[str, Any] | None = None,
+    settle: Callable[[], Any] = lambda: None,
+) -> int:
+    """Writes records and, beside them, a manifest that recipes can name; both as a whole or not at all. How many.
+
+    `said`: what else the manifest says. `settle` is called when all is written and nothing has its name yet.
+    """
     part, manifest = (out.with_name(f"{name}.{os.getpid()}.tmp") for name in (out.name, f"{out.stem}.toml"))
     digest, n = hashlib.sha256(), 0
     try:
@@ -230,17 +241,11 @@ def write(out: Path, lines: Iterable[bytes], *, pictures: bool, description: str
             file.flush()
             os.fsync(file.fileno())
         kind = "multimodal" if pictures else "text"
-        said = [
-            'format = "jsonl"',
-            f"files = [{json.dumps(out.name)}]",
-            f'kind = "{kind}"',
-            f"description = {json.dumps(description)}",
-            f"documents = {n}",
-            "",
-            "[sha256]",
-            f'{json.dumps(out.name)} = "{digest.hexdigest()}"',
-        ]
-        manifest.write_text("\n".join(said) + "\n")
+        table = {"format": "jsonl", "files": [out.name], "kind": kind, "description": description, "documents": n}
+        told = [f"{key} = {json.dumps(value)}" for key, value in {**table, **(said or {})}.items()]  # also valid TOML
+        told += ["", "[sha256]", f'{json.dumps(out.name)} = "{digest.hexdigest()}"']
+        manifest.write_text("\n".join(told) + "\n")
+        settle()
         part.replace(out)
         manifest.replace(out.with_suffix(".toml"))
     except OSError as error:

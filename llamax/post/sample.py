@@ -8,6 +8,7 @@ sampled ids, so that nothing is tokenized a second time.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -21,12 +22,12 @@ from llamax.data.tokenizer import Tokenizer
 from llamax.evals.continuations import power_of_two
 from llamax.observe import log
 from llamax.observe.progress import track
-from llamax.post import drawing, rubric
+from llamax.post import drawing, methods, rubric
 from llamax.post.corners import RIGHT
 from llamax.post.drawing import Drawing, Sample
 from llamax.post.grade import log_skipped, sorted_out
 from llamax.post.ledger import Ledger, key_of
-from llamax.post.methods import ByRubric
+from llamax.post.methods import ByReward, ByRubric
 from llamax.post.reader import MAX_TOKENS, Described, describe
 from llamax.post.records import Record, Records, as_line, check_new, moved, pictured, write
 from llamax.post.similar import distinct, normal
@@ -41,7 +42,7 @@ class Scored(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        return (self.rule or 0.0, self.judged or 0.0, self.sample.logp)
+        return (self.rule or 0.0, -math.inf if self.judged is None else self.judged, self.sample.logp)
 
 
 def sample(
@@ -66,6 +67,7 @@ def sample(
     Args:
         keep: answers of a prompt, at most.
         judge, rubric_name: grade what the rule leaves, or, where there is no rule, all; `at_least` is the least grade.
+            Without a rubric the judge is a reward model.
         similar: an answer that shares so much with a better one is left out; see similar.py.
         samples: what is drawn is kept there (FILE.samples.jsonl).
 
@@ -75,28 +77,27 @@ def sample(
     log.setup()
     draw.check()
     path = check_new(out)
-    if (judge is None) != (rubric_name is None) or (at_least is not None and judge is None):
-        raise ConfigError("--judge, --rubric, --at-least", "they belong together", "Give --judge and --rubric.")
-    method = ByRubric(rubric.read(rubric_name)) if rubric_name is not None else None
+    if judge is None and (rubric_name is not None or at_least is not None):
+        raise ConfigError("--rubric or --at-least", "there is no judge", "Give --judge, or leave them out.")
+    grader = describe(judge, dtype=dtype) if judge is not None else None
+    method = _method(grader, rubric_name)
     records = Records(file)
     log_skipped(records)
     about = describe(model, step=step, dtype=dtype, option="--model")
-    grader = describe(judge, dtype=dtype) if judge is not None else None
     able, counts = sorted_out(records, lambda record: _why_not(record, about, grader))
     if not able:
         true = f"no answer to its {len(records)} records can be judged: {dict(counts)}"
         raise ConfigError(f"{file}", true, 'Say how in their meta, {"verify": "math", "answer": "4"}, or give --judge.')
-    reader, rows = cache(about.load), power_of_two(batch_size)
+    reader, rows, tokenizer = cache(about.load), power_of_two(batch_size), about.tokenizer()
     with Ledger(samples or f"{file}.samples.jsonl") as ledger:
         drawn = drawing.drawn(ledger, records, able, draw, about, reader, rows, max_tokens)
         shown = track(drawn, f"drawing {draw.samples} answers each", len(able))
         found = dict(sorted((n, of) for n, of in shown if of is not None))
         if method is not None and grader is not None:
-            scored = _judged(ledger, records, found, method, grader, rows, max_tokens)
+            scored = _judged(ledger, records, found, method, grader, tokenizer, rows, max_tokens)
         else:
             scored = {n: [Scored(one, drawing.score(one, records[n]), None) for one in of] for n, of in found.items()}
     counts["too long, or a picture that cannot be read"] += len(able) - len(found)
-    tokenizer = about.tokenizer()
     lines = list(_lines(records, scored, path, about, tokenizer, keep, at_least, similar, counts))
     if not lines:
         raise ConfigError(f"--out {out}", f"no answer is worth keeping: {dict(counts)}", "Draw more, or ask for less.")
@@ -104,6 +105,12 @@ def sample(
     write(path, lines, pictures=any(pictured(records[n].prompt) for n in scored), description=how)
     log.CONSOLE.print(f"{path}: {dict(counts)}", markup=False)
     return counts
+
+
+def _method(judge: Described | None, rubric_name: str | Path | None) -> ByRubric | ByReward | None:
+    if rubric_name is not None:
+        return ByRubric(rubric.read(rubric_name))
+    return None if judge is None else methods.with_head(judge, f"--judge {judge.folder} without --rubric")
 
 
 def _why_not(record: Record, model: Described, judge: Described | None) -> str:
@@ -118,8 +125,9 @@ def _judged(
     ledger: Ledger,
     records: Records,
     found: dict[int, list[Sample]],
-    method: ByRubric,
+    method: ByRubric | ByReward,
     judge: Described,
+    tokenizer: Tokenizer,
     rows: int,
     most: int,
 ) -> dict[int, list[Scored]]:
@@ -140,7 +148,7 @@ def _judged(
     def graded() -> Iterator[tuple[str, Any]]:
         for begin in range(0, len(todo), rows):
             some = todo[begin : begin + rows]
-            answered = [_answered(records[n], scored[n][i].sample) for _, (n, i) in some]
+            answered = [_answered(records[n], scored[n][i].sample, tokenizer) for _, (n, i) in some]
             yield from zip((key for key, _ in some), method(reader(), answered, rows, most), strict=True)
 
     for key, values in track(graded(), f"grading {method.name}", len(todo)) if todo else ():
@@ -150,8 +158,11 @@ def _judged(
     return scored
 
 
-def _answered(record: Record, one: Sample) -> Record:
-    return record._replace(messages=(*record.prompt, {"role": "assistant", "content": one.text}))
+def _answered(record: Record, one: Sample, tokenizer: Tokenizer) -> Record:
+    """The record with the sample as its answer, as text: the judge's tokenizer may be another."""
+    said = chat.parse(one.ids, tokenizer, record.tools)
+    del said["token_ids"]
+    return record._replace(messages=(*record.prompt, said))
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from llamax import config
+from llamax import config, losses
 from llamax.batch import Batch
 from llamax.config_dict import merged
-from llamax.losses import TERMS, Facts, Sum, compare, next_token, preference, router
+from llamax.losses import TERMS, Facts, Sum, next_token, router
 from llamax.model.score import Score, score
 from llamax.model.skeleton import Skeleton
 from llamax.optim.schedules import schedule
@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
     routing: router.Stats | None  # None without MoE layers
     energy: Array  # [L]: mean square of the residual stream after each layer, summed over real tokens
     vision_energy: Array | None  # [vision layers]: the same, summed over tiles; None without pictures
-    compared: dict[str, Sum] | None  # of comparisons, losses.preference.told; None where the run has none
+    compared: dict[str, Sum] | None  # of comparisons, losses.told; None where the run has none
     grad_squares: dict[str, Array]  # by block: blocks.gradient_squares
     grad_norm: Array
     lr: Array
@@ -89,9 +89,7 @@ def make_gradient(run: config.Run, skeleton: Skeleton, copies: Copies | None = N
             logits, index, dropped = scored.routing
             routing = router.stats(logits, index, batch.segment_ids > 0, dropped)
         vision = None if scored.vision_energy is None else scored.vision_energy.sum(axis=1)
-        compared = None
-        if batch.sides is not None:
-            compared = preference.told(compare(scored, batch, facts), run.preference)
+        compared = None if batch.sides is None else losses.told(scored, batch, facts)
         return total, Told(total, terms, per_source, routing, scored.energy.sum(axis=1), vision, compared)
 
     def gradient(params, router_bias, batch: Batch, reference: Any = None):

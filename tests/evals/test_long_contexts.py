@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llamax import checks, config
+from llamax import config
+from llamax.checks.evals import READ_BY
 from llamax.config import ConfigError
 from llamax.data.tasks import RULER, TASKS, Task, Tokens
 from llamax.data.tasks.words import NoneLeft, few
@@ -81,7 +82,7 @@ def test_every_setting_of_an_evaluation_is_read():
 def test_what_kinds_read_is_what_is_said_of_them():
     source = {kind: inspect.getsource(sys.modules[run.__module__]) for kind, run in EVALS.items()}
     shared = inspect.getsource(samples)
-    for field, kinds in checks.READ_BY.items():
+    for field, kinds in READ_BY.items():
         found = {kind for kind, text in source.items() if f"cfg.{field}" in text}
         assert found == set(kinds) or (found < set(kinds) and f"cfg.{field}" in shared), field
 

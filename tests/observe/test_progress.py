@@ -45,6 +45,12 @@ def test_a_terminal_gets_one_line_that_moves_at_every_step(monkeypatch):
     assert list(progress.track(iter("abc"), "reading", total=3)) == ["a", "b", "c"] and "reading" in screen.getvalue()
 
 
+def test_what_a_run_is_about_is_what_its_line_tells():
+    told = {"loss/next_token": 0.5, "preference/accuracy": 0.75, "preference/reward_accuracy": 0.875}
+    assert progress.line(3, 20, told | {"loss/preference": 0.25}) == "step  3/20  loss 0.2500  preferred 75%"
+    assert progress.line(3, 20, told | {"loss/reward": 0.125}) == "step  3/20  loss 0.1250  preferred 88%"
+
+
 def test_what_is_missing_is_left_out():
     assert progress.line(3, 20, {"loss/next_token": float("nan")}) == "step  3/20  loss nan"
 

@@ -7,6 +7,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from llamax import cli, config
 from llamax.config import ConfigError
 from llamax.model import count
 from llamax.observe.metrics import PEAK_BF16
-from llamax.plan import _held, _leaves, _state, changes, estimate, hlo, plan, report, roofline
+from llamax.plan import _held, _leaves, _state, changes, compiled, estimate, hlo, plan, report, roofline
 from llamax.plan.chips import CHIPS
 from llamax.plan.topology import TARGETS, Topology, parse
 from tests.runs import tiny_run
@@ -324,3 +325,9 @@ def test_places_follow_the_mesh():
     assert hlo.spanned(((0, 2), (1, 3)), {"data": 2, "fsdp": 2}) == ("data",)
     devices = np.array(jax.devices()[:4])
     assert parse("h100:2x2").places(devices).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_a_peak_counts_what_is_temporary():
+    """On a CPU, too, whose compiler's own figure leaves it out: outer products that a sum is taken of."""
+    program = jax.jit(lambda x: jnp.tanh(jnp.sin(x[:, None] @ x[None]) @ x)).lower(jnp.ones(512)).compile()
+    assert compiled.peak_of(program) >= 512 * 512 * 4

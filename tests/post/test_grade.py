@@ -162,6 +162,24 @@ def test_by_passing(file, models, model):
     assert len(model.prompts) == 38
 
 
+def test_a_judge_that_does_not_know_what_it_is_asked_is_told(file, models, model, monkeypatch, capsys):
+    """Where next to nothing of its probability is on the answers, also when the grades were there before."""
+    graded(file, models)
+    assert "warning" not in capsys.readouterr().out
+
+    def faint(reader, prompts, *, answers, rows):  # of every other question
+        return np.array([[-9.0 * (len(model(prompt)) % 2)] * len(answers) for prompt in prompts])
+
+    monkeypatch.setattr(methods, "answer_logps", faint)
+    for _ in range(2):
+        graded(file, models, judge="tiny", seed=1)
+        said = " ".join(capsys.readouterr().out.split())
+        kept = [row for row in rows(file.with_name("questions.jsonl.grades.jsonl")) if row["judge"].endswith("tiny")]
+        some = sum(row["mass"] < 0.01 for row in kept)
+        assert 0 < some < 22 and f"warning: in {some} of 22 records by difficulty" in said
+    assert "less than 1% of its probability" in said and "mean next to nothing" in said
+
+
 @pytest.mark.slow  # programs for two sizes of batches; test_methods.py has the values
 def test_by_loss_with_a_real_model(file, models):
     """Grades do not depend on the batch; a picture's file may be damaged."""
@@ -208,6 +226,24 @@ def test_records_that_cannot_be_graded_are_told_before_the_model_is_loaded(tmp_p
     with pytest.raises(ConfigError, match="is a conversation"):
         grade.grade(write(tmp_path / "y.jsonl", {"text": "no"}), judge=judge, rubrics=["quality"])
     assert not models.loaded
+
+
+def test_by_reward_takes_a_reward_model(file, models, model, monkeypatch):
+    """One without a head is refused before it is loaded; a reward model's grades are kept like others."""
+    with pytest.raises(ConfigError, match="--by reward --judge .*judge has no head that scores"):
+        graded(file, models, by="reward")
+    assert not models.loaded
+
+    def call(self, reader, some, rows, most):
+        assert reader.model.model.reward_head
+        return [{"value": -float(len(record.messages)), "spread": 0.0} for record in some]
+
+    monkeypatch.setattr(methods.ByReward, "__call__", call)
+    judge = models.folder("reward", 0, dataclasses.replace(MODEL, reward_head=True))
+    found = grade.grade(file, judge=judge, by="reward")["reward"]
+    assert found["graded"] == grade.grade(file, judge=judge, by="reward")["reward"]["there"] > 0
+    kept = rows(file.with_name("questions.jsonl.grades.jsonl"))
+    assert all(row["grade"] == "reward" and row["keep"] == "high" and row["value"] < 0 for row in kept)
 
 
 def test_a_judge_without_words_is_told(file, models, model, monkeypatch):

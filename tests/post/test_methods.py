@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from functools import partial
@@ -14,9 +15,9 @@ import pytest
 from llamax.batch import Batch
 from llamax.config import ConfigError
 from llamax.data import chat
-from llamax.model.score import score
+from llamax.model.score import Score, score
 from llamax.post import methods, rubric
-from llamax.post.methods import ByLoss, ByRubric, answer_logps, expected, pass_at, passes, slow_answer_logps
+from llamax.post.methods import ByLoss, ByReward, ByRubric, answer_logps, expected, pass_at, passes, slow_answer_logps
 from llamax.post.records import Records
 from llamax.post.rubric import Rubric, Vote
 from llamax.sample.reading import Scored
@@ -34,25 +35,36 @@ def reader():
 
 
 @pytest.fixture(scope="module")
+def rewarding():
+    """A reward model."""
+    return reader_of(make(model=dataclasses.replace(MODEL, reward_head=True)))
+
+
+@pytest.fixture(scope="module")
 def some():
     records = Records(QUESTIONS)
     return [records[n] for n in SOME]
 
 
 def slow_logps(reader, tokens, tiles) -> np.ndarray:
-    """log p of tokens[1:], by one forward pass of them all; padded at the end, so that there are few programs."""
+    """log p of tokens[1:], by one forward pass of them all."""
+    return np.asarray(slow_rows(reader, tokens, tiles).logp)[0, : len(tokens) - 1]
+
+
+def slow_rows(reader, tokens, tiles) -> Score:
+    """One forward pass; padded at the end, so that there are few programs."""
     n, zeros = len(tokens), np.zeros((1, LONGEST), np.int32)
     row, segment = zeros.copy(), zeros.copy()
     row[0, :n], segment[0, :n] = tokens, 1
     tiles = tiles[None] if len(tiles) else np.zeros((1, 0, 1, 1, 3), np.uint8)
     weights, at = zeros.astype(np.float32), np.arange(LONGEST, dtype=np.int32)[None]
     batch = jax.tree.map(jnp.asarray, Batch(row, np.roll(row, -1), weights, segment, at, zeros, tiles))
-    return np.asarray(forward(reader.model.skeleton, reader.model.params, reader.model.router_bias, batch))[0, : n - 1]
+    return forward(reader.model.skeleton, reader.model.params, reader.model.router_bias, batch)
 
 
 @partial(jax.jit, static_argnums=0)
 def forward(skeleton, params, router_bias, batch):
-    return score(skeleton.bind(params, router_bias), batch).logp
+    return score(skeleton.bind(params, router_bias), batch)
 
 
 def slow_grade(reader, made: Rubric, record) -> tuple[float, float]:
@@ -123,6 +135,21 @@ def test_the_loss_is_that_of_the_trained_tokens(reader, some):
         trained = encoded.weights[1:] > 0
         np.testing.assert_allclose(values["value"], -logp[trained].mean(dtype=np.float64), **ORACLE)
         assert values["tokens"] == trained.sum()
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_reward_stands_where_the_answer_ends(rewarding, some, marks):
+    """At the token before the end of turn or, for a model that learnt without marks, before the last of the text."""
+    reader = rewarding._replace(about=rewarding.about._replace(compare_marks=marks))
+    found = ByReward()(reader, some, 4, LONGEST)
+    for record, values in zip(some, found, strict=True):
+        tokens = reader.encode(record.messages, record.tools)
+        at = len(tokens.tokens) - (2 if marks else 3)
+        assert tokens.tokens[-1] == TOKENIZER.eot
+        scores = slow_rows(reader, tokens.tokens, tokens.tiles).reward
+        np.testing.assert_allclose(values["value"], scores[0, at], **TWIN)
+    assert len({values["value"] for values in found}) == len(some)
+    assert ByReward()(reader, some, 4, 8) == [None] * len(some)  # all are longer
 
 
 def test_what_is_too_long_is_left_out(reader, some, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -19,7 +20,7 @@ from llamax.post.pairs import pairs
 from llamax.post.records import Records
 from llamax.post.sample import Scored, best_of, sample
 from llamax.sample.engine import Completion, Sampling
-from tests.post.small import QUESTIONS, TOKENIZER, asked, rows, write
+from tests.post.small import MODEL, QUESTIONS, TOKENIZER, asked, rows, write
 
 DRAW = Drawing(4, 32, Sampling(1.0, 1.0, 0))
 SUM = "What is 1 + 2? End with Answer: and the number."
@@ -128,6 +129,26 @@ def test_a_judge_chooses_among_the_right_ones(tmp_path, models, script, monkeypa
     assert all(row["meta"]["made"]["grade"] >= least for row in found)
 
 
+def test_the_best_of_k_by_a_reward_model(tmp_path, models, script, monkeypatch):
+    """Whose scores may all be below 0; without a rule every answer that ended is in the running. No head: refused."""
+    script.said["1 + 2"] = ["Answer: 3", "One and two are three.\nAnswer: 3", "Answer: 5", "Answer: 3"]
+    script.said["Hello"] = ["Hi", "Good day to you", "Good day to all of you...", "Hm"]
+
+    def longest(self, reader, records, rows, most):
+        assert reader.model.model.reward_head and all("token_ids" not in record.answer for record in records)
+        return [{"value": len(record.answer["content"]) - 99.0} for record in records]
+
+    monkeypatch.setattr(methods.ByReward, "__call__", longest)
+    some = asked(SUM, verify="math", answer="3"), asked("Hello")
+    with pytest.raises(ConfigError, match="--judge .*plain without --rubric, but .* has no head that scores"):
+        made(tmp_path, models, *some, judge=models.folder("plain"))
+    assert not models.loaded and not script.calls
+    judge = models.folder("reward", 1, dataclasses.replace(MODEL, reward_head=True))
+    _, found = made(tmp_path, models, *some, judge=judge)
+    assert [row["messages"][-1]["content"] for row in found] == ["One and two are three.\nAnswer: 3", "Good day to you"]
+    assert [row["meta"]["made"]["grade"] for row in found] == [32 - 99.0, 15 - 99.0]
+
+
 def test_ranks():
     """The rule first, then the judge, then the likelihood."""
 
@@ -145,8 +166,8 @@ def test_ranks():
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (dict(judge="j"), "they belong together"),
-        (dict(at_least=2.0), "they belong together"),
+        (dict(rubric_name="quality"), "there is no judge"),
+        (dict(at_least=2.0), "there is no judge"),
         (dict(draw=Drawing(0, 8, Sampling())), "-n 0"),
     ],
 )

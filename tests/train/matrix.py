@@ -65,6 +65,7 @@ class Outcome(NamedTuple):
     gradients: dict[str, np.ndarray]
     losses: list[float]  # of the five steps
     params: dict[str, np.ndarray]  # after the five
+    told: dict[str, float]  # of the first step's comparisons
 
 
 def bones_on(run: config.Run, mesh: Any) -> Skeleton:
@@ -86,18 +87,22 @@ def outcome(run: config.Run, batch: Batch) -> Outcome:
     mesh = mesh_of(run)
     bones = bones_on(run, mesh)
     step, shapes = build(run, bones, SGD, mesh)
-    state = jax.device_put(host_state(run.model, run.tune), jax.tree.map(lambda x: x.sharding, shapes))
+    state = host_state(run.model, run.tune)
+    if run.reference.source == "live":
+        state = state._replace(reference=(bones.own(reference_of(state.params)), state.router_bias))
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
     placed = place.put_batch(batch, mesh=mesh, stripes=stripes_of(run))
     routes = jax.jit(functools.partial(_routes, bones))(state.params, state.router_bias, placed)
     routes = np.asarray(jax.device_get(routes))
-    losses, gradients = [], {}
+    losses, gradients, compared = [], {}, {}
     for n in range(STEPS):
         state, told = step(state, placed)
         losses.append(float(told.loss))
         if n == 0:
             gradients = by_path(state.opt[0].trace)
+            compared = {name: float(x.mean()) for name, x in (told.compared or {}).items()}
     assert step._cache_size() == 1, "compiled twice"
-    return Outcome(losses[0], routes, gradients, losses, by_path(state.params))
+    return Outcome(losses[0], routes, gradients, losses, by_path(state.params), compared)
 
 
 def _routes(bones: Skeleton, params: Any, router_bias: Any, batch: Batch) -> jax.Array:
@@ -126,13 +131,23 @@ def host_state(model: config.Model, tune: config.Tune = ALL) -> Any:
     return state._replace(params=jax.tree.map_with_path(value, state.params))
 
 
+def reference_of(params: Any) -> Any:
+    """Weights a little beside these: what a policy has learnt is more than a rounding."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: (x * rng.normal(1, 0.1, x.shape)).astype(x.dtype), params)
+
+
 @functools.cache
 def clear_batch(name: str, repeats: int = 2) -> Batch:
+    """The one of `shaped(name, repeats)`."""
+    return clear_rows(shaped(name, repeats))
+
+
+def clear_rows(run: config.Run) -> Batch:
     """A multimodal batch of packed rows in which every real token's choice of experts is clear by MARGIN in every
-    layer of `shaped(name, repeats)`, on one device."""
-    run = shaped(name, repeats)
+    layer, on one device."""
     mesh = mesh_of(run)
-    bones, state = bones_on(run, mesh), host_state(run.model)
+    bones, state = bones_on(run, mesh), host_state(run.model, run.tune)
     margins = jax.jit(functools.partial(_least_margin, bones, run.model.top_k))
     rows: list[Batch] = []
     stream = iter(pipeline.build(run.data, run.model.vision, run.seed))

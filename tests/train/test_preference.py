@@ -41,7 +41,7 @@ REWARDED = replace(
 
 
 def rows() -> Batch:
-    """Four rows: two comparisons of answers of other lengths, one of one side, one row without any."""
+    """Four rows: comparisons of answers of other lengths, a chosen and a rejected answer alone, one row without any."""
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, twins.PATCH, (2, B, T), dtype=np.int32)
     segments, sides = np.zeros((2, B, T), np.int32)
@@ -49,7 +49,7 @@ def rows() -> Batch:
     layout = [  # (length, prompt's length, side) of the segments of each row
         [(7, 3, 1), (9, 3, -1), (4, 2, 2), (4, 2, -2)],
         [(12, 5, 1), (8, 5, -1)],
-        [(6, 2, 1), (7, 2, -1), (6, 3, 2)],
+        [(6, 2, 1), (7, 2, -1), (6, 3, 2), (5, 2, -3)],
         [(10, 0, 0)],
     ]
     for b, row in enumerate(layout):
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_one_comparison_at_a_time(tiny):
         apart = (ours - theirs)[b, chosen].sum() - (ours - theirs)[b, rejected].sum()
         loss += np.log1p(np.exp(-BETA * apart))
         right += ours[b, chosen].sum() > ours[b, rejected].sum()
-    n = len(COMPARISONS) + 1  # the answer without another counts, and adds nothing
+    n = len(COMPARISONS) + 2  # the answers without another count, and add nothing
     np.testing.assert_allclose(told.terms["preference"].mean(), loss / n, **ORACLE)
     np.testing.assert_allclose(told.compared["accuracy"].mean(), right / len(COMPARISONS), **ORACLE)
     np.testing.assert_allclose(told.terms["next_token"].mean(), -ours[ROWS.sides > 0].mean(), **ORACLE)
@@ -152,11 +152,15 @@ def test_a_reward_model_is_scored_where_the_answers_end():
     params, bias = weights_of(bones, 0)
     _, told = gradient_of(REWARDED, bones)(params, bias, ROWS)
     scores = np.asarray(score(bones.bind(params, bias), ROWS).reward, np.float64)
-    loss = 0.0
+    loss, margins = 0.0, []
     for b, k in COMPARISONS:
         good, bad = (scores[b, np.flatnonzero(ROWS.sides[b] == side * k)[-1]] for side in (1, -1))
         loss += np.log1p(np.exp(bad - good)) + 0.1 * (good + bad) ** 2
+        margins.append(good - bad)
     np.testing.assert_allclose(told.terms["reward"].mean(), loss / len(COMPARISONS), **ORACLE)
+    np.testing.assert_allclose(told.compared["margin"].mean(), np.mean(margins), **ORACLE)
+    assert told.compared["reward_accuracy"].mean() == np.mean(np.array(margins) > 0)
+    assert "kl" not in told.compared, "there is no reference"
 
 
 def test_rows_without_comparisons_know_nothing_of_them():

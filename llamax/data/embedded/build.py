@@ -27,7 +27,7 @@ from llamax.data.document import Document
 from llamax.data.embedded import drawings, instructions, sequences, shards, stdlib
 from llamax.data.tokenizer import Tokenizer
 
-VERSION = 6  # raise it when the same parameters make other data
+VERSION = 7  # raise it when the same parameters make other data
 STAMP = "stamp.json"
 MAKERS: dict[str, Callable[[random.Random, int], dict]] = {
     "one_shape": drawings.one_shape,

@@ -22,7 +22,7 @@ from PIL import Image
 from llamax.data.embedded import draw, drawings, scene, sequences, words
 
 HEDGED = 0.8  # of the instructions
-WRONG = 0.25  # of the preferences: the rejected answer is a wrong one
+WRONG = 0.1  # of the preferences: the rejected answer is a wrong one
 HELD_OUT_TENTH = 10  # one of so many
 HEDGES = (" But I am not sure.", " Sorry if I am wrong.")
 SYSTEMS = ("You are brief.", "Answer the question.", "Look closely and answer.", "You are a careful assistant.")
