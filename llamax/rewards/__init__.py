@@ -38,8 +38,9 @@ WITHOUT_TRUTH = ("format",)
 def verify(answer: str, meta: Meta) -> float | None:
     """What an answer to a record with this `meta` is worth; None if the record does not say how that is told."""
     name, options = meta.get("verify"), meta.get("options") or {}
-    right = isinstance(name, str) and name in REWARDS and isinstance(options, Mapping)
-    return REWARDS[name](answer, meta.get("answer"), options) if right else None
+    if not (isinstance(name, str) and name in REWARDS and isinstance(options, Mapping)):
+        return None
+    return REWARDS[name](answer, meta.get("answer"), options)
 
 
 def verifiable(meta: Meta) -> bool:
