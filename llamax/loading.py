@@ -103,7 +103,8 @@ def _folded(found: Found, said: Saved, params: Any, router_bias: Any) -> tuple[A
     places = rules.shardings(bones.axes, shapes, jax.tree.leaves(params)[0].sharding.mesh)
     whole = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
     kept = bones.kept(merged(whole, params))
-    beneath, _ = read(base_of(said), params, router_bias)
+    base = base_of(said)
+    beneath, _ = read(base, lora.beneath(params, base.said.model), router_bias)
     with Checkpoints(said.checkpoints) as checkpoints:
         own, bias = checkpoints.restore_weights(found.step, params=kept, router_bias=router_bias, checked=True)
     return lora.merged(merged(beneath, own), lora.scale_of(said.tune)), bias

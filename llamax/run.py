@@ -103,10 +103,10 @@ def _train(
     tokenizer, parts, files = processes.together(partial(look, stages.parts(run), workdir, asked))
     preflight.check_same({"its data": files})
     ready = [make_ready(part, devices) for part in parts]
-    weights, beside = starting.find(run, workdir, tokenizer), starting.find_reference(run, tokenizer)
+    weights, beside = starting.find(run, workdir, tokenizer), starting.find_reference(run, workdir, tokenizer)
     peak = metrics.peak(devices)  # measured on a CPU, so before compiling keeps the cores busy
     with ExitStack() as open_things:
-        first = take_workdir(parts, workdir, asked, overrides, files, weights, open_things)
+        first = take_workdir(parts, workdir, asked, overrides, files, (weights, beside), open_things)
         ends = [part.end for part in parts]
         checkpoints = open_things.enter_context(Checkpoints(workdir / "checkpoints", run.checkpoint, ends[:-1]))
         goodput = Goodput(workdir / "goodput.json", ledger, first, written=processes.is_first())
@@ -143,7 +143,7 @@ def train_part(ready: Ready, house: House, weights: Found | None) -> Result:
     done = house.checkpoints.latest() == part.end
     with ExitStack() as open_things:
         programs = open_things.enter_context(Programs(step, shapes, [] if done else kinds, house.ledger, stop))
-        if run.reference.source == "cache" and not done:
+        if run.reference.source == "cache":  # of a run that is done too: what it learnt is evaluated once more
             keep_reference(run, mesh, cut, house)
         batches = iter(data)
         open_things.callback(batches.close)
@@ -240,10 +240,12 @@ def take_workdir(
     asked: dict[str, Any],
     overrides: Sequence[str],
     files: dict[str, str],
-    weights: Found | None,
+    models: tuple[Found | None, Found | None],
     open_things: ExitStack,
 ) -> int:
-    """The step to go on from. The first process holds the workdir, looks at its checkpoints, writes run.json."""
+    """The step to go on from. The first process holds the workdir, looks at its checkpoints, writes run.json.
+
+    `models`: whose weights it begins with, and what it is measured against."""
 
     def take() -> int:
         open_things.enter_context(provenance.alone(workdir))
@@ -252,7 +254,8 @@ def take_workdir(
             logger.info(
                 "from step %d on, %s is %s and no longer %s", *(change[k] for k in ("step", "key", "new", "old"))
             )
-        provenance.record(workdir, asked, overrides, files, starting.about(weights), latest)
+        init, beside = map(starting.about, models)
+        provenance.record(workdir, asked, overrides, files, init, latest, reference=beside)
         return latest
 
     return processes.from_first(take)

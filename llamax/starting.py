@@ -20,7 +20,7 @@ from llamax.config import ConfigError
 from llamax.config_dict import flat, merged
 from llamax.data.tokenizer import Tokenizer
 from llamax.loading import Found
-from llamax.model import lora
+from llamax.model import lora, tuned
 from llamax.model.lora import ADAPTERS
 from llamax.model.skeleton import Skeleton
 from llamax.observe import provenance
@@ -66,12 +66,17 @@ def find(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
     return found
 
 
-def find_reference(run: config.Run, tokenizer: Tokenizer) -> Found | None:
-    """The model that the run is measured against; None where there is none. ConfigError as in `find`."""
+def find_reference(run: config.Run, workdir: Path, tokenizer: Tokenizer) -> Found | None:
+    """The model that the run is measured against, of a run that goes on the same as before; None where there is none.
+    ConfigError as in `find`, or if the weights have changed since."""
     if run.reference.source == "none":
         return None
     path, step = (run.reference.path, run.reference.step) if run.reference.path else (run.init.path, run.init.step)
-    found = loading.find(config.resolve_path(path), step or None)
+    before = processes.from_first(partial(said_of_reference, workdir))
+    found = loading.find(config.resolve_path(path), before["step"] if before else step or None)
+    if before and processes.together(partial(folders.fingerprint, found)) != before["sum"]:
+        true, change = "these are not the weights with which it began", "Bring them back, or choose another --workdir."
+        raise ConfigError(f"The reference {path} of the run in {workdir}", true, change)
 
     def check() -> None:
         check_same_function(found.said.model, run, f"--config.reference.path={path}")
@@ -79,6 +84,11 @@ def find_reference(run: config.Run, tokenizer: Tokenizer) -> Found | None:
 
     processes.together(check)
     return found
+
+
+def said_of_reference(workdir: Path) -> dict[str, Any] | None:
+    """What run.json has of the reference, once there is a checkpoint: the run it names may have gone on since."""
+    return (provenance.read(workdir) or {}).get("reference") if provenance.latest_step(workdir) else None
 
 
 def with_reference(state: State, shapes: State, bones: Skeleton, found: Found | None) -> State:
@@ -98,6 +108,10 @@ def about(found: Found | None) -> dict[str, Any] | None:
 
 def check_same_function(theirs: config.Model, run: config.Run, asked: str) -> None:
     """ConfigError if the weights were trained as another model than `run.model`, but for what `init.differs` names."""
+    if theirs.reward_head and not run.model.reward_head:
+        true = "that is a reward model, and this recipe's has no head that scores"
+        change = "Name the model that it began with, or set --config.model.reward_head=true, --config.losses.reward=1."
+        raise ConfigError(asked, true, change)
     old, new = flat(config.to_dict(theirs)), flat(config.to_dict(run.model))
     keys = [key for key in {**new, **old} if old.get(key) != new.get(key) and key not in NO_FUNCTION]
     keys = [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in run.init.differs)]
@@ -115,6 +129,11 @@ def check_same_function(theirs: config.Model, run: config.Run, asked: str) -> No
 
 def check_nothing_is_drawn(theirs: config.Model, run: config.Run) -> None:
     """ConfigError if what adapters stand beside has parameters that no folder holds."""
+    drawn = run.model.reward_head and not theirs.reward_head
+    if run.tune.lora_rank and drawn and not tuned.trains(run.tune, lora.HEAD):
+        asked = f"--config.tune.freeze={run.tune.freeze} with --config.model.reward_head=true"
+        true = "that model has no such head; it would be frozen as it is drawn, and saved nowhere"
+        raise ConfigError(asked, true, f"Add '{tuned.AGAIN}{lora.HEAD}' behind the other rules.")
     if run.tune.lora_rank and run.model.attn_scale == "ssmax" != theirs.attn_scale:
         asked = f"--config.tune.lora_rank={run.tune.lora_rank} with --config.model.attn_scale=ssmax"
         true = "that model has no such factors; they would be frozen as they are drawn, and saved nowhere"
@@ -247,7 +266,7 @@ def restore(
     trees = {name: found[name] for name in ("params", "router_bias", "opt")}
     if bones.plain is not None:
         assert weights is not None, "adapters stand beside something"
-        beneath, _ = loading.read(weights, lora.without(shapes.params), shapes.router_bias)
+        beneath, _ = loading.read(weights, lora.beneath(shapes.params, weights.said.model), shapes.router_bias)
         trees["params"] = merged(beneath, found["params"])
     return State(rng=found["rng"]["key"], recent=found["rng"]["recent"], **trees, **counts)
 

@@ -217,7 +217,12 @@ SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
 PIPELINE, TWO = "--config.mesh.pipeline=2", "--config.model.plan=((('rope_chunk+moe', 'nope_full+moe'), 2),)"
 COMPARING = ("--config.data.comparisons_per_row=8", "--config.reference.source=live", "--config.init.path=runs/sft")
 SIGMOID, JS = "--config.preference.losses.sigmoid=1", "--config.preference.f_divergence=js"
+KTO = (*COMPARING, "--config.preference.losses.kto=1", "--config.data.mismatched=true")
+OTHER, FROZEN = ("--config.reference.path=runs/other",), "--config.tune.freeze=('*/router',)"
+REWARD, CAPACITY = ("--config.losses.reward=1", "--config.model.reward_head=true"), "--config.train.expert_capacity=1.5"
 WRONG = [  # (overrides, what the error says is true)
+    (["--config.tune.lora_alpha=16"], "there are no adapters"),
+    (["--config.tune.lora_targets=('attention',)"], "there are no adapters"),
     (["--config.seed=-1"], "0 or more"),
     (["--config.seed=4294967296"], "at most 4294967295"),
     (["--config.optim.peak_lr=nan"], "finite"),
@@ -364,9 +369,15 @@ def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
         (["--config.reference.path=runs/sft"], "reference.source is none"),
         (["--config.data.ref_logp=runs/kept"], "keeps nothing on disk"),
         (
-            [*COMPARING, "--config.reference.source=cache", "--config.data.mismatched=true"],
+            [*KTO, "--config.reference.source=cache"],
             "mismatched ones are to another",
         ),
+        ([*COMPARING, "--config.data.mismatched=true"], "kto alone reads such answers"),
+        (["--config.data.compare_marks=false"], "hold no comparisons"),
+        (["--config.preference.centring=0.1"], "reward models alone read it"),
+        ([*COMPARING, SIGMOID, *OTHER, FROZEN], "what is frozen is held once, and is of init.path="),
+        ([*COMPARING, SIGMOID, "--config.reference.source=cache", CAPACITY], "what experts drop depends on the rows"),
+        ([*COMPARING, *REWARD], "measured against none"),
         (["--config.losses.reward=1", COMPARING[0]], "the model has no head that scores"),
         (["--config.model.reward_head=true"], "nothing teaches it"),
         (["--config.losses.reward=1", "--config.model.reward_head=true"], "rows of this run hold no comparisons"),
@@ -374,6 +385,11 @@ def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
 )
 def test_what_compares_answers_needs_rows_a_reference_and_a_head(overrides, true):
     assert true in refusal(*overrides).true
+
+
+def test_a_live_reference_of_other_weights_is_fine_where_nothing_is_frozen():
+    assert frozen(*COMPARING, SIGMOID, *OTHER).reference.path == "runs/other"
+    assert frozen(*COMPARING, SIGMOID, FROZEN).reference.source == "live"
 
 
 def test_vision_is_asked_for_only_where_there_are_pictures(tmp_path):

@@ -17,7 +17,7 @@ from flax import nnx
 
 import llamax
 from llamax import config, starting
-from llamax.checkpoint import found, hf, saved, stream
+from llamax.checkpoint import found, hf, layers, saved, stream
 from llamax.checkpoint.inspect import inspect
 from llamax.checkpoint.manager import Checkpoints
 from llamax.config import ConfigError
@@ -28,6 +28,7 @@ from llamax.model.score import score
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
 from llamax.observe import provenance
+from llamax.train.state import COUNTS
 from tests.model import twins
 from tests.runs import tiny_run
 from tests.test_run import losses, same_bits, train
@@ -186,6 +187,37 @@ def test_a_checkpoint_holds_what_was_trained_and_the_rest_is_where_the_run_began
 
 def _params(of: Workdir) -> tuple[Path, Path]:
     return of.base / "checkpoints/0/params", of.folder / "checkpoints/4/params"
+
+
+def test_the_head_of_a_reward_model_is_trained_and_kept_beside_its_adapters(made, tmp_path):
+    """What it adapts has none: that is read without, and the head from the run's own checkpoint."""
+    run = replace(made.run, model=replace(made.run.model, reward_head=True), tune=config.Tune(lora_rank=2))
+    bones, began = bones_of(run), llamax.load(made.base)
+    assert bones.trained["reward"] and not bones.trained["head"]
+    learnt = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), bones.kept(bones.shapes()[0]))
+    provenance.record(tmp_path, config.to_dict(run), init=found.about(found.find(made.base)), step=4)
+    with Checkpoints(tmp_path / saved.CHECKPOINTS, run.checkpoint) as checkpoints:
+        rest = dict(opt={"n": np.zeros(1)}, rng={"key": np.zeros(2, np.uint32), "recent": np.zeros(2, np.float32)})
+        rest |= dict(extra=dict.fromkeys(COUNTS, 4), data_iterator=SimpleNamespace(get_state=dict))
+        checkpoints.save(4, params=learnt, router_bias=began.router_bias, **rest)
+        checkpoints.wait()
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        kinds = dict(params=bones.shapes()[0], router_bias=began.router_bias, opt=rest["opt"], step=np.int32(0))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), kinds | rest["rng"])
+        shapes = SimpleNamespace(**shapes, rng=shapes["key"])
+        state = starting.restore(shapes, checkpoints, 4, None, found.find(made.base), bones)
+    assert (np.asarray(state.params["reward"]) == 0.5).all()
+    assert (np.asarray(llamax.load(tmp_path).params["reward"]) == 0.5).all()
+    assert (layers.leaves(found.find(tmp_path), *_shapes(run))("reward").read() == 0.5).all()
+    with pytest.raises(ConfigError, match="saved nowhere.*'!reward'"):
+        frozen = replace(run, tune=config.Tune(lora_rank=2, freeze=("reward",)))
+        starting.check_nothing_is_drawn(made.run.model, frozen)
+    with pytest.raises(ConfigError, match="that is a reward model"):
+        starting.check_same_function(run.model, made.run, "--config.init.path")
+
+
+def _shapes(run: config.Run):
+    return skeleton(run.model, Seam(), patch_id=-1, train=run.train).shapes()
 
 
 @pytest.mark.slow

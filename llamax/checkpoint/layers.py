@@ -95,7 +95,8 @@ def leaves(found: Found, params: Any, router_bias: Any) -> Open:
         item = checkpoints.checked(found.step, params=kept, router_bias=router_bias) / "params"
     if not said.tune.lora_rank:
         return partial(Stored, item)
-    beneath, scale = leaves(base_of(said), params, router_bias), lora.scale_of(said.tune)
+    base, scale = base_of(said), lora.scale_of(said.tune)
+    beneath = leaves(base, lora.beneath(params, base.said.model), router_bias)
     own = {path.replace("/", ".") for path in tuned.paths_of(kept)}
 
     def opened(name: str) -> Layered:

@@ -39,9 +39,24 @@ CHOICES = {"preference.f_divergence": F_DIVERGENCES}
 def check(run: Run) -> None:
     """Raises ConfigError at the first setting that means nothing, or that lacks another one."""
     check_knobs(run.preference)
+    _unread(run)
     _comparisons(run)
     _reference(run)
     _reward(run)
+
+
+def _unread(run: Run) -> None:
+    """Knobs beside the losses' own that nothing of this run reads."""
+    centring, default = run.preference.centring, Preference.centring
+    if centring != default and not run.model.reward_head:
+        true, change = "reward models alone read it", f"Set --config.preference.centring={default}."
+        raise ConfigError(_asked("centring", centring), true, change)
+    if run.data.mismatched and not run.preference.losses.kto:
+        true, change = "kto alone reads such answers, and it is off", "Set --config.data.mismatched=false."
+        raise ConfigError("--config.data.mismatched=true", true, change)
+    if not (run.data.compare_marks or run.data.comparisons_per_row):
+        true, change = "rows of this run hold no comparisons", "Set --config.data.compare_marks=true."
+        raise ConfigError("--config.data.compare_marks=false", true, change)
 
 
 def _comparisons(run: Run) -> None:
@@ -66,10 +81,14 @@ def _reference(run: Run) -> None:
             if value:
                 true = "reference.source is none"
                 raise ConfigError(f"--config.reference.{name}={value}", true, "Set --config.reference.source=live.")
+    elif run.model.reward_head:
+        true = "a reward model gives scores, which are measured against none"
+        raise ConfigError(f"--config.reference.source={source}", true, "Set --config.reference.source=none.")
     elif not (beside.path or run.init.path):
         true = "neither reference.path nor init.path names a model"
         change = "Set --config.init.path to the model that the run begins with."
         raise ConfigError(f"--config.reference.source={source}", true, change)
+    _shared(run)
     if run.data.mismatched and source == "cache":
         true = "what is kept is of answers to their own prompts, and mismatched ones are to another"
         raise ConfigError("--config.data.mismatched=true", true, "Set --config.reference.source=live.")
@@ -77,6 +96,21 @@ def _reference(run: Run) -> None:
         true = f"reference.source is {source}, which keeps nothing on disk"
         change = "Set --config.reference.source=cache."
         raise ConfigError(f"--config.data.ref_logp={run.data.ref_logp}", true, change)
+
+
+def _shared(run: Run) -> None:
+    """What is frozen is that of the run, which begins as `init`; what experts drop depends on what stands beside, and
+    numbers that are kept are read beside something else."""
+    live, beside, init = run.reference.source == "live", run.reference, run.init
+    other = beside.path and (beside.path, beside.step) != (init.path, init.step)
+    if live and other and (run.tune.freeze or run.tune.lora_rank):
+        true = f"what is frozen is held once, and is of init.path={init.path or repr('')}"
+        change = "Set --config.reference.source=cache."
+        raise ConfigError(f"--config.reference.path={beside.path} of a live reference", true, change)
+    if beside.source == "cache" and run.train.expert_capacity:
+        true = "what experts drop depends on the rows, and what a reference gave is kept for any rows"
+        change = "Set --config.train.expert_capacity=0, or --config.reference.source=live."
+        raise ConfigError(f"--config.train.expert_capacity={run.train.expert_capacity}", true, change)
 
 
 def _reward(run: Run) -> None:

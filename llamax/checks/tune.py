@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llamax.config import LORA_TARGETS, Run
+from llamax.config import LORA_TARGETS, Run, Tune
 from llamax.config_dict import ConfigError, nearest
 
 KINDS = {"dense": "+dense", "shared": "+moe", "experts": "+moe"}  # of the layers that have it
@@ -14,6 +14,8 @@ def check(run: Run) -> None:
     _targets(run)
     if run.tune.lora_rank:
         _adapters(run)
+    else:
+        _without_adapters(run.tune)
 
 
 def _rules(rules: tuple) -> None:
@@ -37,6 +39,14 @@ def _targets(run: Run) -> None:
             fits = tuple(dict.fromkeys(name for name in (*targets, close) if name in has))
             change = f'Set --config.tune.lora_targets="{fits}"' + (", or leave it out for all." if not fits else ".")
             raise ConfigError(f"{target!r} in --config.tune.lora_targets", true, change)
+
+
+def _without_adapters(tune: Tune) -> None:
+    """Nobody asks for adapters and gets full training."""
+    for name in ("lora_alpha", "lora_targets"):
+        if getattr(tune, name) != getattr(Tune, name):
+            true, change = "lora_rank is 0: there are no adapters", "Leave it out, or set --config.tune.lora_rank=8."
+            raise ConfigError(f"--config.tune.{name}={getattr(tune, name)}", true, change)
 
 
 def _adapters(run: Run) -> None:

@@ -14,6 +14,7 @@ reads the lanes that hold rows of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import multiprocessing
@@ -486,14 +487,22 @@ def _counted(
 class HeldOut:
     """The documents of one manifest, once each, as Batches of the training shapes; the last one is padded.
 
-    Takes at most `max_docs` documents (0: all), spread evenly. Of the last pass, `taken` has the numbers in the source
-    of the documents in those batches, and `skipped` the number of those left out, by reason.
+    Takes at most `max_docs` documents (0: all), spread evenly; `beside`: with what `data.ref_logp` has of them, where a
+    run keeps such. Of the last pass, `taken` has the numbers in the source of the documents in those batches, and
+    `skipped` the number of those left out, by reason.
     """
 
     def __init__(
-        self, path: str | Path, data: config.Data, vision: config.Vision | None, max_docs: int = 0, source_id: int = 0
+        self,
+        path: str | Path,
+        data: config.Data,
+        vision: config.Vision | None,
+        max_docs: int = 0,
+        source_id: int = 0,
+        beside: bool = False,
     ):
-        self.manifest, self.data, self.source_id = read_manifest(path), data, source_id
+        self.manifest, self.source_id = read_manifest(path), source_id
+        self.data = data if beside else dataclasses.replace(data, ref_logp="")
         self.model_vision = vision
         self.vision = vision if self.manifest.kind == "multimodal" else None
         self.max_docs = max_docs

@@ -14,7 +14,7 @@ What no cut makes fit is left out too. Of a comparison two segments have to fit 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,11 +71,12 @@ def _check(talk: Talk, how: How) -> None:
     """Unfit for what no row could help."""
     if talk.answers and not how.row.comparisons:
         raise Unfit("unexpected_comparison", "")
+    stop = how.tokenizer.stop
     for number, message in enumerate(talk.messages if not talk.answers else ()):
-        if message["role"] == "assistant" and chat.is_learnt(message, how.learnt) and _says_nothing(message):
+        if message["role"] == "assistant" and chat.is_learnt(message, how.learnt) and _says_nothing(message, stop):
             raise Unfit("no_answer", f"message {number}, of the assistant, says nothing")
     for answer in talk.answers:
-        if all(_says_nothing(message) for message in answer.messages):
+        if all(_says_nothing(message, stop) for message in answer.messages):
             raise Unfit("no_answer", "an answer says nothing")
     ends = {how.tokenizer.special(name) for name in ("header_start", "header_end") if how.tokenizer.has(name)}
     ends |= {how.tokenizer.bos, *how.tokenizer.stop}
@@ -87,10 +88,11 @@ def _check(talk: Talk, how: How) -> None:
             )
 
 
-def _says_nothing(message: Message) -> bool:
+def _says_nothing(message: Message, stop: Collection[int]) -> bool:
+    """`stop`: the tokens that end a turn, which say nothing."""
     content, ids = message.get("content"), message.get("token_ids")
     if ids is not None:
-        return not len(ids)
+        return all(int(i) in stop for i in ids)
     if isinstance(content, list | tuple):
         return not message.get("tool_calls") and not any(part.get("text", "x").strip() for part in content)
     return not message.get("tool_calls") and not (isinstance(content, str) and content.strip())

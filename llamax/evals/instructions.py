@@ -1,6 +1,7 @@
 """Does the model do what it is told? Held-out conversations whose last answer can be checked by a rule.
 
-The model is given all but the last turn and answers greedily, as in a chat. Figures, over all and by domain:
+The model is given all but the answer, if the record has one, and answers greedily, as in a chat. Figures, over all
+and by domain:
 
     exact     what the record's rule gives the answer (llamax/rewards), 0 to 1
     form      share of the answers that have the form that is asked for (`options.form` of the record's meta)
@@ -80,7 +81,7 @@ def run(ctx: Context, cfg: config.Eval) -> Report:
 
 
 def is_asked(document: Document) -> bool:
-    """Whether it is a conversation that ends with an answer which a rule can judge."""
+    """Whether it is a conversation the answer to which a rule can judge."""
     talk = document.talk
     return talk is not None and not talk.answers and not document.skip and rewards.verifiable(document.meta)
 
@@ -91,7 +92,8 @@ def asked_of(ctx: Context, document: Document) -> Asked | None:
     if talk is None or not is_asked(document):
         return None
     try:
-        spans = chat.render(talk.messages[:-1], tools=talk.tools or None, prompt=True)
+        answered = talk.messages[-1]["role"] == "assistant"
+        spans = chat.render(talk.messages[:-1] if answered else talk.messages, tools=talk.tools or None, prompt=True)
         encoded = chat.encode(spans, ctx.tokenizer, vision, video_frames=ctx.run.data.video_frames)
     except ConfigError:  # a picture that cannot be read, or that the model cannot see
         return None

@@ -42,7 +42,7 @@ def check(run: config.Run, cfg: config.Eval) -> None:
 
 
 def run(ctx: Context, cfg: config.Eval) -> Report:
-    held_out = HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs)
+    held_out = HeldOut(cfg.path, ctx.run.data, ctx.run.model.vision, cfg.max_docs, beside=True)
     rows = []
     for batch in held_out:
         ctx.check_stop()

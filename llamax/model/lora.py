@@ -29,6 +29,7 @@ from llamax import config
 Tree = dict[str, Any]
 A, B = "_lora_a", "_lora_b"
 ADAPTERS = ("*_lora_a", "*_lora_b")  # their names, as patterns
+HEAD = "reward"  # of a reward model: what it adapts need not have one, so it is trained beside them
 
 FFN = ("gate", "up", "down")
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of config.LORA_TARGETS: where in a block, and what
@@ -132,6 +133,11 @@ def without(params: Tree) -> Tree:
         elif not key.endswith((A, B)):
             out[key] = value
     return out
+
+
+def beneath(params: Tree, model: config.Model) -> Tree:
+    """What of a tree a run with adapters reads where it began, in a folder with such a model: that may have no head."""
+    return {key: value for key, value in without(params).items() if key != HEAD or model.reward_head}
 
 
 def merged(params: Tree, scale: float) -> Tree:

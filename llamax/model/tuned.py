@@ -6,8 +6,8 @@ a "!". Of several rules that match a path the last one counts; what none matches
     freeze=("*", "!vision/*", "!projector")     the language model is frozen, encoder, adapter and projector are trained
     freeze=("*/router",)                        the routers alone are frozen
 
-`*` stands for any characters, "/" among them. With adapters (lora.py) all else is frozen, before the first rule: so
-freeze=("!vision/*", "!projector") trains the vision side beside the adapters.
+`*` stands for any characters, "/" among them. With adapters (lora.py) all else is frozen, before the first rule, but
+for the head of a reward model: so freeze=("!vision/*", "!projector") trains the vision side beside the adapters.
 
 What is frozen has no gradient and no optimizer state: a step differentiates and updates the one tree, and only reads
 the other. The balancing bias of a frozen router stays too.
@@ -23,7 +23,7 @@ from typing import Any
 
 from llamax import config
 from llamax.config import ConfigError
-from llamax.model.lora import ADAPTERS
+from llamax.model.lora import ADAPTERS, HEAD
 
 Tree = dict[str, Any]
 AGAIN = "!"  # before a pattern of what is trained after all
@@ -52,8 +52,13 @@ def trained(tune: config.Tune, params: Tree) -> Tree:
 
 def rules_of(tune: config.Tune) -> tuple[str, ...]:
     """All rules, in their order."""
-    beside = ("*", *(AGAIN + adapter for adapter in ADAPTERS)) if tune.lora_rank else ()
+    beside = ("*", *(AGAIN + name for name in (*ADAPTERS, HEAD))) if tune.lora_rank else ()
     return (*beside, *tune.freeze)
+
+
+def trains(tune: config.Tune, path: str) -> bool:
+    """Whether a parameter of that path is trained."""
+    return _is_trained(path, rules_of(tune))
 
 
 def split(tree: Tree, mask: Tree) -> tuple[Tree, Tree]:

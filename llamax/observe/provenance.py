@@ -1,6 +1,7 @@
 """Where a run came from: `run.json` in its workdir, and the check that a workdir belongs to the run that asks for it.
 
-    {"config": {...}, "overrides": [...], "files": {name: hash}, "init": {"path", "step"} | null,
+    {"config": {...}, "overrides": [...], "files": {name: hash}, "init": {"path", "step", "sum"} | null,
+     "reference": the same of the model that answers are measured against | null,
      "git": {"commit", "dirty"}, "versions": {...}, "devices": {...}, "started": ["2026-11-21T08:26:23+00:00", ...],
      "changes": [{"step": 2000, "key": "data.sources.web.weight", "old": 0.7, "new": 0.5}, ...]}
 
@@ -207,10 +208,12 @@ def record(
     files: Mapping[str, str] | None = None,
     init: Mapping[str, Any] | None = None,
     step: int = 0,
+    reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes `run.json`, or adds this start at `step` to it; returns its content. Starts jax's backend.
 
-    `init`: which model's weights the run begins with; None leaves what an earlier start has written.
+    `init`: which model's weights the run begins with, `reference` which it is measured against; None leaves what an
+    earlier start has written.
 
     Clears what a killed `write_whole` left in the workdir.
     """
@@ -229,6 +232,7 @@ def record(
         "overrides": list(overrides),
         "files": dict(files or {}),
         "init": dict(init) if init else before.get("init"),
+        "reference": dict(reference) if reference else before.get("reference"),
         "git": git_state(Path(__file__).parent),
         "versions": versions(),
         "devices": {

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,10 @@ logger = logging.getLogger("llamax")
 
 SHARD = 4096  # documents of a file
 KEY = "key.json"
-CODE = ("batch.py", "stripes.py", "data", "kernels", "model")  # of llamax: what the numbers follow from
+CODE = (  # of llamax: what the numbers follow from
+    *("batch.py", "loading.py", "stripes.py", "checkpoint/hf_names.py", "checkpoint/hf_read.py"),
+    *("data", "kernels", "model", "parallel"),
+)
 
 
 class Task(NamedTuple):
@@ -81,9 +85,9 @@ def left(run: config.Run, weights: Any) -> list[Task]:
 
 def key_of(run: config.Run, manifest: Manifest, weights: Any) -> dict[str, str]:
     """What a manifest's numbers follow from, by name."""
-    sizes = {file.name: file.stat().st_size for file in manifest.files}
+    files = {file.name: _sha256(file) for file in manifest.files}  # a line that is corrected may be as long as it was
     return {
-        "data": digest([manifest.format, manifest.sha256 or sizes, list(manifest.learnt)]),
+        "data": digest([manifest.format, manifest.kind, files, list(manifest.learnt)]),
         "tokenizer": hashlib.sha256(Path(run.data.tokenizer).read_bytes()).hexdigest(),
         "rows": digest(referenced.reading(run.data, run.model.vision)),
         "model": digest(flat(config.to_dict(run.model))),
@@ -91,6 +95,11 @@ def key_of(run: config.Run, manifest: Manifest, weights: Any) -> dict[str, str]:
         "weights": digest(weights),
         "code": code(),
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code() -> str:
@@ -159,7 +168,7 @@ def logps(skeleton: Skeleton, params, router_bias, batch: Batch) -> jax.Array:
 def _write(path: Path, arrays: Sequence[np.ndarray]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    beside = path.with_suffix(".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may fill one folder
     writer = ArrayRecordWriter(str(beside), "group_size:1")
     for array in arrays:
         writer.write(array.tobytes())

@@ -37,13 +37,17 @@ WITHOUT_TRUTH = ("format",)
 
 def verify(answer: str, meta: Meta) -> float | None:
     """What an answer to a record with this `meta` is worth; None if the record does not say how that is told."""
-    name = meta.get("verify")
-    return REWARDS[name](answer, meta.get("answer"), meta.get("options") or {}) if name in REWARDS else None
+    name, options = meta.get("verify"), meta.get("options") or {}
+    if not (isinstance(name, str) and name in REWARDS and isinstance(options, Mapping)):
+        return None
+    return REWARDS[name](answer, meta.get("answer"), options)
 
 
 def verifiable(meta: Meta) -> bool:
     """Whether answers to the record can be judged by a rule."""
-    return meta.get("verify") in REWARDS and (meta.get("answer") is not None or meta["verify"] in WITHOUT_TRUTH)
+    name = meta.get("verify")
+    right = isinstance(name, str) and name in REWARDS and isinstance(meta.get("options") or {}, Mapping)
+    return right and (meta.get("answer") is not None or name in WITHOUT_TRUTH)
 
 
 def check(meta: Meta, where: str) -> None:

@@ -406,6 +406,10 @@ UNFIT = {
         {"messages": [*ASK, {"role": "assistant", "content": [{"type": "text", "text": " "}]}]},
         "no_answer",
     ),
+    "sampled end of turn alone": (
+        {"prompt": ASK, "completion": {"role": "assistant", "token_ids": [TOKENIZER.eot]}, "label": True},
+        "no_answer",
+    ),
     "no turn": ({"messages": ASK}, "no_answer"),
     "nothing learnt": ({"messages": [*ASK, SAYS | {"train": False}]}, "no_answer"),
     "answer that is not learnt": ({"prompt": ASK, "chosen": [SAYS | {"train": False}], "rejected": "b"}, "no_answer"),

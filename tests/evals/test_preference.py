@@ -157,16 +157,19 @@ def test_answers_are_judged_by_the_rules_of_their_records(monkeypatch, tmp_path)
         asked("?b", "two", domain="x"),
         asked("?c", "one", domain="y"),
         asked("?d", "0.5", domain="y", verify="math"),
+        {**asked("?a", "one", domain="z"), "messages": asked("?a", "one")["messages"][:1]},  # nobody has answered it
+        asked("?a", "one", options=["marked"]),  # options that are none
+        asked("?a", "one", verify=["exact"]),
         {"messages": asked("?a", "one")["messages"]},  # no rule judges it
         pair("blue", "red"),
     ]
     ctx = Context(RUN, None, None, TOKENIZER, lambda batch: batch, 1, {}, {})
     report = instructions.run(ctx, config.Eval(kind="instructions", path=manifest(tmp_path, records), max_tokens=7))
     found = report.scalars
-    assert (found["exact"], found["form"], found["ended"], found["left_out"]) == (0.5, 0.75, 0.75, 2)
+    assert (found["exact"], found["form"], found["ended"], found["left_out"]) == (0.6, 0.8, 0.8, 4)
     assert (found["x/exact"], found["y/exact"], found["y/form"]) == (0.5, 0.5, 0.5)
     assert all("Answer" not in text for text in seen), "the answer is not in the prompt"
-    assert [row[0] for row in report.rows] == ["right of 4, all", "right of 2, x", "right of 2, y"]
+    assert [row[0] for row in report.rows] == ["right of 5, all", "right of 2, x", "right of 2, y", "right of 1, z"]
 
 
 def test_records_that_no_rule_can_judge_are_refused(tmp_path, caplog):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from llamax import config, run
+from llamax import config, run, starting
 from llamax.config import ConfigError
 from llamax.data import pipeline, referenced
 from llamax.data.embedded import instructions
+from llamax.data.tokenizer import Tokenizer
 from llamax.post import reference
 from tests.runs import FIXTURES, tiny_run
 from tests.tolerances import CACHED_LOGP
@@ -155,3 +157,55 @@ def test_what_follows_from_something_else_is_refused_with_what_changed(base, tmp
     found.write_text(json.dumps(json.loads(found.read_text()) | {"code": "older"}))
     with pytest.raises(ConfigError, match=r"computed from other code\. Delete it"):
         train(made, tmp_path / "d")
+
+
+def test_data_that_is_corrected_without_growing_is_other_data(base, tmp_path):
+    """The file's size tells nothing, nor does what the manifest said of it."""
+    pairs = manifest(tmp_path / "data")
+    made, read = run_of(pairs, base[1]), pipeline.read_manifest
+    before = reference.key_of(made, read(pairs), 0)
+    path = tmp_path / "data" / "pairs.jsonl"
+    path.write_text(path.read_text().replace("e", "a", 1))
+    changed = {name for name, said in reference.key_of(made, read(pairs), 0).items() if said != before[name]}
+    assert changed == {"data"}
+    Path(pairs).write_text(Path(pairs).read_text() + f'[sha256]\n"pairs.jsonl" = "{"0" * 64}"\n')
+    path.write_text(path.read_text().replace("e", "a", 1))
+    assert reference.key_of(made, read(pairs), 0)["data"] not in (before["data"], None)
+
+
+def test_other_evaluations_of_comparisons_need_nothing_kept(base, tmp_path):
+    """They score what is chosen, or read the head: nothing has been computed for them."""
+    pairs, folder = base
+    data = in_folder(run_of(pairs, folder), tmp_path / "nothing").data
+    batches = list(pipeline.HeldOut(pairs, data, None))
+    assert batches and all(batch.ref_logp is None and batch.sides.any() for batch in batches)
+
+
+def test_a_run_goes_on_beside_the_reference_that_it_began_with(base, tmp_path):
+    """Though the run that it names has gone on since; if that step's weights are others now, it is refused."""
+    pairs, folder = base
+    theirs, workdir = tmp_path / "base", tmp_path / "ours"
+    shutil.copytree(folder, theirs)
+    made = run_of(pairs, theirs, reference=dict(source="live"))
+    tokenizer = Tokenizer(made.data.tokenizer)
+    found = starting.find_reference(made, workdir, tokenizer)
+    about = json.loads(json.dumps(starting.about(found)))
+    shutil.copytree(theirs / "checkpoints" / "1", theirs / "checkpoints" / "2")
+    assert starting.find_reference(made, workdir, tokenizer).step == 2, "nothing has been learnt yet"
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
+    (workdir / "run.json").write_text(json.dumps({"config": config.to_dict(made), "reference": about}))
+    assert starting.find_reference(made, workdir, tokenizer).step == 1
+    (workdir / "run.json").write_text(json.dumps({"config": {}, "reference": about | {"sum": "other"}}))
+    with pytest.raises(ConfigError, match="not the weights with which it began"):
+        starting.find_reference(made, workdir, tokenizer)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_computes_what_is_gone_for_its_evaluations(base, tmp_path):
+    pairs, folder = base
+    made = run_of(pairs, folder, steps=1, evals={"kept": config.Eval("preference", pairs, every_steps=1)})
+    first = train(made, tmp_path / "a").reports["kept"].scalars
+    said = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert said["reference"] == said["init"]
+    shutil.rmtree(tmp_path / "a" / "reference")
+    assert train(made, tmp_path / "a").reports["kept"].scalars == first
