@@ -14,10 +14,12 @@ from llamax import config, stripes
 from llamax.checkpoint import sums
 from llamax.config import ConfigError
 from llamax.config_dict import flat
+from llamax.data import usable
 from llamax.data.encoded import LEARNT
-from llamax.data.sources import open_source, read_manifest
+from llamax.data.sources import TASKS, open_source, read_manifest
 from llamax.data.tasks.tokens import Tokens
 from llamax.data.tokenizer import Tokenizer, check_size
+from llamax.losses.preference import ONE_SIDED
 from llamax.model.seam import Seam
 from llamax.model.skeleton import skeleton
 from llamax.observe import provenance
@@ -150,6 +152,30 @@ def check_tune(run: config.Run) -> None:
     """ConfigError if the rules of what is trained do not suit the model."""
     if run.tune != config.Tune():
         skeleton(run.model, Seam(), patch_id=0, train=run.train, tune=run.tune)
+
+
+def check_pairs(parts: Sequence[Part]) -> None:
+    """ConfigError if losses of two answers would find none in any source: they would be 0, and teach nothing."""
+    wanted = next(filter(None, (_of_two(part.run) for part in parts)), "")
+    if not wanted:
+        return
+    for part in parts:
+        tokens = Tokens(part.run.data.tokenizer, part.run.model.vision)
+        for source in part.run.data.sources.values():
+            manifest = read_manifest(source.path)
+            if manifest.format != TASKS and usable.has_pairs(open_source(manifest, tokens)):
+                return
+    true = "it is of two answers to a prompt, and no source has chosen and rejected ones"
+    change = "Name such a source; or, for answers with labels, --config.preference.losses.kto=1 (apo_zero_unpaired)."
+    raise ConfigError(f"--config.{wanted}", true, change)
+
+
+def _of_two(run: config.Run) -> str:
+    """A loss of the run that reads two answers; "" if it has none."""
+    if run.losses.reward:
+        return "losses.reward"
+    of_two = [name for name in run.preference.weights if name not in ONE_SIDED]
+    return f"preference.losses.{of_two[0]}" if of_two and run.losses.preference else ""
 
 
 def check_evals(run: config.Run) -> None:

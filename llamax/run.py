@@ -211,6 +211,7 @@ def look(parts: Sequence[Part], workdir: Path, asked: dict[str, Any]) -> tuple[T
     files = preflight.data_files(parts)
     provenance.check_same_files(workdir, files)
     preflight.check_tune(parts[-1].run)
+    preflight.check_pairs(parts)
     preflight.check_evals(parts[-1].run)  # they are the same in all; what a row takes of the cache is most in the last
     return tokenizer, parts, files
 

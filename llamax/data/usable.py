@@ -53,6 +53,18 @@ def labels(reader: Sequence[Document]) -> set[int]:
     return found
 
 
+def has_pairs(reader: Sequence[Document]) -> bool:
+    """Whether a source compares two answers. One whose sample has answers by themselves alone is read to its end."""
+    if isinstance(reader, Exams):
+        return False
+    answers = {_answers(reader[number]) for number in _spread(reader, SAMPLE_DOCS)}
+    return 2 in answers or (1 in answers and any(_answers(reader[number]) == 2 for number in range(len(reader))))
+
+
+def _answers(document: Document) -> int:
+    return len(document.talk.answers) if document.talk else 0
+
+
 def check_labels(found: Mapping[str, set[int]]) -> None:
     """ConfigError if all labels of all sources are the same: nothing tells good answers from bad ones."""
     if len(of_all := set().union(*found.values())) == 1:

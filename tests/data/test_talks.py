@@ -11,8 +11,9 @@ import msgpack
 import numpy as np
 import pytest
 
+from llamax import preflight
 from llamax.batch import MISMATCHED
-from llamax.config import ConfigError, Data, Source
+from llamax.config import ConfigError, Data, Losses, Preference, PreferenceLosses, Source
 from llamax.data import chat, pipeline
 from llamax.data.encode import Encoder
 from llamax.data.encoded import Row
@@ -20,6 +21,7 @@ from llamax.data.packing import pack_window
 from llamax.data.pipeline import build, cut, lacking, skipped
 from llamax.data.sources import CUTS, SKIP_REASONS, open_source, parse, read_manifest, write_arrayrecord
 from llamax.data.tokenizer import Tokenizer
+from llamax.stages import Part
 from tests.runs import FIXTURES, tiny_run
 
 RUN = tiny_run()
@@ -496,6 +498,21 @@ def test_a_run_without_comparisons_refuses_a_source_of_them():
     assert lacking(settings("pairs", comparisons_per_row=1)) == ("ref_logp",)
     batch = next(iter(build(settings("text", comparisons_per_row=1), None, 0)))  # fields depend on settings alone
     assert batch.lacking() == ("ref_logp",) and not batch.sides.any()
+
+
+@pytest.mark.parametrize("name", ["labelled", "text"])
+def test_losses_of_two_answers_need_a_source_that_has_two(name):
+    """They would be 0 for every record, and teach nothing. In another stage, or beside such a source, it is one."""
+    losses = PreferenceLosses(sigmoid=1.0)
+    dpo = dataclasses.replace(RUN, preference=Preference(losses), data=settings(name, comparisons_per_row=1))
+    with pytest.raises(ConfigError, match=r"preference.losses.sigmoid, but .* no source has chosen and rejected"):
+        preflight.check_pairs([Part("", 0, dpo)])
+    with pytest.raises(ConfigError, match="losses.reward"):
+        preflight.check_pairs([Part("", 0, dataclasses.replace(dpo, losses=Losses(reward=1.0)))])
+    preflight.check_pairs([Part("", 0, dataclasses.replace(dpo, losses=Losses(preference=0.0)))])
+    preflight.check_pairs([Part("", 0, dataclasses.replace(dpo, preference=Preference(PreferenceLosses(kto=1.0))))])
+    both = dataclasses.replace(dpo, data=settings(f"{name} pairs", comparisons_per_row=1))
+    preflight.check_pairs([Part("", 0, dpo), Part("", 1, both)])
 
 
 @pytest.mark.parametrize("label", [True, False])
