@@ -209,6 +209,20 @@ def test_data_select(monkeypatch, capsys):
     assert "0.2 is no two shares" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("grade x.jsonl --judge there --by loss -k 4", "--by loss with --samples"),
+        ("grade x.jsonl --judge there --rubric a --drawn d", "--by rubric with --drawn"),
+        ("select x.jsonl --out o.jsonl --keep-tag a --end low", "without --by with --end"),
+        ("select x.jsonl --out o.jsonl --judge j", "without --by with --judge"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(words, said, capsys):
+    assert cli.main(["data", *words.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_data_sample_and_pairs(monkeypatch):
     sample = called(monkeypatch, "llamax.post.sample.sample")
     pairs = called(monkeypatch, "llamax.post.pairs.pairs")

@@ -23,6 +23,8 @@ def _unpack(args: argparse.Namespace) -> None:
 def _grade(args: argparse.Namespace) -> None:
     from llamax.post.grade import grade
 
+    if args.by != "pass":
+        _unread(args, f"--by {args.by}", "it draws no answers", DRAWN)
     how = dict(by=args.by, rubrics=args.rubric, draw=_drawing(args) if args.by == "pass" else None)
     grade(args.file, judge=args.judge, grades=args.grades, samples=args.drawn, **how, **_read(args))
 
@@ -36,6 +38,9 @@ def _select(args: argparse.Namespace) -> None:
         raise ConfigError(f"--preset {args.preset} with --keep or --band", true, "Leave one of them out.")
     keep = PRESETS[args.preset] if args.preset else 1.0 if args.keep is None else args.keep
     by = args.by or ("difficulty" if args.preset else None)
+    if by is None:
+        of_grades = {"--end": None, "--judge": None, "--grades": None, "--band": None}
+        _unread(args, "select without --by", "without grades records have no order that means anything", of_grades)
     tags = dict(keep_tags=args.keep_tag, drop_tags=args.drop_tag)
     how = dict(by=by, keep=keep, band=args.band, end=args.end, per_domain=args.per_domain, judge=args.judge)
     select(args.file, args.out, grades=args.grades, **how, **tags)
@@ -56,6 +61,21 @@ def _pairs(args: argparse.Namespace) -> None:
     corners = CORNERS if args.corners is None else tuple(filter(None, args.corners))
     how = dict(corners=corners, rule_share=args.rule_share, samples=args.drawn)
     pairs(args.file, args.out, model=args.model, draw=_drawing(args), **how, **_read(args))
+
+
+# Options of what is drawn, and what they are if they are not given.
+DRAWN = {"--samples": 8, "--max-tokens": 256, "--temperature": 1.0, "--top-p": 1.0, "--seed": 0, "--drawn": None}
+
+
+def _unread(args: argparse.Namespace, asked: str, true: str, defaults: dict[str, Any]) -> None:
+    """ConfigError for the first of these options that is given and that nothing would read."""
+    from llamax.config import ConfigError
+
+    for option, default in defaults.items():
+        if getattr(args, option.strip("-").replace("-", "_")) != default:
+            raise ConfigError(
+                f"{asked} with {option}", f"{true}, and {option} would do nothing", f"Leave {option} out."
+            )
 
 
 def _drawing(args: argparse.Namespace) -> Any:
