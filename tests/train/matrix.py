@@ -146,8 +146,8 @@ def clear_batch(name: str, repeats: int = 2) -> Batch:
 
 
 def clear_rows(run: config.Run) -> Batch:
-    """A multimodal batch of packed rows in which every real token's choice of experts is clear by MARGIN in every
-    layer, on one device."""
+    """A batch of packed rows, with pictures where the run has some, in which every real token's choice of experts is
+    clear by MARGIN in every layer, on one device."""
     mesh = mesh_of(run)
     bones, state = bones_on(run, mesh), host_state(run.model, run.tune)
     margins = jax.jit(functools.partial(_least_margin, bones, run.model.top_k))
@@ -156,7 +156,7 @@ def clear_rows(run: config.Run) -> Batch:
     try:
         for _ in range(MOST_WINDOWS):
             batch = next(stream)
-            if not batch.tiles.shape[1]:
+            if not batch.tiles.shape[1] and run.data.multimodal_steps:
                 continue
             clear = np.asarray(margins(state.params, state.router_bias, place.put_batch(batch, mesh=mesh))) >= MARGIN
             rows += [jax.tree.map(lambda x, r=r: x[r], batch) for r in np.flatnonzero(clear)]
@@ -166,7 +166,8 @@ def clear_rows(run: config.Run) -> Batch:
         stream.close()
     assert len(rows) >= run.data.rows, f"{len(rows)} rows without a tie"
     chosen = jax.tree.map(lambda *xs: np.stack(xs), *rows[: run.data.rows])
-    assert (chosen.segment_ids.max(axis=1) > 1).any() and chosen.tiles.any() and (chosen.segment_ids == 0).any()
+    assert (chosen.segment_ids.max(axis=1) > 1).any() and (chosen.segment_ids == 0).any()
+    assert chosen.tiles.any() == bool(run.data.multimodal_steps)
     return chosen
 
 
