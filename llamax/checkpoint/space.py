@@ -44,15 +44,23 @@ def quiet() -> None:
     for name in ("absl", "asyncio"):  # through these Orbax logs
         logging.getLogger(name).addFilter(QUIET)
     if not getattr(sys.excepthook, "quiet", False):
-        hook = sys.excepthook
+        hook, unraisable = sys.excepthook, sys.unraisablehook
 
+        # TensorStore's threads report each write that ends after Orbax gave up on its save, in one way or the other.
         def but_for_closed_loops(kind: type, error: BaseException, trace: Any) -> None:
-            # TensorStore's threads report each write that ends after Orbax has given up on its save.
-            if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            if not of_closed_loop(error):
                 hook(kind, error, trace)
 
+        def unraisable_but_for_closed_loops(told: Any) -> None:
+            if not of_closed_loop(told.exc_value):
+                unraisable(told)
+
         but_for_closed_loops.quiet = True  # type: ignore[attr-defined]
-        sys.excepthook = but_for_closed_loops
+        sys.excepthook, sys.unraisablehook = but_for_closed_loops, unraisable_but_for_closed_loops
+
+
+def of_closed_loop(error: BaseException | None) -> bool:
+    return type(error) is RuntimeError and str(error) == "Event loop is closed"
 
 
 def forget(error: BaseException) -> None:

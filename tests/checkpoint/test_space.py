@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
@@ -194,6 +195,19 @@ def test_a_disk_that_is_really_full(tmp_path):
     )
     assert "the last good checkpoint is step 4" in child.stdout
     assert "Traceback" not in child.stderr, "one message is enough"
+
+
+def test_a_write_that_ends_after_its_save_was_given_up_is_not_told(monkeypatch):
+    """TensorStore's threads print such an error (`sys.excepthook`) or report it as one that nobody can catch."""
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: told.append(error))
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: told.append(what.exc_value))
+    space.quiet()
+    others = [RuntimeError("another"), OSError("Event loop is closed"), None]
+    for error in (RuntimeError("Event loop is closed"), *others):
+        sys.excepthook(type(error), error, None)
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert told == [error for error in others for _ in range(2)]
 
 
 @pytest.mark.slow
