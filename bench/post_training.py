@@ -15,7 +15,11 @@ ms        of a step, for a thousand real tokens; median of the rounds; CPU ms: o
 / SFT     median of the rounds' ratios to fine-tuning's time in the same round
 stream    CPU ms for a thousand real tokens that the data stream takes beside the step, in a thread or processes
 peak      by the compiler: arguments + outputs - outputs that take over an argument's memory + temporaries
-largest   elements of the program's largest array, as a share of the B x T x V logits: asserted to stay below 1
+largest   elements of the program's largest array, as a share of the B x T x V logits: asserted to stay below 1 on CPU
+          (on GPUs without tokamax the experts' products of all rows may be larger)
+
+JAX_PLATFORMS=cuda runs it on a card; --only takes some of the runs, and then the data of these is enough; what else
+follows (--config.model.dim=1024) changes all of them.
 """
 
 from __future__ import annotations
@@ -162,7 +166,8 @@ def case(run: config.Run, step: Any, shapes: Any, mesh: Any, read: Read) -> Case
     program = step.lower(shapes, placed[0][0]).compile()
     logits = run.data.batch_tokens * run.model.vocab_size
     largest = max(math.prod(map(int, dims.split(","))) for dims in SHAPE.findall(program.as_text()))
-    assert largest < logits, f"the program has an array of {largest:,} elements; all logits are {logits:,}"
+    if jax.default_backend() == "cpu":
+        assert largest < logits, f"the program has an array of {largest:,} elements; all logits are {logits:,}"
     full = sum(real for _, real in placed) / (len(placed) * run.data.batch_tokens)
     filled = [batch.tiles.any(axis=(2, 3, 4)) for batch in read.batches]
     tiles = float(np.mean(filled)) if filled[0].size else 0.0
@@ -173,13 +178,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="of each kind, in a round")
-    options = parser.parse_args()
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS, metavar="RUN", help="and fine-tuning")
+    options, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         talks = Path(name)
         for task in conversations.EXAMPLES:
             (talks / task).mkdir()
             conversations.write_data(task, talks / task)
-        runs = {name: running(*how, talks, n_batches=4 * options.steps) for name, how in RUNS.items()}
+        asked = {name: how for name, how in RUNS.items() if name in (SFT, *options.only)}
+        runs = {
+            name: running(recipe, (*differs, *overrides), talks, n_batches=4 * options.steps)
+            for name, (recipe, differs) in asked.items()
+        }
     for number in range(options.rounds + 1):
         for kind in KINDS:
             for one in runs.values():

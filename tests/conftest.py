@@ -15,7 +15,7 @@ THREADS = str(max(1, CORES // WORKERS))
 
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could set the number of devices"
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("LLAMAX_TEST_PLATFORM", "cpu")  # see CONTRIBUTING.md
 # Tests compile far more than they compute: the lowest optimisation level compiles several times faster.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()

@@ -17,6 +17,8 @@ from llamax.kernels.cross_entropy import cross_entropy
 from llamax.kernels.grouped import Experts, ragged_experts, sorted_experts
 from tests.tolerances import MESH_GRAD, MESH_LOSS
 
+pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices, real or simulated")
+
 B, T, H, K, DH, D, F, E, V = 8, 24, 2, 1, 8, 16, 16, 4, 50
 ROWS = P(("data", "fsdp"))
 
