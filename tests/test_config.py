@@ -216,6 +216,7 @@ def test_a_misspelt_key_in_a_dict_of_a_recipe_is_refused(tmp_path):
 SOURCES = ("python", "docs", "drawings", "interleaved", "clips")
 PIPELINE, TWO = "--config.mesh.pipeline=2", "--config.model.plan=((('rope_chunk+moe', 'nope_full+moe'), 2),)"
 COMPARING = ("--config.data.comparisons_per_row=8", "--config.reference.source=live", "--config.init.path=runs/sft")
+CACHED = (*COMPARING, "--config.reference.source=cache")
 SIGMOID, JS = "--config.preference.losses.sigmoid=1", "--config.preference.f_divergence=js"
 KTO = (*COMPARING, "--config.preference.losses.kto=1", "--config.data.mismatched=true")
 OTHER, FROZEN = ("--config.reference.path=runs/other",), "--config.tune.freeze=('*/router',)"
@@ -376,7 +377,8 @@ def test_knobs_of_preferences_are_fine_where_a_loss_reads_them():
         (["--config.data.compare_marks=false"], "hold no comparisons"),
         (["--config.preference.centring=0.1"], "reward models alone read it"),
         ([*COMPARING, SIGMOID, *OTHER, FROZEN], "what is frozen is held once, and is of init.path="),
-        ([*COMPARING, SIGMOID, "--config.reference.source=cache", CAPACITY], "what experts drop depends on the rows"),
+        ([*CACHED, SIGMOID, CAPACITY], "what experts drop depends on the rows"),
+        ([*CACHED, SIGMOID, "--config.model.attn_temperature_when=inference"], "compute two functions"),
         ([*COMPARING, *REWARD], "measured against none"),
         (["--config.losses.reward=1", COMPARING[0]], "the model has no head that scores"),
         (["--config.model.reward_head=true"], "nothing teaches it"),

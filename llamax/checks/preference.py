@@ -111,6 +111,10 @@ def _shared(run: Run) -> None:
         true = "what experts drop depends on the rows, and what a reference gave is kept for any rows"
         change = "Set --config.train.expert_capacity=0, or --config.reference.source=live."
         raise ConfigError(f"--config.train.expert_capacity={run.train.expert_capacity}", true, change)
+    if beside.source == "cache" and run.model.in_training != run.model:
+        true = "training steps and evaluations then compute two functions, and what is kept is of one"
+        change = "Set --config.model.attn_temperature_when=always, or --config.reference.source=live."
+        raise ConfigError(f"--config.model.attn_temperature_when={run.model.attn_temperature_when}", true, change)
 
 
 def _reward(run: Run) -> None:
