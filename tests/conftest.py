@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests.xla_flags import quick_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -16,9 +18,7 @@ THREADS = str(max(1, CORES // WORKERS))
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could set the number of devices"
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("LLAMAX_TEST_PLATFORM", "cpu")  # see CONTRIBUTING.md
-# Tests compile far more than they compute: the lowest optimisation level compiles several times faster.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick_flags()}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the cache's remarks about the machine's features

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.xla_flags import quick_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, "launch/local.py"]
 CHILD = [sys.executable, "-m", "tests.process_child"]
@@ -59,11 +61,7 @@ class Job:
 
 def children(n: int, *words: str, devices: int = 1, launcher: Sequence[str] = ()) -> Job:
     """`tests.process_child` N times by launch/local.py, with so many simulated devices each."""
-    return Job([*LAUNCHER, "-n", f"{n}", *launcher, "--", *CHILD, *words], XLA_FLAGS=devices_flags(devices))
-
-
-def devices_flags(devices: int) -> str:
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return Job([*LAUNCHER, "-n", f"{n}", *launcher, "--", *CHILD, *words], XLA_FLAGS=quick_flags(devices))
 
 
 def run_children(n: int, *words: str, code: int = 0, devices: int = 1) -> str:

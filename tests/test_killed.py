@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.killing import STOP_S, Child, Record, child, differences, newest_checkpoint, record, run_to_the_end
+from tests.xla_flags import QUICK_FLAGS
 
 try:
     import fcntl
@@ -73,6 +74,7 @@ def killed(workdir: Path, strikes: list[Strike]) -> list[str]:
     return left
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, tmp_path):
     """In a step beyond a checkpoint; while a checkpoint is being written, and only the main process, so that nobody
     tells its loader processes; while the resumed run compiles."""
@@ -84,8 +86,7 @@ def test_killed_three_times_and_resumed_is_uninterrupted_to_the_bit(uninterrupte
 @pytest.mark.slow
 def test_the_program_that_users_run(tmp_path, monkeypatch):
     """Other tests compile without optimisation; this one as `llamax train` does."""
-    flags = os.environ["XLA_FLAGS"].replace("--xla_backend_optimization_level=0", "")
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("XLA_FLAGS", " ".join(x for x in os.environ["XLA_FLAGS"].split() if x not in QUICK_FLAGS))
     run_to_the_end(tmp_path / "whole")
     killed(tmp_path / "struck", [Strike("step", 8, 0.05), Strike("saving", 12, 0.1, 2)])
     assert differences(record(tmp_path / "struck"), record(tmp_path / "whole")) == []

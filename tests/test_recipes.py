@@ -27,7 +27,12 @@ LAYOUTS = [
 MORE = [(path.relative_to(ROOT), size) for path in RECIPES for size in runpy.run_path(str(path)).get("SIZES", ())]
 EVERY = [(path.relative_to(ROOT), size) for path in RECIPES for size in config.SIZES] + LAYOUTS + MORE
 PICTURES = ("captions", "drawings", "interleaved", "clips")  # sources that have some, beside tasks
+QUICK = ("scout_pretrain", "scout_sft")
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def quick_or_slow(path: Path):
+    return pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow)
 
 
 def test_there_are_recipes():
@@ -166,7 +171,7 @@ def scout(built, tmp_path_factory):
     return folder
 
 
-@every_recipe
+@pytest.mark.parametrize("path", [quick_or_slow(path) for path in RECIPES])
 def test_tiny_trains_two_steps(path, built, tmp_path, request):
     reference = request.getfixturevalue("scout") if path.stem == "maverick_dpo" else None
     vocab_size = trained(path, built, tmp_path, reference)

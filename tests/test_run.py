@@ -197,6 +197,7 @@ def test_levers_stop_and_resume_to_the_bit(tmp_path):
     assert same_bits(train(run, tmp_path / "parts").state, whole.state)
 
 
+@pytest.mark.slow
 def test_what_is_no_part_of_the_recipe_changes_no_bit(unbroken, tmp_path):
     """A second run, with the sources named in another order, two loader processes and another prefetch depth."""
     run = tiny_run(
@@ -207,6 +208,7 @@ def test_what_is_no_part_of_the_recipe_changes_no_bit(unbroken, tmp_path):
     assert losses(tmp_path) == losses(unbroken[0])
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(unbroken, tmp_path):
     other = train(dataclasses.replace(tiny_run(20), seed=1), tmp_path)
     assert not same_bits(other.state.params, unbroken[1].state.params)
@@ -248,6 +250,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(mesh, unbroken, tmp_path):
     assert moments and all(x.sharding == embed.sharding for x in moments)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_another_mesh(unbroken, tmp_path):
     stop_at(7, lambda: train(tiny_run(20, mesh=dict(data=1, fsdp=4)), tmp_path))
     train(tiny_run(20, mesh=dict(data=4)), tmp_path)
@@ -282,6 +285,7 @@ def test_a_finished_run_is_evaluated_again_and_goes_no_way_back(unbroken):
         train(tiny_run(10), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_with_relative_paths_resumes_from_any_folder_with_other_weights(tmp_path, monkeypatch, capsys):
     """The change of weights is said, stands in run.json, and shows in the shares of every log."""
     monkeypatch.chdir(tmp_path)
@@ -318,6 +322,7 @@ def test_documents_left_out_are_told_and_other_data_is_refused(tmp_path, capsys)
         train(run, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_stop_the_run(tmp_path):
     """A learning rate that warms up from 0 to 1e16: the second update ruins the parameters, the third step is NaN. What
     step 2 saved is the ruin."""

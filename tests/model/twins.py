@@ -17,11 +17,8 @@ from flax import nnx
 
 from llamax import config
 from llamax.batch import Batch
+from tests.xla_flags import QUICK
 
-# Test programs run a few times on tiny arrays: without optimisation a training step compiles in a fifth of the time.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # newer ones have no other emitters and no such option
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 VISION = config.Vision(tile_px=8, patch_px=2, dim=16, n_layers=2, n_heads=2, ffn_dim=24, adapter_dim=12)

@@ -18,7 +18,8 @@ from jax._src.clusters import cloud_tpu_cluster
 
 from llamax.config import ConfigError
 from llamax.parallel import processes
-from tests.jobs import CHILD, ROOT, Job, devices_flags, free_port, run_children
+from tests.jobs import CHILD, ROOT, Job, free_port, run_children
+from tests.xla_flags import quick_flags
 
 IN_TIME_S = 60  # of a wrong start
 
@@ -196,7 +197,7 @@ def test_two_processes_agree():
 def by_hand(number: int, n: int, port: int, *words: str, cwd: Path = ROOT, devices: int = 1, **environment: str) -> Job:
     """One process of a job, without a launcher that would end the others."""
     job = {"LLAMAX_COORDINATOR": f"127.0.0.1:{port}", "LLAMAX_PROCESSES": f"{n}", "LLAMAX_PROCESS": f"{number}"}
-    return Job([*CHILD, *words], cwd, **job, XLA_FLAGS=devices_flags(devices), **environment)
+    return Job([*CHILD, *words], cwd, **job, XLA_FLAGS=quick_flags(devices), **environment)
 
 
 def ends(*jobs: Job) -> list[tuple[int, str]]:

@@ -17,8 +17,9 @@ import pytest
 
 from llamax.run import train
 from llamax.train import programs
-from tests.jobs import CHILD, END_S, LAUNCHER, ROOT, TERMINATED, Job, children, devices_flags, run_children
+from tests.jobs import CHILD, END_S, LAUNCHER, ROOT, TERMINATED, Job, children, run_children
 from tests.process_child import asked_run, rows_of, shared_run, staged_run
+from tests.xla_flags import quick_flags
 
 SAME_LOSS = 1e-5
 KILLED = 128 + signal.SIGKILL
@@ -181,7 +182,7 @@ def test_the_launcher_starts_again_after_a_kill(unbroken, tmp_path):
     workdir = tmp_path / "run"
     once = f'test -e {workdir}.killed || words="--kill 4:1"; exec {" ".join(CHILD)} train {workdir} {STEPS} $words'
     command = [*LAUNCHER, "-n", "2", "--restarts", "1", "--", "sh", "-c", once]
-    with Job(command, XLA_FLAGS=devices_flags(1)) as job:
+    with Job(command, XLA_FLAGS=quick_flags(1)) as job:
         assert job.wait() == 0, job.said
         assert "starting all of them again" in job.said
     assert_same(workdir, unbroken)
@@ -204,7 +205,7 @@ def test_four_processes_by_the_command_line(unbroken, tmp_path):
     recipe.write_text(RECIPE)
     words = ["train", f"{recipe}", "--workdir", f"{tmp_path / 'run'}", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
     command = [*LAUNCHER, "-n", "4", "--", f"{llamax}", *words]
-    with Job(command, XLA_FLAGS=devices_flags(1), PYTHONPATH=f"{ROOT}") as job:
+    with Job(command, XLA_FLAGS=quick_flags(1), PYTHONPATH=f"{ROOT}") as job:
         assert job.wait() == 0, job.said
     want, got = losses(unbroken), losses(tmp_path / "run")
     np.testing.assert_allclose([*got.values()], [*want.values()], rtol=0, atol=SAME_LOSS)

@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.xla_flags import quick_flags  # noqa: E402
+
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": quick_flags(),
     "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes out of it has been partitioned before
     "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings are shown
 }

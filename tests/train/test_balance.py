@@ -98,6 +98,7 @@ def test_a_choice_by_scores_is_balanced_too(losses, router_bias):
     assert (skew < 1.5).all(), skew
 
 
+@pytest.mark.slow
 def test_without_balancing_it_stays_collapsed_and_the_z_loss_bounds_the_logits():
     """So the test above can fail. The z-loss weighs next to nothing, so that it is measured only; then it counts."""
     skew, free = trained(dict(router_z=1e-9))

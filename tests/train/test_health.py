@@ -85,6 +85,7 @@ def test_a_roll_back_equals_a_run_that_never_saw_those_batches(tmp_path, monkeyp
     assert losses(tmp_path / "rolled", after=14) == losses(tmp_path / "never", after=14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["kill", "stop"])
 def test_a_death_or_a_stop_before_a_bad_step_was_looked_at_changes_nothing(on, tmp_path, monkeypatch):
     """Logged every 10 steps and saved every 4; step 14 is bad; the run ends in step 15, and the same command goes on.
@@ -133,6 +134,7 @@ def wait_for(path, seconds=60):
     assert path.exists(), f"{path} has not come"
 
 
+@pytest.mark.slow
 def test_a_roll_back_does_not_trust_its_checkpoint(tmp_path, monkeypatch, capsys):
     """A bit of the checkpoint of step 12 has flipped since it was written: it is set aside, and step 8's is taken."""
     harm(monkeypatch, "nan")
@@ -174,6 +176,7 @@ def test_a_second_roll_back_goes_further():
     assert "no checkpoint was saved before it" in said[0]
 
 
+@pytest.mark.slow
 def test_a_harm_that_comes_again_stops_the_run(tmp_path, monkeypatch):
     """Every batch from there on: after as many roll-backs as allowed, Diverged, and the good checkpoint is there."""
     harm(monkeypatch, "nan", batches=range(6, 99))

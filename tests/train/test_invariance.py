@@ -79,7 +79,7 @@ def reference():
         pytest.param(padded, {}, id="padding"),
         pytest.param(unpacked, {}, id="no packing"),
         pytest.param(reordered, {}, id="row order"),
-        pytest.param(batch, dict(mesh=dict(data=8)), id="data parallel"),
+        pytest.param(batch, dict(mesh=dict(data=8)), id="data parallel", marks=pytest.mark.slow),
         pytest.param(
             batch, dict(mesh=dict(data=2, fsdp=2), train=dict(accumulate=2)), id="both", marks=pytest.mark.slow
         ),

@@ -67,8 +67,9 @@ def first_with_pictures() -> Batch:
 UNBALANCED = dict(losses=dict(router_balance=0.0))
 SPLITS = [
     pytest.param(dict(mesh=dict(data=8)), marks=pytest.mark.slow),
-    dict(mesh=dict(data=2, fsdp=4)),
-    dict(mesh=dict(data=1, fsdp=2, tensor=4)),  # more than there are heads of keys and values
+    pytest.param(dict(mesh=dict(data=2, fsdp=4)), marks=pytest.mark.slow),
+    # More than there are heads of keys and values.
+    pytest.param(dict(mesh=dict(data=1, fsdp=2, tensor=4)), marks=pytest.mark.slow),
     dict(mesh=dict(data=1, fsdp=2, expert=2, tensor=2)),
     pytest.param(dict(mesh=dict(data=1, expert=4)), marks=pytest.mark.slow),
     pytest.param(dict(mesh=dict(data=2, expert=4), train=dict(expert_buffer=0.5)), marks=pytest.mark.slow),
