@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -126,6 +126,14 @@ def sorted_out(records: Records, why_not: Why) -> tuple[list[int], Counter[str]]
 Able = tuple[list[int], Counter[str]]
 
 
+class Grade(NamedTuple):
+    """What a row says of how its value was found."""
+
+    name: str
+    keep: str  # the end that is worth keeping
+    identity: Any  # of a rubric every word, of sampling every setting
+
+
 def _able(method: Method, records: Records, model: Described) -> Able:
     able, reasons = sorted_out(records, lambda record: method.why_not(record, model))
     if not able:
@@ -166,7 +174,8 @@ def _by_method(
     most: int,
 ) -> Counter[str]:
     numbers, counts = able[0], Counter(able[1])
-    keys = {n: key_of(records.keys[n], method.identity(), model.identity) for n in numbers}
+    grade = Grade(method.name, method.keep, method.identity())
+    keys = {n: key_of(records.keys[n], grade.identity, model.identity) for n in numbers}
     counts["there"] = sum(key in ledger for key in keys.values())
     todo = {key: n for n, key in reversed(keys.items()) if key not in ledger}  # a record that is there twice, once
     order = sorted(todo.values(), key=lambda n: -records.size(n))  # of about one length together, the longest first
@@ -181,7 +190,7 @@ def _by_method(
     for number, values in track(graded(), f"grading {method.name}", len(order)) if order else ():
         counts["graded" if values else LEFT_OUT] += 1
         if values:
-            ledger.add(_row(keys[number], records[number], method.name, method.keep, model, values))
+            ledger.add(_row(keys[number], records[number], grade, model, values))
     return counts
 
 
@@ -197,7 +206,8 @@ def _by_passing(
     most: int,
 ) -> Counter[str]:
     numbers, counts = able[0], Counter(able[1])
-    keys = {n: key_of(records.keys[n], [PASS, *draw.identity()], model.identity) for n in numbers}
+    grade = Grade(PASS, "low", [PASS, *draw.identity()])
+    keys = {n: key_of(records.keys[n], grade.identity, model.identity) for n in numbers}
     counts["there"] = sum(key in ledger for key in keys.values())
     todo = [n for n in numbers if keys[n] not in ledger]
     sampled = drawing.drawn(drawn, records, todo, draw, model, reader, rows, most)
@@ -206,13 +216,15 @@ def _by_passing(
         values = methods.passes([drawing.score(sample, record) for sample in samples]) if samples else None
         counts["graded" if values else LEFT_OUT if samples is None else "no answer could be judged"] += 1
         if values and keys[number] not in ledger:
-            ledger.add(_row(keys[number], record, PASS, "low", model, values))
+            ledger.add(_row(keys[number], record, grade, model, values))
     return counts
 
 
-def _row(key: str, record: Record, name: str, keep: str, model: Described, values: dict[str, Any]) -> dict[str, Any]:
-    about = {"key": key, "record": record.key, "id": record.id, "grade": name, "keep": keep, "judge": model.name}
-    return about | {"identity": model.identity[:16]} | values
+def _row(key: str, record: Record, grade: Grade, model: Described, values: dict[str, Any]) -> dict[str, Any]:
+    about = {"key": key, "record": record.key, "id": record.id, "grade": grade.name, "keep": grade.keep}
+    return (
+        about | {"judge": model.name, "identity": model.identity[:16], "method": key_of(grade.identity)[:16]} | values
+    )
 
 
 def _masses(ledger: Ledger, records: Records, method: Method, numbers: Sequence[int], model: Described) -> list[float]:

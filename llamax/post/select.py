@@ -10,6 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from llamax.config import ConfigError
 from llamax.observe import log
@@ -78,11 +79,12 @@ def select(
 
 
 def read_grades(path: str | Path, records: Records, by: str, judge: str | None) -> Graded:
-    """The grades `by` of the file's records, as they are now; of several judges' those that were given last."""
+    """The grades `by` of the file's records, as they are now; of several judges', of one judge by other weights, or by
+    another wording, those that were given last: two scales are not one ranking."""
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, key in enumerate(records.keys):
         numbers[key].append(number)
-    there, found, order = Counter[str](), dict[str, dict[int, float]](), dict[str, str]()
+    there, found = Counter[str](), dict[Way, dict[int, float]]()
     if not Path(path).exists():
         true = "there is no such file of grades"
         raise ConfigError(f"{path}", true, f"Make it: llamax data grade {records.path} --judge CKPT --rubric {by}.")
@@ -90,18 +92,34 @@ def read_grades(path: str | Path, records: Records, by: str, judge: str | None) 
         there[row["grade"]] += 1
         if row["grade"] != by or (judge is not None and row["judge"] != judge):
             continue
-        order.pop(row["judge"], None)
-        order[row["judge"]] = row["keep"]
-        values = found.setdefault(row["judge"], {})
-        values.update((number, float(row["value"])) for number in numbers.get(row["record"], ()))
-    if not any(found.values()):
+        way = Way(row["judge"], row["keep"], row.get("identity", ""), row.get("method", ""))
+        values = {number: float(row["value"]) for number in numbers.get(row["record"], ())}
+        if values:
+            so_far = found.pop(way, {})
+            so_far.update(values)
+            found[way] = so_far  # the newest stands last
+    if not found:
         of = f" by {judge}" if judge else ""
         true = f"{path} has none{of} of the records as they are; it has {_listed(there) or 'nothing'}"
         raise ConfigError(f"--by {by}", true, "Grade the file first, or name another grade or judge.")
-    name = next(judge for judge in reversed(order) if found[judge])
-    if len([1 for values in found.values() if values]) > 1:
-        log.CONSOLE.print(f"{by} was graded by {', '.join(order)}; taking {name} (--judge takes another)", markup=False)
-    return Graded(by, name, order[name], found[name])
+    judges = dict.fromkeys(way.judge for way in found)
+    newest, values = found.popitem()
+    if len(judges) > 1:
+        told = f"{by} was graded by {', '.join(judges)}; taking {newest.judge} (--judge takes another)"
+        log.CONSOLE.print(told, markup=False)
+    if older := sum(len(other) for way, other in found.items() if way.judge == newest.judge):
+        told = f"{by}: {older} grades of {newest.judge} by other weights, or by another wording, are left out"
+        log.CONSOLE.print(told, markup=False)
+    return Graded(by, newest.judge, newest.keep, values)
+
+
+class Way(NamedTuple):
+    """How a grade was given."""
+
+    judge: str
+    keep: str
+    identity: str  # of the judge's weights
+    method: str  # of a rubric every word
 
 
 def choose(

@@ -25,12 +25,12 @@ def file(tmp_path):
     return path
 
 
-def give(path, values, grade="difficulty", judge="j@1", keep="high"):
+def give(path, values, grade="difficulty", judge="j@1", keep="high", **more):
     keys = Records(path).keys
     with path.with_name(f"{path.name}.grades.jsonl").open("a") as file:
         for n, value in values.items():
             row = {"key": f"{n}{judge}{grade}", "record": keys[n], "grade": grade, "keep": keep, "judge": judge}
-            file.write(json.dumps(row | {"value": value}) + "\n")
+            file.write(json.dumps(row | more | {"value": value}) + "\n")
 
 
 def numbers(path) -> list[int]:
@@ -106,6 +106,15 @@ def test_the_last_judge_s_grades_count_unless_another_is_named(file, tmp_path, c
     assert numbers(tmp_path / "last.jsonl") == [0, 1] and "taking k@2" in capsys.readouterr().out
     select(file, tmp_path / "first.jsonl", by="difficulty", keep=0.05, judge="j@1")
     assert {n % 20 for n in numbers(tmp_path / "first.jsonl")} == {19}
+
+
+def test_grades_by_two_wordings_or_by_other_weights_are_not_one_ranking(file, tmp_path, capsys):
+    """Of one judge, by its name: the newer count, and what has only an older grade has none."""
+    for number, how in enumerate((dict(method="reworded"), dict(method="reworded", identity="another"))):
+        give(file, {n: -n for n in range(10, 20)}, **how)
+        chosen = select(file, tmp_path / f"{number}.jsonl", by="difficulty", keep=0.1)
+        assert numbers(tmp_path / f"{number}.jsonl") == [10] and chosen.left_out == {"no grade": 30}
+        assert f"{40 + 10 * number} grades of j@1 by other weights, or by another" in capsys.readouterr().out
 
 
 def test_pictures_are_found_from_the_new_file(tmp_path):

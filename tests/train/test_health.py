@@ -51,7 +51,7 @@ def harm(monkeypatch, kind: str, batches=(BAD,)) -> None:
     monkeypatch.setattr(pipeline.StreamIterator, "__next__", hostile)
 
 
-@pytest.mark.parametrize("kind", ["nan", "spike"])
+@pytest.mark.parametrize("kind", ["nan", pytest.param("spike", marks=pytest.mark.slow)])
 def test_a_bad_step_takes_the_run_back_to_the_last_checkpoint(kind, tmp_path, monkeypatch, capsys):
     harm(monkeypatch, kind)
     result = train(run_of(), tmp_path)
@@ -186,6 +186,7 @@ def test_a_harm_that_comes_again_stops_the_run(tmp_path, monkeypatch):
     assert kept == ["4"], "and no checkpoint of a bad step"
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_a_bad_step_is_skipped(tmp_path, monkeypatch, capsys):
     harm(monkeypatch, "nan", batches=(1,))
     result = train(run_of(), tmp_path)
