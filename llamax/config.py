@@ -354,6 +354,45 @@ class Preference:
 
 
 @dataclass(frozen=True)
+class Advantage:
+    """What a sample's reward is measured against (post/advantages.py)."""
+
+    baseline: str = "prompt"  # prompt (GRPO) | leave_one_out (RLOO) | batch (REINFORCE++) | best (pass@k)
+    scale: str = "none"  # none (Dr. GRPO) | prompt (GRPO) | batch: what differences are divided by the deviation of
+    eps: float = 1e-6  # added to that deviation; TRL has 1e-4
+    each: bool = False  # of several kinds of reward each has its own advantage
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a policy learns from its samples (losses/policy.py). A knob that the loss does not read is an error."""
+
+    loss: str = "clip"  # clip (PPO's, and so GRPO's, DAPO's, GSPO's) | cispo | sapo | vespo
+    ratio: str = "token"  # clip only: token | sequence (GSPO) | sequence_token (GSPO-token) | product (RLOO)
+    clip_low: float = 0.2  # clip only: ratios count from 1 - clip_low to 1 + clip_high
+    clip_high: float = 0.28
+    ratio_max: float = 0.0  # cispo: a ratio's most; clip: that of the ratio that is not clipped (two-sided); 0: none
+    dual_clip: float = 0.0  # clip only: of a bad sample, a token's most, in times its advantage; 0: none
+    sapo_tau_positive: float = 1.0
+    sapo_tau_negative: float = 1.05
+    vespo_k_positive: float = 2.0
+    vespo_k_negative: float = 3.0
+    vespo_lambda_positive: float = 3.0
+    vespo_lambda_negative: float = 2.0
+    average: str = "token"  # token (DAPO) | sample (GRPO) | sum (LUSPO) | constant (Dr. GRPO) | prompt | batch
+    constant_tokens: int = 0  # constant only: tokens that a sample is divided by, its most
+    count_masked: bool = True  # sample, sum, constant: samples without a trained token count too
+    kl: str = "none"  # none | k2 | k3 | k3_ratio: to the reference
+    kl_weight: float = 1e-3
+    importance: str = "none"  # none | truncate | mask | sequence_{truncate,mask,drop}: weights for what the sampler did
+    importance_low: float = 0.5  # mask, sequence_mask and sequence_drop: less is dropped
+    importance_high: float = 2.0  # and more; truncate, sequence_truncate: the most
+    stale_above: float = 0.0  # nats a token: bad samples that the policy has left so far behind are dropped; 0: none
+    top_entropy: float = 1.0  # the share of tokens that is trained, those with the largest entropy
+    entropy: float = 0.0  # weight of the entropy, which is then held up
+
+
+@dataclass(frozen=True)
 class RouterBias:
     """Balance without a loss: after every step, idle experts' biases rise and busy ones' fall (DeepSeek-V3)."""
 
