@@ -365,7 +365,7 @@ class Advantage:
 
 @dataclass(frozen=True)
 class Policy:
-    """How a policy learns from its samples (losses/policy.py). A knob that the loss does not read is an error."""
+    """How a policy learns from its samples (losses/policy.py)."""
 
     loss: str = "clip"  # clip (PPO's, and so GRPO's, DAPO's, GSPO's) | cispo | sapo | vespo
     ratio: str = "token"  # clip only: token | sequence (GSPO) | sequence_token (GSPO-token) | product (RLOO)

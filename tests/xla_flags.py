@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-# Without optimisation a training step compiles in a third of the time, with the older emitters of fused loops in half
-# of that.
+# A tiny training step compiles in 18 s on one core, in 14 s without optimisation, and in 6 s with the older emitters of
+# fused loops besides (jax 0.10.2).
 QUICK = {"xla_backend_optimization_level": 0}
 if tuple(map(int, version("jax").split(".")[:2])) < (0, 11):  # newer ones have no other emitters and no such option
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -119,6 +119,7 @@ def clip(s: Samples, S: int, cfg: config.Policy) -> Array:
 def cispo(s: Samples, S: int, cfg: config.Policy) -> Array:
     """-min(r, ratio_max) A logp, the weight a constant to the gradient: no token's gradient is dropped (CISPO, arXiv
     2506.13585)."""
+    assert cfg.ratio_max > 0, "cispo cuts ratios at ratio_max: without one every weight would be 0"
     return -sg(jnp.minimum(jnp.exp(log_ratio(s, S, "token")), cfg.ratio_max)) * s.advantage * s.logp
 
 
@@ -231,6 +232,7 @@ def den(
     if cfg.average == "prompt":
         assert of_prompt_BT is not None
         return jnp.where(mask_BT, 1 / jnp.maximum(of_prompt_BT, 1), 0).sum()
+    assert cfg.average != "constant" or cfg.constant_tokens > 0, "average=constant divides by constant_tokens"
     counted_BT = (sample_BT > 0) & (mask_BT | cfg.count_masked)
     n = (of_samples(counted_BT.astype(jnp.float32), sample_BT, S) > 0).sum(dtype=jnp.float32)
     return n * cfg.constant_tokens if cfg.average == "constant" else n

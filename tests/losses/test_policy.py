@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +13,7 @@ from llamax import config
 from llamax.losses import policy
 from llamax.losses.policy import Samples
 from tests.losses import goldens, policy_goldens
+from tests.mutants import mutant
 from tests.tolerances import TRL_64, TWIN
 
 CLOSED = goldens.MANIFEST["closed_form"]
@@ -260,7 +258,6 @@ def test_the_most_uncertain_tokens_alone():
 
 # -------------------------------------------------------------------------------------------------------- mistakes
 
-SOURCE = Path(find_spec("llamax.losses.policy").origin).read_text(encoding="utf-8")
 MUTATIONS = [  # (what stands there once, what is put there, the case that has to notice)
     ("loss = -jnp.minimum(first * a", "loss = jnp.minimum(first * a", "grpo/grpo"),
     ("1 - cfg.clip_low, 1 + cfg.clip_high", "1 - cfg.clip_high, 1 + cfg.clip_low", "grpo/grpo_cliphigh"),
@@ -288,14 +285,13 @@ MUTATIONS = [  # (what stands there once, what is put there, the case that has t
 ]  # fmt: skip
 
 
-def mutant(old: str = "", new: str = "") -> ModuleType:
-    made = ModuleType("mutant")
-    exec(compile(SOURCE.replace(old, new) if old else SOURCE, "mutant", "exec", dont_inherit=True), made.__dict__)
-    return made
-
-
 @pytest.mark.parametrize(("old", "new", "case"), MUTATIONS, ids=[old[:30] for old, *_ in MUTATIONS])
 def test_the_goldens_notice(old, new, case):
-    """That it stands there once says that the list has kept up with the source."""
-    assert SOURCE.count(old) == 1
-    assert policy_goldens.agrees(case, mutant()) and not policy_goldens.agrees(case, mutant(old, new))
+    name = "llamax.losses.policy"
+    assert policy_goldens.agrees(case, mutant(name)) and not policy_goldens.agrees(case, mutant(name, old, new))
+
+
+def test_a_bound_or_a_length_that_is_not_there_is_no_loss_of_nothing():
+    for cfg in (config.Policy(loss="cispo"), config.Policy(average="constant")):
+        with pytest.raises(AssertionError, match="ratio_max|constant_tokens"):
+            policy.policy(drawn(), 3, cfg)
